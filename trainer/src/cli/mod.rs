@@ -1,0 +1,58 @@
+//! The command line: one module a subcommand, thin over the library.
+
+// pub mod data;
+// pub mod eval;
+pub mod finetune;
+pub mod pretrain;
+pub mod tokenizer;
+
+use std::process::ExitCode;
+
+use anyhow::Result;
+use clap::{Parser, Subcommand};
+
+const EXAMPLES: &str = "Examples:
+  # Draw a corpus, train the smallest model on it, look at what it learnt
+  unimo-train data scenes --out scenes/train --count 2000 --seed 1
+  unimo-train data scenes --out scenes/dev --count 100 --seed 2
+  unimo-train tokenizer --pairs scenes/train --vocabulary 512 --out tokenizer.json
+  unimo-train pretrain --size pico --recipe trainer/recipes/pico-scenes.toml --tokenizer tokenizer.json \\
+      --backbone mobilenetv2.safetensors --pairs scenes/train --dev scenes/dev --out runs/pico
+
+Exit codes: 0 done, 2 usage, 3 bad input, 130 interrupted.";
+
+/// Trains the UNIMO image–text model: data, tokenizer, pretraining, fine-tuning, evaluation.
+#[derive(Debug, Parser)]
+#[command(name = "unimo-train", version, after_help = EXAMPLES)]
+pub struct Cli {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Debug, Subcommand)]
+enum Command {
+    // / Draw, pack, unpack and describe shards of pictures and captions
+    // Data(data::DataArgs),
+    /// Train the byte-level BPE vocabulary
+    Tokenizer(tokenizer::Args),
+    /// Train a model from nothing, or go on from a checkpoint, on all objectives of a recipe
+    Pretrain(pretrain::Args),
+    /// Adapt a pretrained checkpoint to captioning or retrieval
+    Finetune(finetune::Args),
+    // / Score captions, embeddings or a checkpoint
+    // Eval(eval::EvalArgs),
+}
+
+/// Runs a parsed command line.
+///
+/// # Errors
+/// Whatever the subcommand could not do.
+pub fn run(cli: Cli) -> Result<ExitCode> {
+    match cli.command {
+        // Command::Data(args) => data::run(args),
+        Command::Tokenizer(args) => tokenizer::run(&args),
+        Command::Pretrain(args) => pretrain::run(&args),
+        Command::Finetune(args) => finetune::run(&args),
+        // Command::Eval(args) => eval::run(args),
+    }
+}

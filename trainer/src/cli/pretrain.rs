@@ -1,0 +1,108 @@
+//! `unimo-train pretrain`
+
+use std::path::PathBuf;
+use std::process::ExitCode;
+
+use anyhow::Result;
+
+use unimo_train::model::ModelConfig;
+use unimo_train::recipe::Recipe;
+use unimo_train::training::{self, TrainingJob};
+
+const EXAMPLES: &str = "Examples:
+  unimo-train pretrain --size edge-s --recipe trainer/recipes/edge-s-pretrain.toml --tokenizer tokenizer.json \\
+      --backbone mobilenetv2.safetensors --pairs flickr8k/train scenes/train --images coco --texts captions.txt \\
+      --dev flickr8k/dev-0000.tar --out runs/edge-s
+  # after an interruption, with the same arguments
+  unimo-train pretrain … --out runs/edge-s --resume
+
+The run's folder holds checkpoints/step-*/ (each whole or absent), log.jsonl (one line a step) and recipe.toml.";
+
+/// Data and places that every training command takes.
+#[derive(Debug, clap::Args)]
+pub struct DataArgs {
+    /// `tokenizer.json` (see `unimo-train tokenizer`)
+    #[arg(long, value_name = "FILE")]
+    pub tokenizer: PathBuf,
+    /// MobileNetV2 weights, safetensors with batch norm folded in
+    #[arg(long, value_name = "FILE")]
+    pub backbone: PathBuf,
+    /// Shards (or folders of shards) of pictures with captions
+    #[arg(long, num_args = 1.., required = true, value_name = "SHARD")]
+    pub pairs: Vec<PathBuf>,
+    /// Shards of pictures without captions
+    #[arg(long, num_args = 1.., value_name = "SHARD")]
+    pub images: Vec<PathBuf>,
+    /// Text files, one text a line
+    #[arg(long, num_args = 1.., value_name = "FILE")]
+    pub texts: Vec<PathBuf>,
+    /// Development shards, evaluated on the way
+    #[arg(long, num_args = 1.., value_name = "SHARD")]
+    pub dev: Vec<PathBuf>,
+    /// Folder of cached region features [default: OUT/features]
+    #[arg(long, value_name = "FOLDER")]
+    pub features: Option<PathBuf>,
+    /// Folder of the run
+    #[arg(long, value_name = "FOLDER")]
+    pub out: PathBuf,
+    /// Go on with the run in OUT from its newest checkpoint
+    #[arg(long)]
+    pub resume: bool,
+    /// Stop after this many steps; --resume goes on
+    #[arg(long, value_name = "N")]
+    pub stop_after: Option<u64>,
+    /// What the data is and under which licence, for the model card
+    #[arg(long, default_value = "not stated", value_name = "TEXT")]
+    pub data_note: String,
+}
+
+/// Train on all objectives of a recipe.
+#[derive(Debug, clap::Args)]
+#[command(after_help = EXAMPLES)]
+pub struct Args {
+    /// Model size: pico, edge-s, edge-m, base, large, or a TOML file
+    #[arg(long, default_value = "edge-s")]
+    size: String,
+    /// Recipe (TOML): steps, batch, objectives, optimiser
+    #[arg(long, value_name = "FILE")]
+    recipe: PathBuf,
+    /// Start from this checkpoint (or run) instead of fresh weights
+    #[arg(long, value_name = "CHECKPOINT")]
+    init: Option<PathBuf>,
+    #[command(flatten)]
+    data: DataArgs,
+}
+
+impl DataArgs {
+    /// The job that these arguments describe.
+    #[must_use]
+    pub fn job(&self, recipe: Recipe, size: ModelConfig, init: Option<PathBuf>) -> TrainingJob {
+        TrainingJob {
+            recipe,
+            size,
+            init,
+            tokenizer: self.tokenizer.clone(),
+            backbone: self.backbone.clone(),
+            pairs: self.pairs.clone(),
+            images: self.images.clone(),
+            texts: self.texts.clone(),
+            development: self.dev.clone(),
+            features: self.features.clone().unwrap_or_else(|| self.out.join("features")),
+            run: self.out.clone(),
+            resume: self.resume,
+            data_note: self.data_note.clone(),
+            stop_after: self.stop_after,
+        }
+    }
+}
+
+/// Runs the subcommand.
+///
+/// # Errors
+/// Unusable input or failed writes.
+pub fn run(args: &Args) -> Result<ExitCode> {
+    let job = args.data.job(Recipe::from_file(&args.recipe)?, ModelConfig::named(&args.size)?, args.init.clone());
+    let last = training::run(&job)?;
+    println!("{}", last.display());
+    Ok(ExitCode::SUCCESS)
+}

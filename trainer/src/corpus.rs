@@ -1,0 +1,212 @@
+//! Everything a run trains on, in memory: tokenised captions, cached region features, texts.
+
+use std::collections::HashMap;
+use std::path::{Path, PathBuf};
+
+use anyhow::{Context, Result, bail};
+use unimo::tokenizer::{CLS, SEP, Tokenizer};
+
+use crate::features::{FeatureCache, FeatureFile, is_mirrored};
+use crate::shards::{self, Damage};
+
+/// Where to find a picture's features.
+#[derive(Debug, Clone, Copy)]
+struct PictureRef {
+    file: u32,
+    index: u32,
+}
+
+/// One picture with its captions.
+#[derive(Debug, Clone)]
+pub struct Pair {
+    /// Sample key.
+    pub key: String,
+    picture: PictureRef,
+    /// Ids of each caption, `[CLS] … [SEP]`.
+    pub captions: Vec<Vec<u32>>,
+    /// The same with left and right exchanged, for mirrored views.
+    mirrored: Vec<Vec<u32>>,
+    /// The captions as written.
+    pub references: Vec<String>,
+}
+
+impl Pair {
+    /// The captions that fit a view.
+    #[must_use]
+    pub fn captions_for(&self, view: usize) -> &[Vec<u32>] {
+        if is_mirrored(view) { &self.mirrored } else { &self.captions }
+    }
+}
+
+/// Pictures and their features.
+#[derive(Default)]
+pub struct Corpus {
+    files: Vec<FeatureFile>,
+    /// Pictures with captions.
+    pub pairs: Vec<Pair>,
+    images: Vec<PictureRef>,
+    /// Ids of each text alone, `[CLS] … [SEP]`.
+    pub texts: Vec<Vec<u32>>,
+    /// Records that were skipped.
+    pub damaged: Vec<Damage>,
+}
+
+/// `[CLS] words [SEP]`, at most `positions` ids.
+#[must_use]
+pub fn text_ids(tokenizer: &Tokenizer, text: &str, positions: usize) -> Vec<u32> {
+    let mut ids = vec![CLS];
+    ids.extend(tokenizer.encode(text, positions - 2));
+    ids.push(SEP);
+    ids
+}
+
+/// Exchanges the words left and right.
+#[must_use]
+pub fn mirror_text(text: &str) -> String {
+    text.split(' ')
+        .map(|word| {
+            let bare = word.trim_matches(|c: char| !c.is_alphanumeric());
+            match bare.to_ascii_lowercase().as_str() {
+                "left" => word.replace(bare, "right"),
+                "right" => word.replace(bare, "left"),
+                _ => word.to_owned(),
+            }
+        })
+        .collect::<Vec<_>>()
+        .join(" ")
+}
+
+impl Corpus {
+    /// Adds shards of pictures with captions.
+    ///
+    /// # Errors
+    /// Unreadable shards; damaged records go to [`Corpus::damaged`].
+    pub fn add_pairs(&mut self, paths: &[PathBuf], cache: &FeatureCache, tokenizer: &Tokenizer, positions: usize, progress: &dyn Fn(u64)) -> Result<()> {
+        for shard in shards::expand(paths)? {
+            let shard = [shard];
+            let (places, damaged) = self.add_features(&shard, cache, progress)?;
+            self.damaged.extend(damaged);
+            let pairs = &mut self.pairs;
+            let report = shards::read_shards(&shard, |sample| {
+                if let (Some(&picture), false) = (places.get(&sample.key), sample.captions.is_empty()) {
+                    let ids = |text: &String| text_ids(tokenizer, text, positions);
+                    pairs.push(Pair {
+                        picture,
+                        captions: sample.captions.iter().map(ids).collect(),
+                        mirrored: sample.captions.iter().map(|c| ids(&mirror_text(c))).collect(),
+                        key: sample.key,
+                        references: sample.captions,
+                    });
+                }
+                Ok(())
+            })?;
+            self.note(report.damaged);
+        }
+        Ok(())
+    }
+
+    /// Adds shards of pictures without captions.
+    ///
+    /// # Errors
+    /// As [`Corpus::add_pairs`].
+    pub fn add_images(&mut self, paths: &[PathBuf], cache: &FeatureCache, progress: &dyn Fn(u64)) -> Result<()> {
+        let (places, damaged) = self.add_features(paths, cache, progress)?;
+        self.damaged.extend(damaged);
+        let mut places: Vec<_> = places.into_iter().collect();
+        places.sort_unstable_by(|a, b| a.0.cmp(&b.0));
+        self.images.extend(places.into_iter().map(|(_, place)| place));
+        Ok(())
+    }
+
+    /// Adds a file of texts, one a line.
+    ///
+    /// # Errors
+    /// A file that cannot be read or is not UTF-8.
+    pub fn add_texts(&mut self, path: &Path, tokenizer: &Tokenizer, positions: usize) -> Result<()> {
+        let text = std::fs::read_to_string(path).with_context(|| format!("cannot read the texts {}", path.display()))?;
+        self.texts.extend(text.lines().filter(|l| !l.trim().is_empty()).map(|l| text_ids(tokenizer, l, positions)));
+        Ok(())
+    }
+
+    fn note(&mut self, damaged: Vec<Damage>) {
+        for damage in damaged {
+            if !self.damaged.contains(&damage) {
+                self.damaged.push(damage);
+            }
+        }
+    }
+
+    fn add_features(&mut self, paths: &[PathBuf], cache: &FeatureCache, progress: &dyn Fn(u64)) -> Result<(HashMap<String, PictureRef>, Vec<Damage>)> {
+        let (files, damaged) = cache.open(paths, progress)?;
+        let mut places = HashMap::new();
+        for file in files {
+            let number = self.files.len() as u32;
+            for (index, key) in file.keys.iter().enumerate() {
+                places.insert(key.clone(), PictureRef { file: number, index: index as u32 });
+            }
+            self.files.push(file);
+        }
+        Ok((places, damaged))
+    }
+
+    /// Number of pictures without captions.
+    #[must_use]
+    pub fn image_count(&self) -> usize {
+        self.images.len()
+    }
+
+    /// Features of pair `pair` in a view, `[49 · 1280]`.
+    #[must_use]
+    pub fn pair_features(&self, pair: usize, view: usize) -> Vec<f32> {
+        self.features(self.pairs[pair].picture, view)
+    }
+
+    /// Features of a picture without captions.
+    #[must_use]
+    pub fn image_features(&self, image: usize, view: usize) -> Vec<f32> {
+        self.features(self.images[image], view)
+    }
+
+    fn features(&self, picture: PictureRef, view: usize) -> Vec<f32> {
+        self.files[picture.file as usize].get(picture.index as usize, view)
+    }
+
+    /// Views that a pair's picture has in the cache.
+    #[must_use]
+    pub fn views(&self, pair: usize) -> usize {
+        self.files[self.pairs[pair].picture.file as usize].views
+    }
+
+    /// Refuses a corpus that cannot feed what is asked of it.
+    ///
+    /// # Errors
+    /// What is missing, in words.
+    pub fn require(&self, pairs: bool, images: bool, texts: bool) -> Result<()> {
+        if pairs && self.pairs.is_empty() {
+            bail!("the recipe trains on pictures with captions, and the shards hold none");
+        }
+        if images && self.images.is_empty() {
+            bail!("the recipe trains on pictures alone (`images_alone`), and none were given with --images");
+        }
+        if texts && self.texts.is_empty() {
+            bail!("the recipe trains on texts alone (`texts`), and none were given with --texts");
+        }
+        Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn mirrored_captions_exchange_left_and_right() {
+        for (text, expected) in [
+            ("a dog left of a cat", "a dog right of a cat"),
+            ("turning Right, then left.", "turning left, then right."),
+            ("a bright lefty", "a bright lefty"),
+        ] {
+            assert_eq!(mirror_text(text), expected);
+        }
+    }
+}

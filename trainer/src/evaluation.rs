@@ -1,0 +1,111 @@
+//! Evaluation of a model on development pictures.
+
+use std::fmt;
+
+use anyhow::Result;
+use candle_core::Tensor;
+use serde::Serialize;
+use unimo::tokenizer::Tokenizer;
+
+use crate::backbone::FEATURES;
+use crate::corpus::Corpus;
+use crate::metrics::{caption_scores, recall_at_k};
+use crate::model::{Packer, Regions, Unimo};
+
+/// Pictures or texts in one forward pass.
+const BATCH: usize = 50;
+/// Longest caption that is generated, in tokens.
+const MAX_WORDS: usize = 30;
+
+/// Scores on development pictures.
+#[derive(Debug, Clone, Serialize)]
+pub struct Scores {
+    /// Pictures evaluated.
+    pub images: usize,
+    /// CIDEr-D of greedy captions.
+    pub cider: f64,
+    /// BLEU-1 to BLEU-4.
+    pub bleu: [f64; 4],
+    /// ROUGE-L.
+    pub rouge_l: f64,
+    /// Image→text recall at 1, 5, 10 among the evaluated pictures' captions.
+    pub image_to_text: [f64; 3],
+    /// Text→image recall at 1, 5, 10 among the evaluated pictures.
+    pub text_to_image: [f64; 3],
+    /// The first captions, `(key, caption)`.
+    pub samples: Vec<(String, String)>,
+}
+
+impl fmt::Display for Scores {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let percent = |r: &[f64; 3]| r.map(|v| format!("{:.1}", 100.0 * v)).join("/");
+        write!(
+            f,
+            "CIDEr {:.3}  BLEU-4 {:.3}  R@1/5/10 image→text {}  text→image {}  ({} pictures)",
+            self.cider,
+            self.bleu[3],
+            percent(&self.image_to_text),
+            percent(&self.text_to_image),
+            self.images
+        )
+    }
+}
+
+/// Greedy captions, and retrieval by separately encoded embeddings, of the first `limit` pictures.
+///
+/// # Errors
+/// Those of candle.
+pub fn evaluate(model: &Unimo, tokenizer: &Tokenizer, corpus: &Corpus, limit: usize) -> Result<Scores> {
+    let count = limit.min(corpus.pairs.len());
+    let (mut captions, mut images) = (Vec::new(), Vec::new());
+    for start in (0..count).step_by(BATCH) {
+        let n = BATCH.min(count - start);
+        let values: Vec<f32> = (start..start + n).flat_map(|i| corpus.pair_features(i, 0)).collect();
+        let regions = Tensor::from_vec(values, (n, model.config().regions(), FEATURES), model.device())?;
+        for ids in model.greedy_captions(&regions, MAX_WORDS)? {
+            captions.push(tokenizer.decode(&ids));
+        }
+        let hidden = model.encode_image(&regions)?.hidden.narrow(1, 0, 1)?.squeeze(1)?;
+        images.extend(model.image_embedding(&hidden)?.to_vec2::<f32>()?);
+    }
+    let (texts, image_of_text) = embed_texts(model, corpus, count)?;
+    let references: Vec<Vec<String>> = corpus.pairs[..count].iter().map(|p| p.references.clone()).collect();
+    let caption = caption_scores(&captions, &references);
+    let recall = recall_at_k(&images, &texts, &image_of_text);
+    let samples = corpus.pairs.iter().zip(&captions).take(8).map(|(p, c)| (p.key.clone(), c.clone())).collect();
+    Ok(Scores {
+        images: count,
+        cider: caption.cider,
+        bleu: caption.bleu,
+        rouge_l: caption.rouge_l,
+        image_to_text: recall.image_to_text,
+        text_to_image: recall.text_to_image,
+        samples,
+    })
+}
+
+fn embed_texts(model: &Unimo, corpus: &Corpus, count: usize) -> Result<(Vec<Vec<f32>>, Vec<usize>)> {
+    let (mut texts, mut image_of_text) = (Vec::new(), Vec::new());
+    let all: Vec<(usize, &Vec<u32>)> =
+        corpus.pairs[..count].iter().enumerate().flat_map(|(i, p)| p.captions.iter().map(move |c| (i, c))).collect();
+    for chunk in all.chunks(4 * BATCH) {
+        let mut packer = Packer::new(model.config());
+        let rows: Vec<usize> = chunk.iter().map(|(_, ids)| packer.text(ids, false)).collect();
+        let hidden = model.evaluate(&packer.finish(model.device())?)?;
+        texts.extend(model.text_embedding(&model.rows(&hidden, &rows)?)?.to_vec2::<f32>()?);
+        image_of_text.extend(chunk.iter().map(|(i, _)| *i));
+    }
+    Ok((texts, image_of_text))
+}
+
+/// Matching probability of one picture's features and one text's ids (`[CLS] … [SEP]`).
+///
+/// # Errors
+/// Those of candle.
+pub fn match_probability(model: &Unimo, features: &[f32], ids: &[u32]) -> Result<f32> {
+    let mut packer = Packer::new(model.config());
+    let rows = packer.pair(Regions::visible(features), ids);
+    let hidden = model.evaluate(&packer.finish(model.device())?)?;
+    let logit = model.match_logits(&model.rows(&hidden, &[rows.image])?, &model.rows(&hidden, &rows.texts)?)?.to_vec1::<f32>()?[0];
+    Ok(1.0 / (1.0 + (-logit).exp()))
+}

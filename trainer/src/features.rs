@@ -1,0 +1,186 @@
+//! Cached region features: the frozen backbone runs once over every picture and view, not once a pass.
+//!
+//! One safetensors file a shard: `features`, f16, `[pictures, views, 49, 1280]`; the metadata hold the pictures' keys and a
+//! stamp of what the features were made from (backbone, shard, views), so that a stale cache is rebuilt, not used.
+
+use std::collections::HashMap;
+use std::fs::File;
+use std::path::{Path, PathBuf};
+
+use anyhow::{Context, Result, bail};
+use half::f16;
+use half::slice::{HalfBitsSliceExt, HalfFloatSliceExt};
+use image::RgbImage;
+use image::imageops;
+use memmap2::Mmap;
+use rand::Rng;
+use rayon::prelude::*;
+use safetensors::SafeTensors;
+use safetensors::tensor::{Dtype, TensorView};
+use sha2::{Digest, Sha256};
+use unimo::image::{DecodeLimits, ImagePreparation};
+
+use crate::backbone::{Backbone, FEATURES, GRID};
+use crate::shards::{self, Damage, ShardReport};
+
+/// Values of one picture's features.
+pub const VALUES: usize = GRID * GRID * FEATURES;
+
+/// Views of a picture: 0 as it is, 1 mirrored, then pairs of a random crop (60–100 % of the area) and a mirrored one.
+#[must_use]
+pub fn view(image: &RgbImage, key: &str, view: usize) -> RgbImage {
+    let cropped = if view < 2 {
+        image.clone()
+    } else {
+        let digest = Sha256::digest(key.as_bytes());
+        let word = u64::from_le_bytes([digest[0], digest[1], digest[2], digest[3], digest[4], digest[5], digest[6], digest[7]]);
+        let mut rng = crate::seed::rng(crate::seed::mix(word, view as u64));
+        let side = rng.random_range(0.6f32..1.0).sqrt();
+        let (w, h) = ((image.width() as f32 * side) as u32, (image.height() as f32 * side) as u32);
+        let (w, h) = (w.max(1), h.max(1));
+        let (x, y) = (rng.random_range(0..=image.width() - w), rng.random_range(0..=image.height() - h));
+        imageops::crop_imm(image, x, y, w, h).to_image()
+    };
+    if is_mirrored(view) { imageops::flip_horizontal(&cropped) } else { cropped }
+}
+
+/// Whether a view shows the picture mirrored: left and right change places in its captions.
+#[must_use]
+pub fn is_mirrored(view: usize) -> bool {
+    view % 2 == 1
+}
+
+/// Features of one shard, mapped from the cache.
+pub struct FeatureFile {
+    map: Mmap,
+    offset: usize,
+    /// Keys of the pictures, in the shard's order.
+    pub keys: Vec<String>,
+    /// Views of each picture.
+    pub views: usize,
+}
+
+impl FeatureFile {
+    fn open(path: &Path, stamp: &str) -> Result<Option<Self>> {
+        let Ok(file) = File::open(path) else { return Ok(None) };
+        // SAFETY: cache files are written under another name and renamed when whole; nothing rewrites one in place.
+        let map = unsafe { Mmap::map(&file) }.with_context(|| format!("cannot map {}", path.display()))?;
+        let Ok((_, metadata)) = SafeTensors::read_metadata(&map) else { return Ok(None) };
+        let Some(extra) = metadata.metadata() else { return Ok(None) };
+        if extra.get("stamp").map(String::as_str) != Some(stamp) {
+            return Ok(None);
+        }
+        let keys: Vec<String> = extra.get("keys").map(|k| serde_json::from_str(k)).transpose()?.unwrap_or_default();
+        let Ok(tensors) = SafeTensors::deserialize(&map) else { return Ok(None) };
+        let view = tensors.tensor("features")?;
+        if view.dtype() != Dtype::F16 || view.shape().len() != 4 || view.shape()[0] != keys.len() {
+            return Ok(None);
+        }
+        let views = view.shape()[1];
+        let offset = view.data().as_ptr() as usize - map.as_ptr() as usize;
+        Ok(Some(Self { map, offset, keys, views }))
+    }
+
+    /// Features of picture `index`, `[49 · 1280]`, in one of its views (taken modulo the number of views).
+    #[must_use]
+    pub fn get(&self, index: usize, view: usize) -> Vec<f32> {
+        let start = self.offset + (index * self.views + view % self.views) * VALUES * 2;
+        let bits: Vec<u16> = self.map[start..start + VALUES * 2].chunks_exact(2).map(|b| u16::from_le_bytes([b[0], b[1]])).collect();
+        let mut values = vec![0f32; VALUES];
+        bits.reinterpret_cast::<f16>().convert_to_f32_slice(&mut values);
+        values
+    }
+}
+
+/// Makes and finds cached features.
+pub struct FeatureCache<'a> {
+    /// Folder of the cache files.
+    pub folder: &'a Path,
+    /// The network that makes features.
+    pub backbone: &'a Backbone,
+    /// SHA-256 of the backbone file, in hex.
+    pub backbone_hash: &'a str,
+    /// Views of each picture.
+    pub views: usize,
+}
+
+impl FeatureCache<'_> {
+    /// The features of every shard, computed where the cache lacks them. `progress` is called with the number of pictures done.
+    ///
+    /// # Errors
+    /// Shards or cache that cannot be read or written. Damaged pictures are reported, not errors.
+    pub fn open(&self, shards: &[PathBuf], progress: &dyn Fn(u64)) -> Result<(Vec<FeatureFile>, Vec<Damage>)> {
+        std::fs::create_dir_all(self.folder).with_context(|| format!("cannot create {}", self.folder.display()))?;
+        let (mut files, mut damaged) = (Vec::new(), Vec::new());
+        for shard in shards::expand(shards)? {
+            let size = std::fs::metadata(&shard)?.len();
+            let name = shard.file_stem().unwrap_or_default().to_string_lossy().into_owned();
+            let digest = Sha256::digest(format!("{} {size} {} views {}", shard.display(), self.backbone_hash, self.views).as_bytes());
+            let stamp = hex(&digest[..8]);
+            let path = self.folder.join(format!("{name}-{stamp}.safetensors"));
+            let file = match FeatureFile::open(&path, &stamp)? {
+                Some(file) => file,
+                None => {
+                    damaged.extend(self.compute(&shard, &path, &stamp, progress)?.damaged);
+                    match FeatureFile::open(&path, &stamp)? {
+                        Some(file) => file,
+                        None => bail!("{} cannot be read back", path.display()),
+                    }
+                }
+            };
+            progress(0);
+            files.push(file);
+        }
+        Ok((files, damaged))
+    }
+
+    fn compute(&self, shard: &Path, path: &Path, stamp: &str, progress: &dyn Fn(u64)) -> Result<ShardReport> {
+        let mut pictures = Vec::new();
+        let mut report = shards::read_shards(&[shard.to_path_buf()], |sample| {
+            if let Some(bytes) = sample.image {
+                pictures.push((sample.key, bytes));
+            }
+            Ok(())
+        })?;
+        let preparation = ImagePreparation::default();
+        let (mut keys, mut data) = (Vec::new(), Vec::<u8>::new());
+        for batch in pictures.chunks(64) {
+            let made: Vec<Result<Vec<u8>>> = batch.par_iter().map(|(key, bytes)| self.picture(key, bytes, &preparation)).collect();
+            for ((key, _), features) in batch.iter().zip(made) {
+                match features {
+                    Ok(mut features) => {
+                        keys.push(key.clone());
+                        data.append(&mut features);
+                    }
+                    Err(error) => report.damaged.push(Damage { shard: shard.to_path_buf(), key: key.clone(), reason: format!("{error:#}") }),
+                }
+            }
+            progress(batch.len() as u64);
+        }
+        let view = TensorView::new(Dtype::F16, vec![keys.len(), self.views, GRID * GRID, FEATURES], &data)?;
+        let metadata = HashMap::from([("stamp".to_owned(), stamp.to_owned()), ("keys".to_owned(), serde_json::to_string(&keys)?)]);
+        let partial = path.with_extension("tmp");
+        safetensors::serialize_to_file([("features", view)], Some(metadata), &partial)
+            .with_context(|| format!("cannot write {}", partial.display()))?;
+        std::fs::rename(&partial, path).with_context(|| format!("cannot write {}", path.display()))?;
+        Ok(report)
+    }
+
+    fn picture(&self, key: &str, bytes: &[u8], preparation: &ImagePreparation) -> Result<Vec<u8>> {
+        let image = unimo::image::decode(bytes, &DecodeLimits::default())?;
+        let mut data = Vec::with_capacity(self.views * VALUES * 2);
+        for v in 0..self.views {
+            let features = self.backbone.forward(&preparation.tensor(&view(&image, key, v)))?;
+            let mut halves = vec![f16::ZERO; features.len()];
+            halves.convert_from_f32_slice(&features);
+            data.extend(halves.iter().flat_map(|h| h.to_le_bytes()));
+        }
+        Ok(data)
+    }
+}
+
+/// Lower-case hexadecimal.
+#[must_use]
+pub fn hex(bytes: &[u8]) -> String {
+    bytes.iter().map(|b| format!("{b:02x}")).collect()
+}

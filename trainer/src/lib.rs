@@ -1,0 +1,19 @@
+//! Training of the UNIMO image–text model (arXiv 2012.15409): data, tokenizer, objectives, fine-tuning, evaluation.
+
+pub mod backbone;
+pub mod checkpoint;
+pub mod corpus;
+pub mod evaluation;
+pub mod features;
+pub mod metrics;
+pub mod model;
+pub mod objectives;
+pub mod optimizer;
+pub mod ops;
+pub mod scenes;
+pub mod recipe;
+pub mod seed;
+pub mod shards;
+pub mod tfidf;
+pub mod tokenizer_training;
+pub mod training;

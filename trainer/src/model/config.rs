@@ -1,0 +1,180 @@
+//! Model sizes, read from TOML.
+
+use std::path::Path;
+
+use anyhow::{Context, Result, bail};
+use serde::{Deserialize, Serialize};
+
+/// Sizes of one model (`model.toml` of a checkpoint).
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct ModelConfig {
+    /// Name of the size, for people.
+    pub name: String,
+    /// Width of the hidden states.
+    pub hidden: usize,
+    /// Transformer layers.
+    pub layers: usize,
+    /// Attention heads; divides `hidden`.
+    pub heads: usize,
+    /// Inner width of the feed-forward blocks.
+    pub feed_forward: usize,
+    /// Tokens of the vocabulary.
+    pub vocabulary: usize,
+    /// Learned text positions.
+    pub positions: usize,
+    /// Width of the unified image–text space.
+    pub embedding: usize,
+    /// Width of a region's feature.
+    pub region_feature: usize,
+    /// Classes of a region's soft label.
+    pub region_classes: usize,
+    /// Cells along a side of the region grid.
+    pub grid: usize,
+    /// Dropout rate of embeddings, attention and residual branches.
+    pub dropout: f64,
+}
+
+/// The sizes that come with the program, as `(name, TOML)`.
+const PRESETS: [(&str, &str); 5] = [
+    ("pico", include_str!("../../sizes/pico.toml")),
+    ("edge-s", include_str!("../../sizes/edge-s.toml")),
+    ("edge-m", include_str!("../../sizes/edge-m.toml")),
+    ("base", include_str!("../../sizes/base.toml")),
+    ("large", include_str!("../../sizes/large.toml")),
+];
+
+impl ModelConfig {
+    /// Parses and checks sizes.
+    ///
+    /// # Errors
+    /// Malformed TOML, unknown keys, sizes that cannot work together.
+    pub fn from_toml(text: &str) -> Result<Self> {
+        let config: Self = toml::from_str(text)?;
+        config.check()?;
+        Ok(config)
+    }
+
+    /// A size that comes with the program (`pico`, `edge-s`, `edge-m`, `base`, `large`), or a TOML file.
+    ///
+    /// # Errors
+    /// Neither a known name nor a readable file of sizes.
+    pub fn named(name_or_path: &str) -> Result<Self> {
+        if let Some((_, text)) = PRESETS.iter().find(|(name, _)| *name == name_or_path) {
+            return Self::from_toml(text);
+        }
+        let path = Path::new(name_or_path);
+        if !path.is_file() {
+            let known: Vec<_> = PRESETS.iter().map(|(name, _)| *name).collect();
+            bail!("`{name_or_path}` is neither a size ({}) nor a file", known.join(", "));
+        }
+        let text = std::fs::read_to_string(path).with_context(|| format!("cannot read {}", path.display()))?;
+        Self::from_toml(&text).with_context(|| format!("in {}", path.display()))
+    }
+
+    fn check(&self) -> Result<()> {
+        if self.heads == 0 || !self.hidden.is_multiple_of(self.heads) {
+            bail!("{} heads do not divide a hidden size of {}", self.heads, self.hidden);
+        }
+        if self.grid == 0 || self.layers == 0 || self.positions < 3 || self.vocabulary < 6 {
+            bail!("a model needs layers, a grid, at least 3 positions and 6 tokens");
+        }
+        if !(0.0..1.0).contains(&self.dropout) {
+            bail!("dropout {} is not in [0, 1)", self.dropout);
+        }
+        Ok(())
+    }
+
+    /// Cells of the region grid.
+    #[must_use]
+    pub fn regions(&self) -> usize {
+        self.grid * self.grid
+    }
+
+    /// Rows that an image takes: `[IMG]` and its regions.
+    #[must_use]
+    pub fn image_tokens(&self) -> usize {
+        1 + self.regions()
+    }
+
+    /// Names and shapes of all weights, in a fixed order.
+    #[must_use]
+    pub fn weights(&self) -> Vec<(String, Vec<usize>)> {
+        let (h, f) = (self.hidden, self.feed_forward);
+        let mut list: Vec<(String, Vec<usize>)> = Vec::new();
+        let linear = |list: &mut Vec<_>, name: &str, out: usize, input: usize| {
+            list.push((format!("{name}.weight"), vec![out, input]));
+            list.push((format!("{name}.bias"), vec![out]));
+        };
+        let norm = |list: &mut Vec<_>, name: &str| {
+            list.push((format!("{name}.weight"), vec![h]));
+            list.push((format!("{name}.bias"), vec![h]));
+        };
+        list.push(("text.token.weight".into(), vec![self.vocabulary, h]));
+        list.push(("text.position.weight".into(), vec![self.positions, h]));
+        norm(&mut list, "text.norm");
+        linear(&mut list, "image.feature", h, self.region_feature);
+        linear(&mut list, "image.box", h, 5);
+        norm(&mut list, "image.norm");
+        for i in 0..self.layers {
+            linear(&mut list, &format!("layers.{i}.attention.qkv"), 3 * h, h);
+            linear(&mut list, &format!("layers.{i}.attention.output"), h, h);
+            norm(&mut list, &format!("layers.{i}.attention.norm"));
+            linear(&mut list, &format!("layers.{i}.ffn.up"), f, h);
+            linear(&mut list, &format!("layers.{i}.ffn.down"), h, f);
+            norm(&mut list, &format!("layers.{i}.ffn.norm"));
+        }
+        linear(&mut list, "pool.image", h, h);
+        linear(&mut list, "pool.text", h, h);
+        linear(&mut list, "embed.image", self.embedding, h);
+        linear(&mut list, "embed.text", self.embedding, h);
+        linear(&mut list, "lm.transform", h, h);
+        norm(&mut list, "lm.norm");
+        list.push(("lm.bias".into(), vec![self.vocabulary]));
+        linear(&mut list, "match", 1, h);
+        linear(&mut list, "region.feature", self.region_feature, h);
+        linear(&mut list, "region.class", self.region_classes, h);
+        list.push(("temperature".into(), vec![]));
+        list
+    }
+
+    /// Number of trained parameters (without the backbone).
+    #[must_use]
+    pub fn parameters(&self) -> usize {
+        self.weights().iter().map(|(_, shape)| shape.iter().product::<usize>()).sum()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn presets_parse_and_carry_their_names() {
+        for (name, _) in PRESETS {
+            assert_eq!(ModelConfig::named(name).unwrap().name, name);
+        }
+    }
+
+    #[test]
+    fn base_and_large_have_the_papers_shapes() {
+        for (name, layers, hidden, heads) in [("base", 12, 768, 12), ("large", 24, 1024, 16)] {
+            let c = ModelConfig::named(name).unwrap();
+            assert_eq!((c.layers, c.hidden, c.heads, c.feed_forward), (layers, hidden, heads, 4 * hidden));
+        }
+    }
+
+    #[test]
+    fn nonsense_is_refused() {
+        let good = PRESETS[0].1;
+        for (from, to, says) in [
+            ("heads = 2", "heads = 3", "do not divide"),
+            ("dropout = 0.1", "dropout = 1.0", "dropout"),
+            ("layers = 2", "layers = 2\nwings = 2", "wings"),
+        ] {
+            assert!(good.contains(from));
+            let error = format!("{:#}", ModelConfig::from_toml(&good.replace(from, to)).unwrap_err());
+            assert!(error.contains(says), "{error}");
+        }
+    }
+}

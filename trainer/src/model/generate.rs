@@ -1,0 +1,141 @@
+//! Inference in candle with cached keys and values: what training evaluates with, and what the exporter is compared to.
+
+use candle_core::{D, Result, Tensor};
+
+use super::{Dropout, PackedBatch, Unimo, region_boxes};
+use crate::ops;
+use unimo::tokenizer::{CLS, PAD, SEP, UNK};
+
+/// Keys and values of every layer, `[batch, heads, rows, depth]` each.
+pub struct ImageCache {
+    /// Hidden states of the image, `[batch, image_tokens, hidden]`.
+    pub hidden: Tensor,
+    /// Per layer.
+    pub keys: Vec<Tensor>,
+    /// Per layer.
+    pub values: Vec<Tensor>,
+}
+
+/// One decoding step's results.
+pub struct Step {
+    /// `[batch, vocabulary]`.
+    pub logits: Tensor,
+    /// Keys including the new row, per layer, `[batch, heads, rows, depth]`.
+    pub keys: Vec<Tensor>,
+    /// Values including the new row.
+    pub values: Vec<Tensor>,
+}
+
+impl Unimo {
+    /// `[batch, rows, 3·hidden]` → queries, keys, values `[batch, heads, rows, depth]`.
+    fn split_heads(&self, qkv: &Tensor) -> Result<[Tensor; 3]> {
+        let (batch, rows, width) = qkv.dims3()?;
+        let (hidden, heads) = (width / 3, self.config.heads);
+        let part = |i: usize| -> Result<Tensor> {
+            qkv.narrow(D::Minus1, i * hidden, hidden)?.reshape((batch, rows, heads, hidden / heads))?.transpose(1, 2)?.contiguous()
+        };
+        Ok([part(0)?, part(1)?, part(2)?])
+    }
+
+    /// One layer over `x` `[batch, rows, hidden]`, whose rows see `past` (if any) and all rows of `x`.
+    fn cached_layer(&self, layer: usize, x: &Tensor, past: Option<(&Tensor, &Tensor)>) -> Result<(Tensor, Tensor, Tensor)> {
+        let (batch, rows, hidden) = x.dims3()?;
+        let name = |part: &str| format!("layers.{layer}.{part}");
+        let [query, mut keys, mut values] = self.split_heads(&self.linear(&name("attention.qkv"), x)?)?;
+        if let Some((past_keys, past_values)) = past {
+            keys = Tensor::cat(&[past_keys, &keys], 2)?;
+            values = Tensor::cat(&[past_values, &values], 2)?;
+        }
+        let depth = hidden / self.config.heads;
+        let scores = (query.matmul(&keys.t()?.contiguous()?)? / (depth as f64).sqrt())?;
+        let attended = ops::reference::softmax(&scores)?.matmul(&values)?.transpose(1, 2)?.reshape((batch, rows, hidden))?;
+        let x = self.norm(&name("attention.norm"), &(x + self.linear(&name("attention.output"), &attended)?)?)?;
+        let inner = ops::gelu(&self.linear(&name("ffn.up"), &x)?)?;
+        let x = self.norm(&name("ffn.norm"), &(&x + self.linear(&name("ffn.down"), &inner)?)?)?;
+        Ok((x, keys, values))
+    }
+
+    /// Encodes images alone: `regions` is `[batch, regions, region_feature]`.
+    ///
+    /// # Errors
+    /// A shape that does not fit the model.
+    pub fn encode_image(&self, regions: &Tensor) -> Result<ImageCache> {
+        let (batch, _, width) = regions.dims3()?;
+        let tokens = self.config.image_tokens();
+        let features = Tensor::cat(&[regions.mean_keepdim(1)?, regions.clone()], 1)?;
+        let boxes = Tensor::from_vec(region_boxes(self.config.grid).repeat(batch), (batch * tokens, 5), regions.device())?;
+        let x = self.embed_regions(&features.reshape((batch * tokens, width))?, &boxes)?;
+        let mut hidden = x.reshape((batch, tokens, self.config.hidden))?;
+        let (mut keys, mut values) = (Vec::new(), Vec::new());
+        for layer in 0..self.config.layers {
+            let (next, k, v) = self.cached_layer(layer, &hidden, None)?;
+            hidden = next.detach();
+            keys.push(k.detach());
+            values.push(v.detach());
+        }
+        Ok(ImageCache { hidden, keys, values })
+    }
+
+    /// Decodes one token for every image: `tokens` `[batch]`, all at text position `position`.
+    ///
+    /// # Errors
+    /// A position outside the model's.
+    pub fn decode_step(&self, tokens: &[u32], position: usize, keys: &[Tensor], values: &[Tensor]) -> Result<Step> {
+        let ids = Tensor::new(tokens, &self.device)?;
+        let positions = Tensor::full(position as u32, tokens.len(), &self.device)?;
+        let mut x = self.embed_tokens(&ids, &positions)?.unsqueeze(1)?;
+        let (mut new_keys, mut new_values) = (Vec::new(), Vec::new());
+        for layer in 0..self.config.layers {
+            let (next, k, v) = self.cached_layer(layer, &x, Some((&keys[layer], &values[layer])))?;
+            x = next.detach();
+            new_keys.push(k.detach());
+            new_values.push(v.detach());
+        }
+        let logits = self.language_logits(&x.squeeze(1)?)?.detach();
+        Ok(Step { logits, keys: new_keys, values: new_values })
+    }
+
+    /// Greedy captions of images, `[batch, regions, region_feature]`, as ids without specials.
+    ///
+    /// # Errors
+    /// Those of candle.
+    pub fn greedy_captions(&self, regions: &Tensor, max_words: usize) -> Result<Vec<Vec<u32>>> {
+        let image = self.encode_image(regions)?;
+        let batch = regions.dim(0)?;
+        let (mut keys, mut values) = (image.keys, image.values);
+        let mut captions = vec![Vec::new(); batch];
+        let mut tokens = vec![CLS; batch];
+        let mut done = vec![false; batch];
+        let mask = self.config.vocabulary as u32 - 1;
+        for position in 0..max_words.min(self.config.positions - 1) {
+            let step = self.decode_step(&tokens, position, &keys, &values)?;
+            (keys, values) = (step.keys, step.values);
+            for (i, logits) in step.logits.to_vec2::<f32>()?.into_iter().enumerate() {
+                let never = [CLS, PAD, UNK, mask];
+                let best = logits
+                    .iter()
+                    .enumerate()
+                    .filter(|(id, _)| !never.contains(&(*id as u32)))
+                    .max_by(|a, b| a.1.total_cmp(b.1))
+                    .map_or(SEP, |(id, _)| id as u32);
+                done[i] |= best == SEP;
+                if !done[i] {
+                    captions[i].push(best);
+                }
+                tokens[i] = best;
+            }
+            if done.iter().all(|&d| d) {
+                break;
+            }
+        }
+        Ok(captions)
+    }
+
+    /// Hidden states of a packed batch without dropout or gradient.
+    ///
+    /// # Errors
+    /// Those of [`Unimo::forward`].
+    pub fn evaluate(&self, batch: &PackedBatch) -> Result<Tensor> {
+        Ok(self.forward(batch, Dropout::OFF)?.detach())
+    }
+}

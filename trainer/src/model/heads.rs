@@ -1,0 +1,95 @@
+//! Heads: pooled vectors, unified-space embeddings, matching score, language model, regions.
+
+use candle_core::{D, Result, Tensor};
+
+use super::Unimo;
+use crate::ops;
+
+/// Bounds of the learnt temperature.
+const TEMPERATURE: (f64, f64) = (0.001, 0.5);
+
+impl Unimo {
+    /// Rows of the hidden states, `[rows, hidden]` → `[chosen, hidden]`.
+    ///
+    /// # Errors
+    /// A row out of range.
+    pub fn rows(&self, hidden: &Tensor, rows: &[usize]) -> Result<Tensor> {
+        let rows: Vec<u32> = rows.iter().map(|&r| r as u32).collect();
+        hidden.index_select(&Tensor::new(rows.as_slice(), hidden.device())?, 0)
+    }
+
+    /// Unified-space embeddings of separately encoded images: hidden states of `[IMG]`, `[n, hidden]` → `[n, embedding]`, unit length.
+    ///
+    /// # Errors
+    /// Those of candle.
+    pub fn image_embedding(&self, hidden: &Tensor) -> Result<Tensor> {
+        unit(&self.linear("embed.image", hidden)?)
+    }
+
+    /// Unified-space embeddings of separately encoded texts: hidden states of `[CLS]`, `[n, hidden]` → `[n, embedding]`, unit length.
+    ///
+    /// # Errors
+    /// Those of candle.
+    pub fn text_embedding(&self, hidden: &Tensor) -> Result<Tensor> {
+        unit(&self.linear("embed.text", hidden)?)
+    }
+
+    /// Matching logits of jointly encoded pairs: hidden states of `[IMG]` and `[CLS]`, both `[n, hidden]` → `[n]`.
+    ///
+    /// # Errors
+    /// Those of candle.
+    pub fn match_logits(&self, image: &Tensor, text: &Tensor) -> Result<Tensor> {
+        let image = self.linear("pool.image", image)?.relu()?;
+        let text = self.linear("pool.text", text)?.relu()?;
+        self.linear("match", &(image * text)?)?.squeeze(1)
+    }
+
+    /// The contrast's temperature τ, a scalar inside [0.001, 0.5].
+    ///
+    /// # Errors
+    /// Those of candle.
+    pub fn temperature(&self) -> Result<Tensor> {
+        self.weight("temperature")?.exp()?.clamp(TEMPERATURE.0, TEMPERATURE.1)
+    }
+
+    fn lm_transform(&self, hidden: &Tensor) -> Result<Tensor> {
+        self.norm("lm.norm", &ops::gelu(&self.linear("lm.transform", hidden)?)?)
+    }
+
+    /// Mean cross-entropy of the language model at the given hidden states `[n, hidden]`.
+    ///
+    /// # Errors
+    /// As many targets as rows are needed, inside the vocabulary.
+    pub fn language_loss(&self, hidden: &Tensor, targets: Vec<u32>, smoothing: f32) -> Result<Tensor> {
+        let x = self.lm_transform(hidden)?;
+        ops::tied_cross_entropy(&x, self.weight("text.token.weight")?, self.weight("lm.bias")?, targets, smoothing)
+    }
+
+    /// Logits of the language model, `[n, hidden]` → `[n, vocabulary]`.
+    ///
+    /// # Errors
+    /// Those of candle.
+    pub fn language_logits(&self, hidden: &Tensor) -> Result<Tensor> {
+        ops::linear(&self.lm_transform(hidden)?, self.weight("text.token.weight")?, self.weight("lm.bias")?)
+    }
+
+    /// Predicted features of regions, `[n, hidden]` → `[n, region_feature]`.
+    ///
+    /// # Errors
+    /// Those of candle.
+    pub fn region_features(&self, hidden: &Tensor) -> Result<Tensor> {
+        self.linear("region.feature", hidden)
+    }
+
+    /// Logits of the regions' classes, `[n, hidden]` → `[n, region_classes]`.
+    ///
+    /// # Errors
+    /// Those of candle.
+    pub fn region_logits(&self, hidden: &Tensor) -> Result<Tensor> {
+        self.linear("region.class", hidden)
+    }
+}
+
+fn unit(x: &Tensor) -> Result<Tensor> {
+    x.broadcast_div(&(x.sqr()?.sum_keepdim(D::Minus1)? + 1e-12)?.sqrt()?)
+}

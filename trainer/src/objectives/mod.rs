@@ -1,0 +1,346 @@
+//! Pretraining and fine-tuning objectives on one packed forward pass.
+//!
+//! [`StepBatch::build`] draws a step's samples and packs them; [`StepBatch::losses`] reads every objective's loss off the
+//! hidden states. Draws depend on the seed and the step alone.
+
+mod contrastive;
+mod masking;
+
+use anyhow::Result;
+use candle_core::{D, Tensor};
+use rand::Rng;
+use rand::seq::SliceRandom;
+use rand_chacha::ChaCha8Rng;
+
+pub use contrastive::contrastive_loss;
+pub use masking::{MaskedText, mask_regions, mask_text};
+
+use crate::backbone::{Backbone, CLASSES, FEATURES};
+use crate::corpus::Corpus;
+use crate::model::{Dropout, PackedBatch, Packer, Regions, Unimo};
+use crate::ops::reference::log_softmax;
+use crate::recipe::Recipe;
+use crate::seed;
+use crate::tfidf::TfIdfIndex;
+
+/// Share of the regions that is masked.
+const MASKED_REGIONS: f64 = 0.15;
+
+/// Rows that predict tokens.
+#[derive(Default)]
+struct Predictions {
+    rows: Vec<usize>,
+    targets: Vec<u32>,
+}
+
+impl Predictions {
+    /// The rows of `ids[..len−1]`, starting at `first`, predict the token after them.
+    fn next_tokens(&mut self, first: usize, ids: &[u32]) {
+        self.rows.extend(first..first + ids.len() - 1);
+        self.targets.extend(&ids[1..]);
+    }
+
+    fn masked(&mut self, first: usize, masked: &MaskedText) {
+        for &(position, target) in &masked.targets {
+            self.rows.push(first + position);
+            self.targets.push(target);
+        }
+    }
+}
+
+/// Masked regions: where they are and what they were.
+#[derive(Default)]
+struct RegionTargets {
+    rows: Vec<usize>,
+    features: Vec<f32>,
+}
+
+/// One step's samples, packed, with what each row has to predict.
+pub struct StepBatch {
+    packed: PackedBatch,
+    captions: Predictions,
+    texts: Predictions,
+    masked_words: Predictions,
+    regions: RegionTargets,
+    image_rows: Vec<usize>,
+    text_rows: Vec<usize>,
+    image_of_text: Vec<usize>,
+    match_images: Vec<usize>,
+    match_texts: Vec<usize>,
+    match_labels: Vec<f32>,
+    /// Pictures in the step, for throughput.
+    pub pictures: usize,
+}
+
+/// What a step draws from.
+pub struct Source<'a> {
+    /// Samples.
+    pub corpus: &'a Corpus,
+    /// Hard negatives; its texts are all pairs' captions in order.
+    pub tfidf: Option<&'a TfIdfIndex>,
+    /// First text in `tfidf` of each pair.
+    pub first_text: &'a [usize],
+    /// Makes the soft labels of masked regions.
+    pub backbone: &'a Backbone,
+    /// `[MASK]`.
+    pub mask_token: u32,
+}
+
+/// Draws without replacement inside a pass: position `at` of the endless sequence of seeded permutations of `count` items.
+fn shuffled(seed_value: u64, count: usize, at: u64, cache: &mut Option<(u64, Vec<u32>)>) -> usize {
+    let pass = at / count as u64;
+    if cache.as_ref().is_none_or(|(p, _)| *p != pass) {
+        let mut order: Vec<u32> = (0..count as u32).collect();
+        order.shuffle(&mut seed::rng(seed::mix(seed_value, pass)));
+        *cache = Some((pass, order));
+    }
+    cache.as_ref().map_or(0, |(_, order)| order[(at % count as u64) as usize] as usize)
+}
+
+/// Permutations in use, so that they are not made anew for every draw.
+#[derive(Default)]
+pub struct Orders {
+    pairs: Option<(u64, Vec<u32>)>,
+    images: Option<(u64, Vec<u32>)>,
+    texts: Option<(u64, Vec<u32>)>,
+}
+
+struct Picture {
+    pair: usize,
+    view: usize,
+    features: Vec<f32>,
+}
+
+impl StepBatch {
+    /// Draws and packs step `step` of a recipe.
+    ///
+    /// # Errors
+    /// Those of candle.
+    pub fn build(model: &Unimo, recipe: &Recipe, source: &Source, orders: &mut Orders, step: u64) -> Result<Self> {
+        let b = &recipe.batch;
+        let mut rng = seed::rng(seed::mix(recipe.seed ^ 0x5eed_0001, step));
+        let mut draft = Draft { packer: Packer::new(model.config()), grid: model.config().grid, source, parts: Parts::default() };
+        let pictures: Vec<Picture> = (0..b.images)
+            .map(|i| {
+                let pair = shuffled(recipe.seed, source.corpus.pairs.len(), step * b.images as u64 + i as u64, &mut orders.pairs);
+                let view = rng.random_range(0..source.corpus.views(pair));
+                Picture { pair, view, features: source.corpus.pair_features(pair, view) }
+            })
+            .collect();
+        for (i, picture) in pictures.iter().enumerate() {
+            draft.generate_and_contrast(i, picture, b.captions, b.contrast_captions, &mut rng);
+        }
+        for picture in pictures.iter().take(b.match_images) {
+            draft.match_pairs(picture, b.match_negatives, &mut rng);
+        }
+        for (i, picture) in pictures.iter().rev().take(b.masked_pairs).enumerate() {
+            draft.masked_pair(picture, (step + i as u64).is_multiple_of(2), &mut rng);
+        }
+        for i in 0..b.texts {
+            let at = step * b.texts as u64 + i as u64;
+            let text = shuffled(recipe.seed ^ 0x7e87, source.corpus.texts.len(), at, &mut orders.texts);
+            draft.text(&source.corpus.texts[text], i % 2 == 0, &mut rng);
+        }
+        for i in 0..b.images_alone {
+            let at = step * b.images_alone as u64 + i as u64;
+            let image = shuffled(recipe.seed ^ 0x1337, source.corpus.image_count(), at, &mut orders.images);
+            let features = source.corpus.image_features(image, rng.random_range(0..2));
+            draft.masked_image(&features, &mut rng);
+        }
+        let Parts { captions, texts, masked_words, regions, image_rows, text_rows, image_of_text, match_images, match_texts, match_labels } =
+            draft.parts;
+        Ok(Self {
+            packed: draft.packer.finish(model.device())?,
+            captions,
+            texts,
+            masked_words,
+            regions,
+            image_rows,
+            text_rows,
+            image_of_text,
+            match_images,
+            match_texts,
+            match_labels,
+            pictures: b.images,
+        })
+    }
+
+    /// Rows of the packed batch.
+    #[must_use]
+    pub fn rows(&self) -> usize {
+        self.packed.rows()
+    }
+
+    /// The losses of this step, unweighted, by name. Objectives without samples are absent.
+    ///
+    /// # Errors
+    /// Those of candle.
+    pub fn losses(&self, model: &Unimo, recipe: &Recipe, source: &Source, dropout: Dropout) -> Result<Vec<(&'static str, f64, Tensor)>> {
+        let hidden = model.forward(&self.packed, dropout)?;
+        let w = &recipe.weights;
+        let smoothing = w.label_smoothing as f32;
+        let mut losses = Vec::new();
+        for (name, weight, predictions, smoothing) in [
+            ("caption", w.caption, &self.captions, smoothing),
+            ("text", w.text, &self.texts, smoothing),
+            ("masked_language", w.masked_language, &self.masked_words, 0.0),
+        ] {
+            if !predictions.rows.is_empty() {
+                let rows = model.rows(&hidden, &predictions.rows)?;
+                losses.push((name, weight, model.language_loss(&rows, predictions.targets.clone(), smoothing)?));
+            }
+        }
+        if !self.text_rows.is_empty() {
+            let images = model.image_embedding(&model.rows(&hidden, &self.image_rows)?)?;
+            let texts = model.text_embedding(&model.rows(&hidden, &self.text_rows)?)?;
+            losses.push(("contrast", w.contrast, contrastive_loss(&images, &texts, &self.image_of_text, &model.temperature()?)?));
+        }
+        if !self.match_labels.is_empty() {
+            let logits = model.match_logits(&model.rows(&hidden, &self.match_images)?, &model.rows(&hidden, &self.match_texts)?)?;
+            losses.push(("matching", w.matching, matching_loss(&logits, &self.match_labels)?));
+        }
+        if !self.regions.rows.is_empty() {
+            let rows = model.rows(&hidden, &self.regions.rows)?;
+            losses.push(("region_features", w.region_features, region_regression(model, &rows, &self.regions.features)?));
+            if w.region_classes > 0.0 {
+                let loss = region_classification(model, source.backbone, &rows, &self.regions.features)?;
+                losses.push(("region_classes", w.region_classes, loss));
+            }
+        }
+        Ok(losses)
+    }
+}
+
+#[derive(Default)]
+struct Parts {
+    captions: Predictions,
+    texts: Predictions,
+    masked_words: Predictions,
+    regions: RegionTargets,
+    image_rows: Vec<usize>,
+    text_rows: Vec<usize>,
+    image_of_text: Vec<usize>,
+    match_images: Vec<usize>,
+    match_texts: Vec<usize>,
+    match_labels: Vec<f32>,
+}
+
+struct Draft<'a> {
+    packer: Packer<'a>,
+    grid: usize,
+    source: &'a Source<'a>,
+    parts: Parts,
+}
+
+impl Draft<'_> {
+    fn generate_and_contrast(&mut self, image: usize, picture: &Picture, captions: usize, contrast: usize, rng: &mut ChaCha8Rng) {
+        let pair = &self.source.corpus.pairs[picture.pair];
+        let mut order: Vec<usize> = (0..pair.captions.len()).collect();
+        order.shuffle(rng);
+        let all = pair.captions_for(picture.view);
+        let chosen: Vec<&[u32]> = order.iter().take(captions).map(|&c| all[c].as_slice()).collect();
+        let inputs: Vec<&[u32]> = chosen.iter().map(|ids| &ids[..ids.len() - 1]).collect();
+        let rows = self.packer.image_with_captions(Regions::visible(&picture.features), &inputs);
+        for (&first, ids) in rows.texts.iter().zip(&chosen) {
+            self.parts.captions.next_tokens(first, ids);
+        }
+        self.parts.image_rows.push(rows.image);
+        for &c in order.iter().rev().take(contrast) {
+            self.parts.text_rows.push(self.packer.text(&all[c], false));
+            self.parts.image_of_text.push(image);
+        }
+    }
+
+    fn match_pairs(&mut self, picture: &Picture, negatives: usize, rng: &mut ChaCha8Rng) {
+        let corpus = self.source.corpus;
+        let pair = &corpus.pairs[picture.pair];
+        let own = rng.random_range(0..pair.captions.len());
+        let mut candidates = vec![(pair.captions_for(picture.view)[own].clone(), 1.0)];
+        let near = self.source.tfidf.map(|index| index.hard_negatives(self.source.first_text[picture.pair] + own, 24)).unwrap_or_default();
+        for k in 0..negatives {
+            // Every other negative is any caption at all: with near ones alone the head never learns what is far.
+            let text = if k % 2 == 0 && !near.is_empty() { near[rng.random_range(0..near.len())] } else { self.any_other_text(picture.pair, rng) };
+            let other = self.source.first_text.partition_point(|&first| first <= text) - 1;
+            candidates.push((corpus.pairs[other].captions_for(picture.view)[text - self.source.first_text[other]].clone(), 0.0));
+        }
+        for (ids, label) in candidates {
+            let rows = self.packer.pair(Regions::visible(&picture.features), &ids);
+            self.parts.match_images.push(rows.image);
+            self.parts.match_texts.push(rows.texts[0]);
+            self.parts.match_labels.push(label);
+        }
+    }
+
+    fn any_other_text(&self, pair: usize, rng: &mut ChaCha8Rng) -> usize {
+        let pairs = &self.source.corpus.pairs;
+        let mut other = rng.random_range(0..pairs.len());
+        if other == pair {
+            other = (other + 1) % pairs.len();
+        }
+        self.source.first_text[other] + rng.random_range(0..pairs[other].captions.len())
+    }
+
+    fn masked_pair(&mut self, picture: &Picture, words: bool, rng: &mut ChaCha8Rng) {
+        let pair = &self.source.corpus.pairs[picture.pair];
+        let ids = &pair.captions_for(picture.view)[rng.random_range(0..pair.captions.len())];
+        if words {
+            let masked = mask_text(ids, self.source.mask_token, rng);
+            let rows = self.packer.pair(Regions::visible(&picture.features), &masked.ids);
+            self.parts.masked_words.masked(rows.texts[0], &masked);
+        } else {
+            let masked = mask_regions(self.grid, MASKED_REGIONS, rng);
+            let rows = self.packer.pair(Regions { features: &picture.features, masked: &masked }, ids);
+            self.region_targets(rows.image, &picture.features, &masked);
+        }
+    }
+
+    fn masked_image(&mut self, features: &[f32], rng: &mut ChaCha8Rng) {
+        let masked = mask_regions(self.grid, MASKED_REGIONS, rng);
+        let rows = self.packer.image_with_captions(Regions { features, masked: &masked }, &[]);
+        self.region_targets(rows.image, features, &masked);
+    }
+
+    fn region_targets(&mut self, image_row: usize, features: &[f32], masked: &[usize]) {
+        for &region in masked {
+            self.parts.regions.rows.push(image_row + 1 + region);
+            self.parts.regions.features.extend_from_slice(&features[region * FEATURES..(region + 1) * FEATURES]);
+        }
+    }
+
+    fn text(&mut self, ids: &[u32], generate: bool, rng: &mut ChaCha8Rng) {
+        if generate {
+            let first = self.packer.text(&ids[..ids.len() - 1], true);
+            self.parts.texts.next_tokens(first, ids);
+        } else {
+            let masked = mask_text(ids, self.source.mask_token, rng);
+            let first = self.packer.text(&masked.ids, false);
+            self.parts.masked_words.masked(first, &masked);
+        }
+    }
+}
+
+/// Mean binary cross-entropy of matching logits `[n]` with labels 0 or 1, stable for large logits.
+///
+/// # Errors
+/// Those of candle.
+pub fn matching_loss(logits: &Tensor, labels: &[f32]) -> candle_core::Result<Tensor> {
+    let labels = Tensor::new(labels, logits.device())?;
+    // max(z, 0) − z·y + ln(1 + e^−|z|)
+    let softplus = ((logits.abs()?.neg()?.exp()? + 1.0)?).log()?;
+    (logits.relu()? - (logits * labels)? + softplus)?.mean_all()
+}
+
+/// Mean squared error of the masked regions' predicted features; `rows` is `[n, hidden]`, `features` `[n · 1280]`.
+fn region_regression(model: &Unimo, rows: &Tensor, features: &[f32]) -> Result<Tensor> {
+    let target = Tensor::from_slice(features, (features.len() / FEATURES, FEATURES), rows.device())?;
+    Ok((model.region_features(rows)? - target)?.sqr()?.mean_all()?)
+}
+
+/// Cross-entropy of the masked regions with the backbone's class distribution (its gradient is that of the
+/// Kullback–Leibler divergence).
+fn region_classification(model: &Unimo, backbone: &Backbone, rows: &Tensor, features: &[f32]) -> Result<Tensor> {
+    let labels = Tensor::from_vec(backbone.classify(features)?, (features.len() / FEATURES, CLASSES), rows.device())?;
+    let labels = log_softmax(&labels)?.exp()?.detach();
+    let log_p = log_softmax(&model.region_logits(rows)?)?;
+    Ok((labels * log_p)?.sum(D::Minus1)?.mean_all()?.neg()?)
+}

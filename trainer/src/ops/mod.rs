@@ -1,0 +1,46 @@
+//! Differentiable operators with hand-written backward passes, fused for the CPU.
+//!
+//! candle 0.11's own `layer_norm` and `softmax_last_dim` cut the gradient without a word, and its differentiable forms cost
+//! several times as much as these. Every operator here is checked against finite differences and against a composition of
+//! candle's differentiable operators ([`reference`](mod@reference)), which also serves devices other than the CPU.
+
+mod attention;
+mod cross_entropy;
+mod elementwise;
+pub mod kernels;
+mod linear;
+pub mod reference;
+
+pub use attention::{AttentionGroup, AttentionPlan, QueryBlock, attention};
+pub use cross_entropy::tied_cross_entropy;
+pub use elementwise::{dropout_add, gelu, layer_norm};
+pub use linear::linear;
+
+use candle_core::{CpuStorage, Error, Layout, Result, Storage, Tensor};
+
+/// Work per rayon task, in values: small enough to balance, large enough to amortise the hand-over.
+const TASK_VALUES: usize = 1 << 16;
+
+fn f32_slice<'a>(op: &'static str, storage: &'a CpuStorage, layout: &Layout) -> Result<&'a [f32]> {
+    let Some((start, end)) = layout.contiguous_offsets() else {
+        return Err(Error::RequiresContiguous { op });
+    };
+    match storage {
+        CpuStorage::F32(values) => Ok(&values[start..end]),
+        other => Err(Error::Msg(format!("{op}: expected f32, got {:?}", candle_core::backend::BackendStorage::dtype(other)))),
+    }
+}
+
+/// Runs `f` on the values of an f32 CPU tensor.
+fn with_values<R>(op: &'static str, tensor: &Tensor, f: impl FnOnce(&[f32]) -> R) -> Result<R> {
+    let tensor = tensor.contiguous()?;
+    let (storage, layout) = tensor.storage_and_layout();
+    match &*storage {
+        Storage::Cpu(cpu) => Ok(f(f32_slice(op, cpu, layout)?)),
+        _ => Err(Error::Msg(format!("{op}: expected a CPU tensor"))),
+    }
+}
+
+fn rows_per_task(width: usize) -> usize {
+    (TASK_VALUES / width.max(1)).max(1)
+}

@@ -1,0 +1,84 @@
+//! The same operators composed of candle's differentiable ones: slow, on every device, and what the fused ones are tested
+//! against.
+
+use candle_core::{D, Result, Tensor};
+
+use super::AttentionPlan;
+
+/// See [`layer_norm`](super::layer_norm).
+///
+/// # Errors
+/// Shapes that do not fit.
+pub fn layer_norm(x: &Tensor, weight: &Tensor, bias: &Tensor, eps: f32) -> Result<Tensor> {
+    let centred = x.broadcast_sub(&x.mean_keepdim(D::Minus1)?)?;
+    let deviation = (centred.sqr()?.mean_keepdim(D::Minus1)? + f64::from(eps))?.sqrt()?;
+    centred.broadcast_div(&deviation)?.broadcast_mul(weight)?.broadcast_add(bias)
+}
+
+/// See [`linear`](super::linear).
+///
+/// # Errors
+/// Shapes that do not fit.
+pub fn linear(x: &Tensor, weight: &Tensor, bias: &Tensor) -> Result<Tensor> {
+    x.broadcast_matmul(&weight.t()?)?.broadcast_add(bias)
+}
+
+/// Softmax over the last dimension.
+///
+/// # Errors
+/// Those of candle.
+pub fn softmax(x: &Tensor) -> Result<Tensor> {
+    let e = x.broadcast_sub(&x.max_keepdim(D::Minus1)?.detach())?.exp()?;
+    e.broadcast_div(&e.sum_keepdim(D::Minus1)?)
+}
+
+/// Logarithm of the softmax over the last dimension.
+///
+/// # Errors
+/// Those of candle.
+pub fn log_softmax(x: &Tensor) -> Result<Tensor> {
+    let shifted = x.broadcast_sub(&x.max_keepdim(D::Minus1)?.detach())?;
+    shifted.broadcast_sub(&shifted.exp()?.sum_keepdim(D::Minus1)?.log()?)
+}
+
+/// See [`tied_cross_entropy`](super::tied_cross_entropy).
+///
+/// # Errors
+/// Shapes that do not fit.
+pub fn tied_cross_entropy(hidden: &Tensor, weight: &Tensor, bias: &Tensor, targets: &[u32], smoothing: f32) -> Result<Tensor> {
+    let log_p = log_softmax(&linear(hidden, weight, bias)?)?;
+    let index = Tensor::new(targets, hidden.device())?.unsqueeze(1)?;
+    let at_target = log_p.gather(&index, 1)?.mean_all()?;
+    let smooth = log_p.mean_all()?;
+    (at_target * f64::from(smoothing - 1.0))? - (smooth * f64::from(smoothing))?
+}
+
+/// See [`attention`](super::attention), without dropout.
+///
+/// # Errors
+/// Shapes that do not fit.
+pub fn attention(qkv: &Tensor, plan: &AttentionPlan, heads: usize) -> Result<Tensor> {
+    let hidden = qkv.dim(1)? / 3;
+    let depth = hidden / heads;
+    let split = |which: usize, start: usize, len: usize| -> Result<Tensor> {
+        qkv.narrow(0, start, len)?.narrow(1, which * hidden, hidden)?.reshape((len, heads, depth))?.transpose(0, 1)?.contiguous()
+    };
+    let mut outputs = Vec::new();
+    for group in &plan.groups {
+        for block in &group.blocks {
+            let (n, c) = (block.rows.len(), block.context.len());
+            let own = group.start + block.rows.start;
+            let seen = |which| -> Result<Tensor> {
+                let mine = split(which, own, n)?;
+                if c == 0 { Ok(mine) } else { Tensor::cat(&[split(which, group.start + block.context.start, c)?, mine], 1) }
+            };
+            let mut scores = (split(0, own, n)?.matmul(&seen(1)?.t()?)? / (depth as f64).sqrt())?;
+            if block.causal {
+                let mask: Vec<f32> = (0..n * (c + n)).map(|i| if i % (c + n) > c + i / (c + n) { -1e9 } else { 0.0 }).collect();
+                scores = scores.broadcast_add(&Tensor::from_vec(mask, (1, n, c + n), qkv.device())?)?;
+            }
+            outputs.push(softmax(&scores)?.matmul(&seen(2)?)?.transpose(0, 1)?.reshape((n, hidden))?);
+        }
+    }
+    Tensor::cat(&outputs, 0)
+}

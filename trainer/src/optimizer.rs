@@ -1,0 +1,252 @@
+//! AdamW with decoupled weight decay, global-norm clipping and moments that are saved and restored.
+
+use std::collections::{BTreeMap, HashMap};
+use std::sync::Mutex;
+
+use anyhow::{Context, Result, bail};
+use candle_core::backprop::GradStore;
+use candle_core::{CpuStorage, InplaceOp2, Layout, Tensor, Var};
+use rayon::prelude::*;
+use serde::{Deserialize, Serialize};
+
+use crate::ops::kernels::{self, AdamWStep};
+
+/// Values a task updates.
+const TASK_VALUES: usize = 1 << 16;
+
+/// Optimiser settings (defaults: the paper's).
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct OptimizerConfig {
+    /// Peak learning rate.
+    pub learning_rate: f64,
+    /// Steps of linear warm-up.
+    pub warmup_steps: u64,
+    /// Share of the peak that the cosine decay ends at.
+    pub final_share: f64,
+    /// Decoupled weight decay, off LayerNorm weights, biases and the temperature.
+    pub weight_decay: f64,
+    /// Decay of the first moment.
+    pub beta1: f64,
+    /// Decay of the second moment.
+    pub beta2: f64,
+    /// Added to the root of the second moment.
+    pub eps: f64,
+    /// Largest global norm of the gradient; larger ones are scaled down to it.
+    pub clip_norm: f64,
+}
+
+impl Default for OptimizerConfig {
+    fn default() -> Self {
+        Self {
+            learning_rate: 5e-4,
+            warmup_steps: 100,
+            final_share: 0.02,
+            weight_decay: 0.01,
+            beta1: 0.9,
+            beta2: 0.98,
+            eps: 1e-6,
+            clip_norm: 1.0,
+        }
+    }
+}
+
+impl OptimizerConfig {
+    /// Learning rate of step `step` (from 0) of `total`: linear warm-up, then half a cosine down to `final_share`.
+    #[must_use]
+    pub fn rate(&self, step: u64, total: u64) -> f64 {
+        if step < self.warmup_steps {
+            return self.learning_rate * (step + 1) as f64 / self.warmup_steps as f64;
+        }
+        let span = total.saturating_sub(self.warmup_steps).max(1);
+        let progress = ((step - self.warmup_steps) as f64 / span as f64).min(1.0);
+        let cosine = 0.5 * (1.0 + (std::f64::consts::PI * progress).cos());
+        self.learning_rate * (self.final_share + (1.0 - self.final_share) * cosine)
+    }
+}
+
+type Moments = Mutex<(Vec<f32>, Vec<f32>)>;
+
+/// AdamW over named variables.
+pub struct AdamW {
+    config: OptimizerConfig,
+    updates: u64,
+    variables: Vec<(String, Var, Moments)>,
+}
+
+struct Update<'a> {
+    moments: &'a Moments,
+    step: AdamWStep,
+}
+
+impl InplaceOp2 for Update<'_> {
+    fn name(&self) -> &'static str {
+        "adamw"
+    }
+
+    fn cpu_fwd(&self, s1: &mut CpuStorage, l1: &Layout, s2: &CpuStorage, l2: &Layout) -> candle_core::Result<()> {
+        let (Some((w0, w1)), Some((g0, g1))) = (l1.contiguous_offsets(), l2.contiguous_offsets()) else {
+            return Err(candle_core::Error::RequiresContiguous { op: "adamw" });
+        };
+        let (CpuStorage::F32(weights), CpuStorage::F32(gradient)) = (s1, s2) else {
+            candle_core::bail!("adamw: expected f32");
+        };
+        let mut guard = self.moments.lock().map_err(|_| candle_core::Error::Msg("adamw: poisoned".into()))?;
+        let (first, second) = &mut *guard;
+        weights[w0..w1]
+            .par_chunks_mut(TASK_VALUES)
+            .zip(gradient[g0..g1].par_chunks(TASK_VALUES))
+            .zip(first.par_chunks_mut(TASK_VALUES))
+            .zip(second.par_chunks_mut(TASK_VALUES))
+            .for_each(|(((w, g), m), v)| kernels::adamw(w, g, m, v, &self.step));
+        Ok(())
+    }
+}
+
+/// What a step did.
+#[derive(Debug, Clone, Copy)]
+pub struct StepReport {
+    /// Global norm of the gradient, before clipping.
+    pub gradient_norm: f64,
+    /// Whether the update was left out because the gradient was not finite.
+    pub skipped: bool,
+}
+
+impl AdamW {
+    /// Zero moments for every variable.
+    #[must_use]
+    pub fn new(config: OptimizerConfig, weights: &BTreeMap<String, Var>) -> Self {
+        let variables = weights
+            .iter()
+            .map(|(name, var)| {
+                let n = var.elem_count();
+                (name.clone(), var.clone(), Mutex::new((vec![0f32; n], vec![0f32; n])))
+            })
+            .collect();
+        Self { config, updates: 0, variables }
+    }
+
+    /// Updates applied so far.
+    #[must_use]
+    pub fn updates(&self) -> u64 {
+        self.updates
+    }
+
+    /// One update with learning rate `rate`. A gradient that is not finite changes nothing.
+    ///
+    /// # Errors
+    /// Those of candle.
+    pub fn step(&mut self, gradients: &GradStore, rate: f64) -> Result<StepReport> {
+        let mut square = 0f64;
+        for (_, var, _) in &self.variables {
+            if let Some(g) = gradients.get(var) {
+                square += f64::from(g.sqr()?.sum_all()?.to_scalar::<f32>()?);
+            }
+        }
+        let gradient_norm = square.sqrt();
+        if !gradient_norm.is_finite() {
+            return Ok(StepReport { gradient_norm, skipped: true });
+        }
+        self.updates += 1;
+        let t = self.updates as i32;
+        let c = &self.config;
+        let gradient_scale = if gradient_norm > c.clip_norm { c.clip_norm / gradient_norm } else { 1.0 };
+        for (name, var, moments) in &self.variables {
+            let Some(gradient) = gradients.get(var) else { continue };
+            let step = AdamWStep {
+                rate: rate as f32,
+                decay: if is_decayed(name) { c.weight_decay as f32 } else { 0.0 },
+                beta1: c.beta1 as f32,
+                beta2: c.beta2 as f32,
+                eps: c.eps as f32,
+                correction1: (1.0 / (1.0 - c.beta1.powi(t))) as f32,
+                correction2: (1.0 / (1.0 - c.beta2.powi(t))) as f32,
+                gradient_scale: gradient_scale as f32,
+            };
+            var.as_tensor().inplace_op2(&gradient.contiguous()?, &Update { moments, step })?;
+        }
+        Ok(StepReport { gradient_norm, skipped: false })
+    }
+
+    /// The moments as tensors `<weight>.first` and `<weight>.second`, and the number of updates.
+    ///
+    /// # Errors
+    /// Those of candle.
+    pub fn state(&self) -> Result<(HashMap<String, Tensor>, u64)> {
+        let mut tensors = HashMap::new();
+        for (name, var, moments) in &self.variables {
+            let guard = moments.lock().map_err(|_| anyhow::anyhow!("poisoned moments"))?;
+            for (kind, values) in [("first", &guard.0), ("second", &guard.1)] {
+                tensors.insert(format!("{name}.{kind}"), Tensor::from_slice(values, var.shape(), &candle_core::Device::Cpu)?);
+            }
+        }
+        Ok((tensors, self.updates))
+    }
+
+    /// Restores what [`AdamW::state`] gave.
+    ///
+    /// # Errors
+    /// A missing or misshapen moment.
+    pub fn restore(&mut self, tensors: &HashMap<String, Tensor>, updates: u64) -> Result<()> {
+        for (name, var, moments) in &self.variables {
+            let read = |kind: &str| -> Result<Vec<f32>> {
+                let key = format!("{name}.{kind}");
+                let tensor = tensors.get(&key).with_context(|| format!("the optimizer state lacks `{key}`"))?;
+                if tensor.shape() != var.shape() {
+                    bail!("the optimizer state's `{key}` is {:?}, not {:?}", tensor.shape(), var.shape());
+                }
+                Ok(tensor.flatten_all()?.to_vec1()?)
+            };
+            *moments.lock().map_err(|_| anyhow::anyhow!("poisoned moments"))? = (read("first")?, read("second")?);
+        }
+        self.updates = updates;
+        Ok(())
+    }
+}
+
+fn is_decayed(name: &str) -> bool {
+    name.ends_with(".weight") && !name.ends_with("norm.weight")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use candle_core::Device;
+
+    /// Values of `tests/reference/adamw.py`: f(w) = Σ w³, three steps.
+    #[test]
+    fn three_steps_agree_with_the_reference() {
+        let var = Var::from_vec(vec![1.0f32, -2.0, 0.5], 3, &Device::Cpu).unwrap();
+        let weights = BTreeMap::from([("a.weight".to_owned(), var.clone())]);
+        let config = OptimizerConfig { weight_decay: 0.1, clip_norm: 1e9, ..Default::default() };
+        let mut optimizer = AdamW::new(config, &weights);
+        for _ in 0..3 {
+            let loss = var.as_tensor().powf(3.0).unwrap().sum_all().unwrap();
+            optimizer.step(&loss.backward().unwrap(), 0.01).unwrap();
+        }
+        let got = var.as_tensor().to_vec1::<f32>().unwrap();
+        for (got, expected) in got.iter().zip(ADAMW_EXPECTED) {
+            assert!((got - expected).abs() < 1e-6, "{got} {expected}");
+        }
+    }
+
+    const ADAMW_EXPECTED: [f32; 3] = [0.967_052_55, -2.023_981_9, 0.468_573_17];
+
+    #[test]
+    fn a_gradient_that_is_not_finite_changes_nothing() {
+        let var = Var::from_vec(vec![1.0f32], 1, &Device::Cpu).unwrap();
+        let mut optimizer = AdamW::new(OptimizerConfig::default(), &BTreeMap::from([("a.weight".to_owned(), var.clone())]));
+        let loss = (var.as_tensor() * f64::INFINITY).unwrap().sum_all().unwrap();
+        assert!(optimizer.step(&loss.backward().unwrap(), 0.1).unwrap().skipped);
+        assert_eq!(var.as_tensor().to_vec1::<f32>().unwrap(), [1.0]);
+        assert_eq!(optimizer.updates(), 0);
+    }
+
+    #[test]
+    fn the_rate_warms_up_and_decays() {
+        let c = OptimizerConfig { learning_rate: 1.0, warmup_steps: 10, final_share: 0.1, ..Default::default() };
+        for (step, expected) in [(0, 0.1), (9, 1.0), (10, 1.0), (55, 0.55), (100, 0.1), (500, 0.1)] {
+            assert!((c.rate(step, 100) - expected).abs() < 1e-9, "step {step}");
+        }
+    }
+}

@@ -1,0 +1,170 @@
+//! Training recipes: what a step is made of, as TOML.
+
+use anyhow::{Context, Result, bail};
+use serde::{Deserialize, Serialize};
+
+use crate::optimizer::OptimizerConfig;
+
+/// A whole recipe.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Recipe {
+    /// Steps in all.
+    pub steps: u64,
+    /// Seed of every draw.
+    #[serde(default = "default_seed")]
+    pub seed: u64,
+    /// Views of each picture kept in the feature cache: 1 as it is, 2 with a mirrored one, then random crops.
+    #[serde(default = "default_views")]
+    pub views: usize,
+    /// Steps between checkpoints.
+    #[serde(default = "default_interval")]
+    pub checkpoint_every: u64,
+    /// Steps between evaluations on the development shards.
+    #[serde(default = "default_interval")]
+    pub evaluate_every: u64,
+    /// Development pictures evaluated on the way.
+    #[serde(default = "default_evaluated")]
+    pub evaluate_images: usize,
+    /// What a step holds.
+    pub batch: BatchConfig,
+    /// Weights of the losses.
+    #[serde(default)]
+    pub weights: LossWeights,
+    /// Optimiser.
+    #[serde(default)]
+    pub optimizer: OptimizerConfig,
+}
+
+fn default_seed() -> u64 {
+    1
+}
+fn default_views() -> usize {
+    2
+}
+fn default_interval() -> u64 {
+    200
+}
+fn default_evaluated() -> usize {
+    100
+}
+
+/// How many of each a step holds. Zero leaves an objective out.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct BatchConfig {
+    /// Pictures with captions.
+    pub images: usize,
+    /// Captions of each picture that the language model learns to write; they share one image prefix.
+    pub captions: usize,
+    /// Captions of each picture encoded alone for the contrast.
+    #[serde(default)]
+    pub contrast_captions: usize,
+    /// Pictures encoded jointly with their own and with wrong captions.
+    #[serde(default)]
+    pub match_images: usize,
+    /// Wrong captions (TF-IDF neighbours) of each of those.
+    #[serde(default)]
+    pub match_negatives: usize,
+    /// Pairs encoded jointly with text or regions masked, in turn.
+    #[serde(default)]
+    pub masked_pairs: usize,
+    /// Texts alone: generated and unmasked, in turn.
+    #[serde(default)]
+    pub texts: usize,
+    /// Pictures alone, with masked regions.
+    #[serde(default)]
+    pub images_alone: usize,
+}
+
+/// Weights of the losses in the sum that is minimised.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct LossWeights {
+    /// Caption generation.
+    pub caption: f64,
+    /// Generation of texts alone.
+    pub text: f64,
+    /// Contrast of separately encoded images and texts.
+    pub contrast: f64,
+    /// Matching of jointly encoded pairs.
+    pub matching: f64,
+    /// Masked words.
+    pub masked_language: f64,
+    /// Masked regions: feature regression.
+    pub region_features: f64,
+    /// Masked regions: soft labels.
+    pub region_classes: f64,
+    /// Label smoothing of generation.
+    pub label_smoothing: f64,
+}
+
+impl Default for LossWeights {
+    fn default() -> Self {
+        Self {
+            caption: 1.0,
+            text: 0.5,
+            contrast: 1.0,
+            matching: 0.5,
+            masked_language: 0.5,
+            region_features: 0.5,
+            region_classes: 0.1,
+            label_smoothing: 0.1,
+        }
+    }
+}
+
+impl Recipe {
+    /// Parses and checks a recipe.
+    ///
+    /// # Errors
+    /// Malformed TOML, unknown keys, numbers that make no sense.
+    pub fn from_toml(text: &str) -> Result<Self> {
+        let recipe: Self = toml::from_str(text)?;
+        let b = &recipe.batch;
+        if recipe.steps == 0 || recipe.views == 0 || recipe.checkpoint_every == 0 || recipe.evaluate_every == 0 {
+            bail!("steps, views, checkpoint_every and evaluate_every must be at least 1");
+        }
+        if b.images == 0 && b.texts == 0 && b.images_alone == 0 {
+            bail!("the batch is empty");
+        }
+        if b.match_images.max(b.masked_pairs) > b.images {
+            bail!("match_images and masked_pairs are taken from the step's {} images", b.images);
+        }
+        if b.contrast_captions > 0 && b.images < 2 {
+            bail!("a contrast needs at least 2 images in a step");
+        }
+        if !(0.0..1.0).contains(&recipe.weights.label_smoothing) {
+            bail!("label_smoothing is not in [0, 1)");
+        }
+        Ok(recipe)
+    }
+
+    /// Reads a recipe file.
+    ///
+    /// # Errors
+    /// As [`Recipe::from_toml`].
+    pub fn from_file(path: &std::path::Path) -> Result<Self> {
+        let text = std::fs::read_to_string(path).with_context(|| format!("cannot read the recipe {}", path.display()))?;
+        Self::from_toml(&text).with_context(|| format!("in {}", path.display()))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn nonsense_is_refused_with_its_reason() {
+        let good = "steps = 10\n[batch]\nimages = 4\ncaptions = 5\n";
+        assert_eq!(Recipe::from_toml(good).unwrap().weights, LossWeights::default());
+        for (change, says) in [
+            ("match_images = 5", "taken from"),
+            ("wings = 2", "wings"),
+            ("[weights]\nlabel_smoothing = 1.5", "label_smoothing"),
+        ] {
+            let error = format!("{:#}", Recipe::from_toml(&format!("{good}{change}\n")).unwrap_err());
+            assert!(error.contains(says), "{error}");
+        }
+    }
+}

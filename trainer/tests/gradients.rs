@@ -1,0 +1,137 @@
+//! Every own operator agrees with finite differences in f64-scale steps and with its composition of candle's differentiable
+//! operators, and after one step every parameter has a finite, non-zero gradient.
+
+use std::sync::Arc;
+
+use candle_core::{Device, Result, Tensor, Var};
+use unimo_train::ops::{self, AttentionGroup, AttentionPlan, QueryBlock, reference};
+
+/// Values in about [−1, 1] that repeat from run to run.
+fn values(seed: u32, count: usize) -> Vec<f32> {
+    (0..count).map(|i| ((i as f32 + 1.0) * (0.731 + seed as f32 * 0.173)).sin()).collect()
+}
+
+fn var(seed: u32, shape: &[usize]) -> Var {
+    Var::from_vec(values(seed, shape.iter().product()), shape, &Device::Cpu).unwrap()
+}
+
+/// A scalar that weighs every output differently.
+fn weigh(y: &Tensor) -> Result<Tensor> {
+    let weights = Tensor::from_vec(values(9, y.elem_count()), y.shape(), &Device::Cpu)?;
+    (y * weights)?.sum_all()
+}
+
+fn largest_difference(a: &Tensor, b: &Tensor) -> f32 {
+    (a - b).unwrap().abs().unwrap().flatten_all().unwrap().max(0).unwrap().to_scalar().unwrap()
+}
+
+/// Checks gradients of `f` by its inputs against central differences and against `g`, the composed form.
+fn check(name: &str, inputs: &[Var], f: impl Fn(&[Tensor]) -> Result<Tensor>, g: Option<&dyn Fn(&[Tensor]) -> Result<Tensor>>) {
+    let tensors: Vec<Tensor> = inputs.iter().map(|v| v.as_tensor().clone()).collect();
+    let y = f(&tensors).unwrap();
+    let gradients = weigh(&y).unwrap().backward().unwrap();
+    if let Some(g) = g {
+        let expected = g(&tensors).unwrap();
+        assert!(largest_difference(&y, &expected) < 2e-5, "{name}: forward differs by {}", largest_difference(&y, &expected));
+        let composed = weigh(&expected).unwrap().backward().unwrap();
+        for (i, input) in inputs.iter().enumerate() {
+            let difference = largest_difference(gradients.get(input).unwrap(), composed.get(input).unwrap());
+            // Sums of up to a few hundred f32 products of order 1.
+            assert!(difference < 1e-4, "{name}: gradient {i} differs by {difference}");
+        }
+    }
+    for (i, input) in inputs.iter().enumerate() {
+        let gradient = gradients.get(input).unwrap().flatten_all().unwrap().to_vec1::<f32>().unwrap();
+        let original = input.as_tensor().flatten_all().unwrap().to_vec1::<f32>().unwrap();
+        for k in (0..original.len()).step_by(original.len() / 12 + 1) {
+            let at = |delta: f32| -> f64 {
+                let mut moved = original.clone();
+                moved[k] += delta;
+                let mut changed = tensors.clone();
+                changed[i] = Tensor::from_vec(moved, input.shape(), &Device::Cpu).unwrap();
+                f64::from(weigh(&f(&changed).unwrap()).unwrap().to_scalar::<f32>().unwrap())
+            };
+            let h = 1e-2;
+            // Fourth-order central difference: truncation below 1e-6 here, so that f32 rounding (about 1e-4) dominates.
+            let slope = (8.0 * (at(h) - at(-h)) - (at(2.0 * h) - at(-2.0 * h))) / (12.0 * f64::from(h));
+            let got = f64::from(gradient[k]);
+            assert!((slope - got).abs() < 2e-3 * (1.0 + got.abs()), "{name}: input {i}[{k}]: {got} against {slope}");
+        }
+    }
+}
+
+/// An image of 3 rows with two captions, a text, a causal text.
+fn plan() -> Arc<AttentionPlan> {
+    let block = |rows, context, causal| QueryBlock { rows, context, causal };
+    Arc::new(AttentionPlan {
+        groups: vec![
+            AttentionGroup {
+                start: 0,
+                len: 8,
+                blocks: vec![block(0..3, 0..0, false), block(3..5, 0..3, true), block(5..8, 0..3, true)],
+            },
+            AttentionGroup { start: 8, len: 4, blocks: vec![block(0..4, 0..0, false)] },
+            AttentionGroup { start: 12, len: 3, blocks: vec![block(0..3, 0..0, true)] },
+        ],
+    })
+}
+
+#[test]
+fn layer_norm() {
+    let inputs = [var(1, &[7, 20]), var(2, &[20]), var(3, &[20])];
+    let f = |t: &[Tensor]| ops::layer_norm(&t[0], &t[1], &t[2], 1e-5);
+    check("layer_norm", &inputs, f, Some(&|t| reference::layer_norm(&t[0], &t[1], &t[2], 1e-5)));
+}
+
+#[test]
+fn gelu() {
+    let inputs = [Var::from_tensor(&(var(1, &[9, 17]).as_tensor() * 3.0).unwrap()).unwrap()];
+    check("gelu", &inputs, |t| ops::gelu(&t[0]), Some(&|t| t[0].gelu_erf()));
+}
+
+#[test]
+fn linear() {
+    let inputs = [var(1, &[5, 6]), var(2, &[4, 6]), var(3, &[4])];
+    let f = |t: &[Tensor]| ops::linear(&t[0], &t[1], &t[2]);
+    check("linear", &inputs, f, Some(&|t| reference::linear(&t[0], &t[1], &t[2])));
+}
+
+#[test]
+fn attention_over_images_captions_and_texts() {
+    let inputs = [var(1, &[15, 24])];
+    let plan = plan();
+    check("attention", &inputs, |t| ops::attention(&t[0], &plan, 2, 0.0, 0), Some(&|t| reference::attention(&t[0], &plan, 2)));
+}
+
+#[test]
+fn attention_with_dropout_has_the_gradient_of_what_it_computed() {
+    let plan = plan();
+    check("attention with dropout", &[var(1, &[15, 24])], |t| ops::attention(&t[0], &plan, 2, 0.3, 5), None);
+}
+
+#[test]
+fn dropout_add() {
+    let inputs = [var(1, &[6, 11]), var(2, &[6, 11])];
+    check("dropout_add", &inputs, |t| ops::dropout_add(&t[0], &t[1], 0.4, 3), None);
+}
+
+#[test]
+fn tied_cross_entropy() {
+    // More rows than one chunk, so that chunks are joined rightly.
+    let rows = 300;
+    let targets: Vec<u32> = (0..rows as u32).map(|i| i * 7 % 13).collect();
+    let inputs = [var(1, &[rows, 6]), var(2, &[13, 6]), var(3, &[13])];
+    let f = |t: &[Tensor]| ops::tied_cross_entropy(&t[0], &t[1], &t[2], targets.clone(), 0.1);
+    check("tied_cross_entropy", &inputs, f, Some(&|t| reference::tied_cross_entropy(&t[0], &t[1], &t[2], &targets, 0.1)));
+}
+
+#[test]
+fn a_wrong_plan_is_refused() {
+    let qkv = var(1, &[15, 24]);
+    let mut wrong = (*plan()).clone();
+    wrong.groups[0].blocks[1].rows = 4..5;
+    assert!(ops::attention(qkv.as_tensor(), &Arc::new(wrong), 2, 0.0, 0).is_err());
+    let mut short = (*plan()).clone();
+    short.groups.pop();
+    assert!(ops::attention(qkv.as_tensor(), &Arc::new(short), 2, 0.0, 0).is_err());
+}
