@@ -8,8 +8,9 @@ use std::path::Path;
 
 use anyhow::{Context, Result, bail};
 use multiversion::multiversion;
+use rand::Rng;
 use safetensors::SafeTensors;
-use safetensors::tensor::Dtype;
+use safetensors::tensor::{Dtype, TensorView};
 
 use crate::ops::kernels::{Matrix, Product, sgemm};
 
@@ -72,8 +73,9 @@ impl Backbone {
     /// As [`Backbone::load`].
     pub fn from_bytes(bytes: &[u8]) -> Result<Self> {
         let file = SafeTensors::deserialize(bytes).context("not a safetensors file")?;
+        let with_classifier = file.names().contains(&"classifier.weight");
         let mut layers = HashMap::new();
-        let mut add = |name: String, shape: Vec<usize>| -> Result<()> {
+        for (name, shape) in layer_shapes().into_iter().filter(|(name, _)| with_classifier || name != "classifier") {
             let weight = tensor(&file, &format!("{name}.weight"), &shape)?;
             let bias = tensor(&file, &format!("{name}.bias"), &shape[..1])?;
             let weight = match shape[1..] {
@@ -84,22 +86,6 @@ impl Backbone {
                 _ => weight,
             };
             layers.insert(name, Convolution { weight, bias });
-            Ok(())
-        };
-        add("stem".into(), vec![32, 3, 3, 3])?;
-        let mut channels = 32;
-        for (i, (out, expansion, _)) in BLOCKS.into_iter().enumerate() {
-            let inner = channels * expansion;
-            if expansion > 1 {
-                add(format!("block{i}.expand"), vec![inner, channels, 1, 1])?;
-            }
-            add(format!("block{i}.depthwise"), vec![inner, 1, 3, 3])?;
-            add(format!("block{i}.project"), vec![out, inner, 1, 1])?;
-            channels = out;
-        }
-        add("head".into(), vec![FEATURES, channels, 1, 1])?;
-        if file.names().contains(&"classifier.weight") {
-            add("classifier".into(), vec![CLASSES, FEATURES])?;
         }
         Ok(Self { layers })
     }
@@ -189,6 +175,47 @@ impl Backbone {
         }
         Ok(self.pointwise("classifier", features, FEATURES, false))
     }
+}
+
+/// Names and weight shapes of the layers, in order; each has a bias of its first dimension.
+#[must_use]
+pub fn layer_shapes() -> Vec<(String, Vec<usize>)> {
+    let mut list = vec![("stem".to_owned(), vec![32, 3, 3, 3])];
+    let mut channels = 32;
+    for (i, (out, expansion, _)) in BLOCKS.into_iter().enumerate() {
+        let inner = channels * expansion;
+        if expansion > 1 {
+            list.push((format!("block{i}.expand"), vec![inner, channels, 1, 1]));
+        }
+        list.push((format!("block{i}.depthwise"), vec![inner, 1, 3, 3]));
+        list.push((format!("block{i}.project"), vec![out, inner, 1, 1]));
+        channels = out;
+    }
+    list.push(("head".to_owned(), vec![FEATURES, channels, 1, 1]));
+    list.push(("classifier".to_owned(), vec![CLASSES, FEATURES]));
+    list
+}
+
+/// A backbone file of random weights, scaled to keep the size of activations: what tests use that need shapes, not sight.
+///
+/// # Errors
+/// Those of safetensors.
+pub fn random_file(seed: u64) -> Result<Vec<u8>> {
+    let mut rng = crate::seed::rng(seed);
+    let mut tensors: Vec<(String, Vec<usize>, Vec<u8>)> = Vec::new();
+    for (name, shape) in layer_shapes() {
+        let bound = (6.0 / shape[1..].iter().product::<usize>() as f32).sqrt();
+        let weight = (0..shape.iter().product()).flat_map(|_| half::f16::from_f32(rng.random_range(-bound..bound)).to_le_bytes()).collect();
+        let bias = (0..shape[0]).flat_map(|_| rng.random_range(-0.1f32..0.1).to_le_bytes()).collect();
+        tensors.push((format!("{name}.bias"), vec![shape[0]], bias));
+        tensors.push((format!("{name}.weight"), shape, weight));
+    }
+    let views = tensors.iter().map(|(name, shape, bytes)| {
+        let dtype = if name.ends_with(".bias") { Dtype::F32 } else { Dtype::F16 };
+        Ok((name.as_str(), TensorView::new(dtype, shape.clone(), bytes)?))
+    });
+    let views: Vec<(&str, TensorView)> = views.collect::<Result<_>>()?;
+    Ok(safetensors::serialize(views, None)?)
 }
 
 fn tensor(file: &SafeTensors, name: &str, shape: &[usize]) -> Result<Vec<f32>> {

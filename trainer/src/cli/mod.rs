@@ -1,7 +1,7 @@
 //! The command line: one module a subcommand, thin over the library.
 
-// pub mod data;
-// pub mod eval;
+pub mod data;
+pub mod eval;
 pub mod finetune;
 pub mod pretrain;
 pub mod tokenizer;
@@ -31,16 +31,16 @@ pub struct Cli {
 
 #[derive(Debug, Subcommand)]
 enum Command {
-    // / Draw, pack, unpack and describe shards of pictures and captions
-    // Data(data::DataArgs),
+    /// Draw, pack, unpack and describe shards of pictures and captions
+    Data(data::DataArgs),
     /// Train the byte-level BPE vocabulary
     Tokenizer(tokenizer::Args),
     /// Train a model from nothing, or go on from a checkpoint, on all objectives of a recipe
     Pretrain(pretrain::Args),
     /// Adapt a pretrained checkpoint to captioning or retrieval
     Finetune(finetune::Args),
-    // / Score captions, embeddings or a checkpoint
-    // Eval(eval::EvalArgs),
+    /// Score captions, embeddings or a checkpoint
+    Eval(eval::EvalArgs),
 }
 
 /// Runs a parsed command line.
@@ -49,10 +49,10 @@ enum Command {
 /// Whatever the subcommand could not do.
 pub fn run(cli: Cli) -> Result<ExitCode> {
     match cli.command {
-        // Command::Data(args) => data::run(args),
+        Command::Data(args) => data::run(args),
         Command::Tokenizer(args) => tokenizer::run(&args),
         Command::Pretrain(args) => pretrain::run(&args),
         Command::Finetune(args) => finetune::run(&args),
-        // Command::Eval(args) => eval::run(args),
+        Command::Eval(args) => eval::run(args),
     }
 }

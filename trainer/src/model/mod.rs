@@ -117,17 +117,6 @@ impl Unimo {
         &self.weights
     }
 
-    /// Rounds every weight to f16 and back: what an f16 bundle computes with.
-    ///
-    /// # Errors
-    /// Those of candle.
-    pub fn round_to_f16(&self) -> Result<()> {
-        for var in self.weights.values() {
-            var.set(&var.as_tensor().to_dtype(DType::F16)?.to_dtype(DType::F32)?)?;
-        }
-        Ok(())
-    }
-
     fn weight(&self, name: &str) -> candle_core::Result<&Tensor> {
         match self.weights.get(name) {
             Some(var) => Ok(var.as_tensor()),

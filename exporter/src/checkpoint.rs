@@ -1,0 +1,95 @@
+//! A trainer's checkpoint with all its weights as plain f32 values.
+
+use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
+
+use anyhow::{Context, Result, bail};
+use candle_core::{DType, Device};
+use unimo::tokenizer::Tokenizer;
+use unimo_train::backbone::{Backbone, layer_shapes};
+use unimo_train::model::{ModelConfig, Unimo};
+
+use crate::graph::round_to_f16;
+
+/// A checkpoint, checked for completeness.
+pub struct Checkpoint {
+    /// Its folder.
+    pub folder: PathBuf,
+    /// The candle model.
+    pub model: Unimo,
+    /// The backbone.
+    pub backbone: Backbone,
+    /// Its tokenizer.
+    pub tokenizer: Tokenizer,
+    /// `training.toml`.
+    pub training: toml::Table,
+    weights: BTreeMap<String, Vec<f32>>,
+}
+
+impl Checkpoint {
+    /// Opens a checkpoint folder, or the newest checkpoint of a run.
+    ///
+    /// # Errors
+    /// Missing files; tensors that are missing, superfluous or misshapen; a tokenizer of another size.
+    pub fn open(path: &Path) -> Result<Self> {
+        let folder = unimo_train::checkpoint::resolve(path)?;
+        let model = Unimo::load(&folder, &Device::Cpu)?;
+        let backbone = Backbone::load(&folder.join("backbone.safetensors"))?;
+        let tokenizer = Tokenizer::from_file(&folder.join("tokenizer.json"))?;
+        if tokenizer.vocabulary_size() != model.config().vocabulary {
+            bail!("the tokenizer has {} tokens, the model {}", tokenizer.vocabulary_size(), model.config().vocabulary);
+        }
+        let note = folder.join("training.toml");
+        let text = std::fs::read_to_string(&note).with_context(|| format!("cannot read {}", note.display()))?;
+        let training = text.parse().with_context(|| format!("in {}", note.display()))?;
+        let mut weights = BTreeMap::new();
+        for (name, var) in model.weights() {
+            weights.insert(name.clone(), var.as_tensor().flatten_all()?.to_vec1::<f32>()?);
+        }
+        let path = folder.join("backbone.safetensors");
+        let tensors = candle_core::safetensors::load(&path, &Device::Cpu).with_context(|| format!("cannot read {}", path.display()))?;
+        for (layer, _) in layer_shapes().into_iter().filter(|(layer, _)| layer != "classifier") {
+            for kind in ["weight", "bias"] {
+                let name = format!("{layer}.{kind}");
+                let tensor = tensors.get(&name).with_context(|| format!("{} lacks `{name}`", path.display()))?;
+                weights.insert(format!("backbone.{name}"), tensor.to_dtype(DType::F32)?.flatten_all()?.to_vec1()?);
+            }
+        }
+        Ok(Self { folder, model, backbone, tokenizer, training, weights })
+    }
+
+    /// Sizes.
+    #[must_use]
+    pub fn config(&self) -> &ModelConfig {
+        self.model.config()
+    }
+
+    /// A weight's values; the backbone's are called `backbone.<layer>.<weight|bias>`.
+    ///
+    /// # Panics
+    /// For a name that no checkpoint of this form has.
+    #[must_use]
+    pub fn weight(&self, name: &str) -> &[f32] {
+        &self.weights[name]
+    }
+
+    /// Rounds to 16 bits, here and in candle's model, what an f16 bundle stores in 16 bits: matrices and kernels. The boxes'
+    /// embedding is folded into a 32-bit table instead.
+    ///
+    /// # Errors
+    /// Those of candle.
+    pub fn round_to_f16(&mut self) -> Result<()> {
+        for (name, var) in self.model.weights() {
+            if var.dims().len() > 1 && name != "image.box.weight" {
+                var.set(&var.as_tensor().to_dtype(DType::F16)?.to_dtype(DType::F32)?)?;
+                self.weights.insert(name.clone(), var.as_tensor().flatten_all()?.to_vec1()?);
+            }
+        }
+        for (name, values) in &mut self.weights {
+            if name.starts_with("backbone.") && name.ends_with(".weight") {
+                *values = round_to_f16(values);
+            }
+        }
+        Ok(())
+    }
+}

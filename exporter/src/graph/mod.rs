@@ -1,0 +1,245 @@
+//! A small typed builder of ONNX graphs: values know their shape and type, operators check them, weights are shared.
+
+mod operators;
+mod weights;
+
+use tract_onnx::pb::tensor_proto::{DataLocation, DataType};
+use tract_onnx::pb::tensor_shape_proto::{Dimension, dimension};
+use tract_onnx::pb::{
+    AttributeProto, GraphProto, ModelProto, NodeProto, OperatorSetIdProto, StringStringEntryProto, TensorProto, TensorShapeProto, TypeProto,
+    ValueInfoProto, attribute_proto::AttributeType, type_proto,
+};
+use unimo::bundle::manifest::{Dtype, GraphSignature};
+
+pub use operators::Convolution;
+pub use weights::{WeightStore, round_to_f16};
+
+/// Operator set that the graphs are written in.
+pub const OPSET: i64 = 17;
+/// ONNX file format that goes with [`OPSET`].
+const IR_VERSION: i64 = 8;
+
+/// Why a graph cannot be built.
+#[derive(Debug, thiserror::Error, PartialEq, Eq)]
+pub enum GraphError {
+    /// Operands do not fit.
+    #[error("{operator}: {reason}")]
+    Shape {
+        /// ONNX operator.
+        operator: &'static str,
+        /// What does not fit.
+        reason: String,
+    },
+    /// A weight is not in the store.
+    #[error("there is no weight `{0}`")]
+    MissingWeight(String),
+    /// An output is not what the contract promises.
+    #[error("output `{name}` is {found}, the contract says {expected}")]
+    Output {
+        /// Output.
+        name: String,
+        /// What was built.
+        found: String,
+        /// What was promised.
+        expected: String,
+    },
+}
+
+/// A tensor inside a graph.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Value {
+    name: String,
+    shape: Vec<usize>,
+    dtype: Dtype,
+}
+
+impl Value {
+    /// Fixed shape.
+    #[must_use]
+    pub fn shape(&self) -> &[usize] {
+        &self.shape
+    }
+}
+
+/// Attribute values that the operators need.
+enum Attribute {
+    Int(i64),
+    Ints(Vec<i64>),
+    Float(f32),
+}
+
+/// Builds one graph over a store of weights.
+pub struct GraphBuilder<'w> {
+    signature: GraphSignature,
+    weights: &'w WeightStore,
+    graph: GraphProto,
+    values: usize,
+    used: std::collections::BTreeMap<String, Value>,
+}
+
+impl<'w> GraphBuilder<'w> {
+    /// A graph with the inputs of `signature`.
+    #[must_use]
+    pub fn new(signature: &GraphSignature, weights: &'w WeightStore) -> Self {
+        let mut graph = GraphProto { name: signature.name.clone(), ..GraphProto::default() };
+        graph.input = signature.inputs.iter().map(|t| value_info(&t.name, &t.shape, t.dtype)).collect();
+        Self { signature: signature.clone(), weights, graph, values: 0, used: std::collections::BTreeMap::new() }
+    }
+
+    /// An input by its name.
+    ///
+    /// # Errors
+    /// The signature has no such input.
+    pub fn input(&self, name: &str) -> Result<Value, GraphError> {
+        match self.signature.inputs.iter().find(|t| t.name == name) {
+            Some(t) => Ok(Value { name: name.to_owned(), shape: t.shape.clone(), dtype: t.dtype }),
+            None => Err(GraphError::Shape { operator: "Input", reason: format!("`{name}` is not an input of {}", self.signature.name) }),
+        }
+    }
+
+    /// A weight of the store as f32: 16-bit ones pass a `Cast`.
+    ///
+    /// # Errors
+    /// No such weight.
+    pub fn weight(&mut self, name: &str) -> Result<Value, GraphError> {
+        if let Some(value) = self.used.get(name) {
+            return Ok(value.clone());
+        }
+        let stored = self.weights.get(name).ok_or_else(|| GraphError::MissingWeight(name.to_owned()))?;
+        let entry = |key: &str, value: String| StringStringEntryProto { key: key.to_owned(), value };
+        self.graph.initializer.push(TensorProto {
+            name: name.to_owned(),
+            dims: dims(&stored.shape),
+            data_type: if stored.half { DataType::Float16 } else { DataType::Float } as i32,
+            data_location: Some(DataLocation::External as i32),
+            external_data: vec![
+                entry("location", weights::FILE.to_owned()),
+                entry("offset", stored.offset.to_string()),
+                entry("length", stored.length.to_string()),
+            ],
+            ..TensorProto::default()
+        });
+        let mut value = Value { name: name.to_owned(), shape: stored.shape.clone(), dtype: Dtype::F32 };
+        if stored.half {
+            let to = Attribute::Int(DataType::Float as i64);
+            value = self.node("Cast", &[&value], &[("to", to)], stored.shape.clone(), Dtype::F32);
+        }
+        self.used.insert(name.to_owned(), value.clone());
+        Ok(value)
+    }
+
+    /// A small f32 constant kept inside the graph file.
+    pub fn constant(&mut self, shape: &[usize], values: &[f32]) -> Value {
+        let bytes = values.iter().flat_map(|v| v.to_le_bytes()).collect();
+        self.inline(shape, Dtype::F32, bytes)
+    }
+
+    /// A small i64 constant kept inside the graph file.
+    fn integers(&mut self, values: &[i64]) -> Value {
+        let bytes = values.iter().flat_map(|v| v.to_le_bytes()).collect();
+        self.inline(&[values.len()], Dtype::I64, bytes)
+    }
+
+    fn inline(&mut self, shape: &[usize], dtype: Dtype, raw_data: Vec<u8>) -> Value {
+        let value = Value { name: self.fresh("constant"), shape: shape.to_vec(), dtype };
+        self.graph.initializer.push(TensorProto {
+            name: value.name.clone(),
+            dims: dims(shape),
+            data_type: data_type(dtype) as i32,
+            raw_data,
+            ..TensorProto::default()
+        });
+        value
+    }
+
+    fn fresh(&mut self, what: &str) -> String {
+        self.values += 1;
+        format!("{}_{}", what.to_lowercase(), self.values)
+    }
+
+    fn node(&mut self, operator: &'static str, inputs: &[&Value], attributes: &[(&str, Attribute)], shape: Vec<usize>, dtype: Dtype) -> Value {
+        let value = Value { name: self.fresh(operator), shape, dtype };
+        let attribute = attributes
+            .iter()
+            .map(|(name, attribute)| {
+                let mut proto = AttributeProto { name: (*name).to_owned(), ..AttributeProto::default() };
+                match attribute {
+                    Attribute::Int(i) => (proto.i, proto.r#type) = (*i, AttributeType::Int as i32),
+                    Attribute::Ints(ints) => (proto.ints, proto.r#type) = (ints.clone(), AttributeType::Ints as i32),
+                    Attribute::Float(f) => (proto.f, proto.r#type) = (*f, AttributeType::Float as i32),
+                }
+                proto
+            })
+            .collect();
+        self.graph.node.push(NodeProto {
+            name: value.name.clone(),
+            op_type: operator.to_owned(),
+            input: inputs.iter().map(|v| v.name.clone()).collect(),
+            output: vec![value.name.clone()],
+            attribute,
+            ..NodeProto::default()
+        });
+        value
+    }
+
+    /// Closes the graph with its outputs in the signature's order.
+    ///
+    /// # Errors
+    /// Outputs that are not what the signature promises.
+    pub fn finish(mut self, outputs: &[Value]) -> Result<ModelProto, GraphError> {
+        let promised = std::mem::take(&mut self.signature.outputs);
+        if promised.len() != outputs.len() {
+            let reason = format!("{} outputs, the contract says {}", outputs.len(), promised.len());
+            return Err(GraphError::Shape { operator: "Output", reason });
+        }
+        for (output, promised) in outputs.iter().zip(&promised) {
+            if output.shape != promised.shape || output.dtype != promised.dtype {
+                return Err(GraphError::Output {
+                    name: promised.name.clone(),
+                    found: format!("{:?} {:?}", output.dtype, output.shape),
+                    expected: format!("{:?} {:?}", promised.dtype, promised.shape),
+                });
+            }
+            self.graph.node.push(NodeProto {
+                name: format!("output_{}", promised.name),
+                op_type: "Identity".to_owned(),
+                input: vec![output.name.clone()],
+                output: vec![promised.name.clone()],
+                ..NodeProto::default()
+            });
+            self.graph.output.push(value_info(&promised.name, &promised.shape, promised.dtype));
+        }
+        Ok(ModelProto {
+            ir_version: IR_VERSION,
+            opset_import: vec![OperatorSetIdProto { domain: String::new(), version: OPSET }],
+            producer_name: "unimo-export".to_owned(),
+            producer_version: env!("CARGO_PKG_VERSION").to_owned(),
+            graph: Some(self.graph),
+            ..ModelProto::default()
+        })
+    }
+}
+
+fn dims(shape: &[usize]) -> Vec<i64> {
+    shape.iter().map(|&d| d as i64).collect()
+}
+
+fn data_type(dtype: Dtype) -> DataType {
+    match dtype {
+        Dtype::F32 => DataType::Float,
+        Dtype::I64 => DataType::Int64,
+    }
+}
+
+fn value_info(name: &str, shape: &[usize], dtype: Dtype) -> ValueInfoProto {
+    let dim = shape
+        .iter()
+        .map(|&d| Dimension { value: Some(dimension::Value::DimValue(d as i64)), ..Dimension::default() })
+        .collect();
+    let tensor = type_proto::Tensor { elem_type: data_type(dtype) as i32, shape: Some(TensorShapeProto { dim }) };
+    ValueInfoProto {
+        name: name.to_owned(),
+        r#type: Some(TypeProto { value: Some(type_proto::Value::TensorType(tensor)), ..TypeProto::default() }),
+        ..ValueInfoProto::default()
+    }
+}

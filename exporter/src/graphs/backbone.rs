@@ -1,0 +1,50 @@
+//! MobileNetV2 from pixels to region features, as the trainer's `backbone` computes it.
+
+use unimo_train::backbone::{BLOCKS, FEATURES, GRID, layer_shapes};
+
+use super::Builder;
+use crate::checkpoint::Checkpoint;
+use crate::graph::{GraphError, Value, WeightStore};
+
+use crate::graph::Convolution;
+
+/// Adds the convolutions' weights as `backbone.<layer>`; the classifier stays behind.
+pub(super) fn add_weights(store: &mut WeightStore, checkpoint: &Checkpoint) {
+    for (layer, shape) in layer_shapes().into_iter().filter(|(layer, _)| layer != "classifier") {
+        let name = |kind: &str| format!("backbone.{layer}.{kind}");
+        store.add(&name("weight"), &shape, checkpoint.weight(&name("weight")));
+        store.add(&name("bias"), &shape[..1], checkpoint.weight(&name("bias")));
+    }
+}
+
+/// 3×3: one pixel all round at stride 1, at bottom and right only at stride 2.
+fn padded(stride: usize, groups: usize) -> Convolution {
+    Convolution { stride, pads: if stride == 1 { [1; 4] } else { [0, 0, 1, 1] }, groups }
+}
+
+const POINTWISE: Convolution = Convolution { stride: 1, pads: [0; 4], groups: 1 };
+
+impl Builder<'_> {
+    /// Pixels `[1, 3, 224, 224]` → region features `[1, 49, 1280]`.
+    pub(super) fn backbone(&mut self, pixels: &Value) -> Result<Value, GraphError> {
+        let x = self.graph.convolution("backbone.stem", pixels, padded(2, 1))?;
+        let mut x = self.graph.relu6(&x);
+        for (i, (_, expansion, stride)) in BLOCKS.into_iter().enumerate() {
+            let name = |part: &str| format!("backbone.block{i}.{part}");
+            let mut y = x.clone();
+            if expansion > 1 {
+                y = self.graph.convolution(&name("expand"), &y, POINTWISE)?;
+                y = self.graph.relu6(&y);
+            }
+            let channels = y.shape()[1];
+            y = self.graph.convolution(&name("depthwise"), &y, padded(stride, channels))?;
+            y = self.graph.relu6(&y);
+            y = self.graph.convolution(&name("project"), &y, POINTWISE)?;
+            x = if stride == 1 && x.shape() == y.shape() { self.graph.add(&x, &y)? } else { y };
+        }
+        let x = self.graph.convolution("backbone.head", &x, POINTWISE)?;
+        let x = self.graph.relu6(&x);
+        let x = self.graph.reshape(&x, &[1, FEATURES, GRID * GRID])?;
+        self.graph.transpose(&x, &[0, 2, 1])
+    }
+}

@@ -1,0 +1,189 @@
+//! Embeddings and Transformer layers, as the trainer's `model` computes them.
+
+use super::{Builder, EPS};
+use crate::checkpoint::Checkpoint;
+use crate::graph::{GraphError, Value, WeightStore};
+
+/// Keys and values of one layer, `[heads, rows, depth]` each.
+pub(super) struct LayerCache {
+    pub keys: Value,
+    pub values: Value,
+}
+
+/// What rows of a layer attend to, beside each other.
+pub(super) enum Context<'a> {
+    /// Nothing; an additive mask `[1, rows]` may hide some of them.
+    Rows(Option<&'a Value>),
+    /// Keys and values from before, each with an additive mask `[1, rows]` or none.
+    Past(&'a [(LayerCache, Option<&'a Value>)]),
+}
+
+fn transposed(values: &[f32], rows: usize, columns: usize) -> Vec<f32> {
+    (0..columns).flat_map(|c| (0..rows).map(move |r| values[r * columns + c])).collect()
+}
+
+/// Adds the Transformer's and the heads' weights.
+pub(super) fn add_weights(store: &mut WeightStore, checkpoint: &Checkpoint) {
+    for (name, shape) in checkpoint.config().weights() {
+        let values = checkpoint.weight(&name);
+        let training_only = name.starts_with("region.") || name == "temperature";
+        // The boxes' embedding is folded into `image.places`; see below.
+        if training_only || name.starts_with("image.box") || name == "image.feature.bias" {
+            continue;
+        }
+        let table = name == "text.token.weight" || name == "text.position.weight";
+        match shape[..] {
+            [rows, columns] if !table => store.add(&name, &[columns, rows], &transposed(values, rows, columns)),
+            _ => store.add(&name, &shape, values),
+        }
+    }
+    add_places(store, checkpoint);
+}
+
+/// `image.places` `[image_tokens, hidden]`: FC(box) + both biases of the region embedding. The grid's boxes never change.
+fn add_places(store: &mut WeightStore, checkpoint: &Checkpoint) {
+    let config = checkpoint.config();
+    let (weight, bias) = (checkpoint.weight("image.box.weight"), checkpoint.weight("image.box.bias"));
+    let feature_bias = checkpoint.weight("image.feature.bias");
+    let boxes = unimo_train::model::region_boxes(config.grid);
+    let mut places = Vec::with_capacity(config.image_tokens() * config.hidden);
+    for region in boxes.chunks_exact(5) {
+        for (row, (b, f)) in weight.chunks_exact(5).zip(bias.iter().zip(feature_bias)) {
+            places.push(row.iter().zip(region).map(|(w, x)| w * x).sum::<f32>() + b + f);
+        }
+    }
+    store.add_exact("image.places", &[config.image_tokens(), config.hidden], &places);
+}
+
+impl Builder<'_> {
+    fn depth(&self) -> usize {
+        self.sizes.hidden / self.sizes.heads
+    }
+
+    /// Embeds tokens `[n]` at positions `[n]`: `[n, hidden]`.
+    pub(super) fn embed_tokens(&mut self, ids: &Value, positions: &Value) -> Result<Value, GraphError> {
+        let table = self.graph.weight("text.token.weight")?;
+        let places = self.graph.weight("text.position.weight")?;
+        let (tokens, places) = (self.graph.gather(&table, ids)?, self.graph.gather(&places, positions)?);
+        let sum = self.graph.add(&tokens, &places)?;
+        self.graph.layer_norm("text.norm", &sum, EPS)
+    }
+
+    /// Embeds a whole text, ids `[1, n]`: `[n, hidden]`.
+    pub(super) fn embed_text(&mut self, ids: &Value) -> Result<Value, GraphError> {
+        let n = self.sizes.max_text;
+        let ids = self.graph.reshape(ids, &[n])?;
+        let table = self.graph.weight("text.token.weight")?;
+        let places = self.graph.weight("text.position.weight")?;
+        let (tokens, places) = (self.graph.gather(&table, &ids)?, self.graph.slice(&places, 0, 0, n)?);
+        let sum = self.graph.add(&tokens, &places)?;
+        self.graph.layer_norm("text.norm", &sum, EPS)
+    }
+
+    /// Embeds an image's regions `[1, cells, region_feature]` with `[IMG]` in front: `[image_tokens, hidden]`.
+    pub(super) fn embed_regions(&mut self, regions: &Value) -> Result<Value, GraphError> {
+        let mean = self.graph.mean(regions, 1)?;
+        let features = self.graph.concat(&[&mean, regions], 1)?;
+        let features = self.graph.reshape(&features, &[self.sizes.image_tokens, self.sizes.region_feature])?;
+        let weight = self.graph.weight("image.feature.weight")?;
+        let places = self.graph.weight("image.places")?;
+        let product = self.graph.matmul(&features, &weight)?;
+        let sum = self.graph.add(&product, &places)?;
+        self.graph.layer_norm("image.norm", &sum, EPS)
+    }
+
+    /// One layer over rows `x` `[n, hidden]`. Returns the new rows and their keys and values.
+    pub(super) fn layer(&mut self, layer: usize, x: &Value, context: Context) -> Result<(Value, LayerCache), GraphError> {
+        let name = |part: &str| format!("layers.{layer}.{part}");
+        let rows = x.shape()[0];
+        let qkv = self.graph.linear(&name("attention.qkv"), x)?;
+        let [query, keys, values] = self.split_heads(&qkv, rows)?;
+        let query = self.graph.scale(&query, 1.0 / (self.depth() as f32).sqrt())?;
+        let attended = match context {
+            Context::Rows(mask) => {
+                let scores = self.scores(&query, &keys, mask)?;
+                let p = self.graph.softmax(&scores);
+                self.graph.matmul(&p, &values)?
+            }
+            Context::Past(past) => self.attend_to_past(&query, &keys, &values, past)?,
+        };
+        let attended = self.graph.transpose(&attended, &[1, 0, 2])?;
+        let attended = self.graph.reshape(&attended, &[rows, self.sizes.hidden])?;
+        let attended = self.graph.linear(&name("attention.output"), &attended)?;
+        let sum = self.graph.add(x, &attended)?;
+        let x = self.graph.layer_norm(&name("attention.norm"), &sum, EPS)?;
+        let inner = self.graph.linear(&name("ffn.up"), &x)?;
+        let inner = self.graph.gelu(&inner)?;
+        let outer = self.graph.linear(&name("ffn.down"), &inner)?;
+        let sum = self.graph.add(&x, &outer)?;
+        let x = self.graph.layer_norm(&name("ffn.norm"), &sum, EPS)?;
+        Ok((x, LayerCache { keys, values }))
+    }
+
+    /// `[rows, 3·hidden]` → queries, keys, values `[heads, rows, depth]`.
+    fn split_heads(&mut self, qkv: &Value, rows: usize) -> Result<[Value; 3], GraphError> {
+        let (hidden, heads, depth) = (self.sizes.hidden, self.sizes.heads, self.depth());
+        let mut part = |i: usize| -> Result<Value, GraphError> {
+            let part = self.graph.slice(qkv, 1, i * hidden, (i + 1) * hidden)?;
+            let part = self.graph.reshape(&part, &[rows, heads, depth])?;
+            self.graph.transpose(&part, &[1, 0, 2])
+        };
+        Ok([part(0)?, part(1)?, part(2)?])
+    }
+
+    /// Scaled queries against keys, plus a mask: `[heads, queries, keys]`.
+    fn scores(&mut self, query: &Value, keys: &Value, mask: Option<&Value>) -> Result<Value, GraphError> {
+        let keys = self.graph.transpose(keys, &[0, 2, 1])?;
+        let scores = self.graph.matmul(query, &keys)?;
+        match mask {
+            Some(mask) => self.graph.add(&scores, mask),
+            None => Ok(scores),
+        }
+    }
+
+    /// Attention over several caches and the rows themselves, without joining the caches: only the scores are joined.
+    fn attend_to_past(
+        &mut self,
+        query: &Value,
+        keys: &Value,
+        values: &Value,
+        past: &[(LayerCache, Option<&Value>)],
+    ) -> Result<Value, GraphError> {
+        let mut scores = Vec::new();
+        for (cache, mask) in past {
+            scores.push(self.scores(query, &cache.keys, *mask)?);
+        }
+        scores.push(self.scores(query, keys, None)?);
+        let joined = self.graph.concat(&scores.iter().collect::<Vec<_>>(), 2)?;
+        let p = self.graph.softmax(&joined);
+        let mut at = 0;
+        let mut sum: Option<Value> = None;
+        for (i, score) in scores.iter().enumerate() {
+            let width = score.shape()[2];
+            let part = self.graph.slice(&p, 2, at, at + width)?;
+            at += width;
+            let seen = past.get(i).map_or(values, |(cache, _)| &cache.values);
+            let weighted = self.graph.matmul(&part, seen)?;
+            sum = Some(match sum {
+                None => weighted,
+                Some(sum) => self.graph.add(&sum, &weighted)?,
+            });
+        }
+        sum.ok_or_else(|| GraphError::Shape { operator: "Attention", reason: "nothing to attend to".into() })
+    }
+
+    /// Row `row` of the hidden states: `[1, hidden]`.
+    pub(super) fn row(&mut self, x: &Value, row: usize) -> Result<Value, GraphError> {
+        self.graph.slice(x, 0, row, row + 1)
+    }
+
+    /// Per-layer values `[heads, rows, depth]` as one `[layers, heads, rows, depth]`.
+    pub(super) fn stack(&mut self, parts: &[Value]) -> Result<Value, GraphError> {
+        let mut raised = Vec::with_capacity(parts.len());
+        for part in parts {
+            let shape: Vec<usize> = std::iter::once(1).chain(part.shape().iter().copied()).collect();
+            raised.push(self.graph.reshape(part, &shape)?);
+        }
+        self.graph.concat(&raised.iter().collect::<Vec<_>>(), 0)
+    }
+}

@@ -1,0 +1,9 @@
+//! From a trainer's checkpoint to the bundle that a board runs: ONNX graphs, shared weights, a parity check.
+
+pub mod backbone_file;
+pub mod checkpoint;
+pub mod export;
+pub mod graph;
+pub mod graphs;
+pub mod parity;
+pub mod sample;

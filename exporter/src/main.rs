@@ -1,0 +1,132 @@
+//! `unimo-export`; see `unimo-export --help`.
+
+use std::path::PathBuf;
+use std::process::ExitCode;
+
+use anyhow::{Context, Result, bail};
+use clap::{CommandFactory, Parser, Subcommand};
+use unimo::bundle::manifest::{DecodingDefaults, Precision};
+use unimo::bundle::{Bundle, BundleSource};
+use unimo_export::export::{ExportOptions, export};
+use unimo_export::parity::Sample;
+use unimo_export::sample::drawn_samples;
+
+const EXAMPLES: &str = "Examples:
+  unimo-export --checkpoint runs/edge-s-caption --out edge-s.tar --verify flickr8k/dev-0000.tar
+  unimo-export --checkpoint runs/pico --out pico-bundle --precision f32,f16
+  unimo-export backbone --bundle runtime/bundle/default.tar --out mobilenetv2.safetensors
+
+Every output of every graph is compared with candle on real inputs before the bundle gets its name; where they differ the
+export fails with the table and leaves nothing behind. Exit codes: 0 done, 2 usage, 3 bad input or parity that does not hold.";
+
+/// Exports a checkpoint to a bundle of ONNX graphs.
+#[derive(Debug, Parser)]
+#[command(name = "unimo-export", version, after_help = EXAMPLES, args_conflicts_with_subcommands = true)]
+struct Cli {
+    #[command(subcommand)]
+    command: Option<Command>,
+    #[command(flatten)]
+    export: Option<ExportArgs>,
+}
+
+#[derive(Debug, Subcommand)]
+enum Command {
+    /// Take the convolutional backbone out of a bundle, to train other models on
+    Backbone {
+        /// Bundle: a folder or a .tar
+        #[arg(long, value_name = "BUNDLE")]
+        bundle: PathBuf,
+        /// Safetensors file to write; it has no classifier, so that recipes on it set `region_classes` to 0
+        #[arg(long, value_name = "FILE")]
+        out: PathBuf,
+    },
+}
+
+#[derive(Debug, clap::Args)]
+struct ExportArgs {
+    /// Checkpoint folder, or a run's folder (its newest checkpoint)
+    #[arg(long, value_name = "FOLDER")]
+    checkpoint: PathBuf,
+    /// Where to write: a name that ends in .tar, or a folder
+    #[arg(long, value_name = "PATH")]
+    out: PathBuf,
+    /// Precisions of the stored weights, the default one first
+    #[arg(long, value_delimiter = ',', default_value = "f16", value_name = "LIST")]
+    precision: Vec<Precision>,
+    /// Shards whose pictures and captions are compared on [default: drawn scenes]
+    #[arg(long, num_args = 1.., value_name = "SHARD")]
+    verify: Vec<PathBuf>,
+    /// Pictures compared
+    #[arg(long, default_value_t = 8, value_name = "N")]
+    verify_samples: usize,
+    /// Hypotheses kept while decoding, by default
+    #[arg(long, default_value_t = 3)]
+    beam: usize,
+    /// Power of the length by which hypotheses are ranked
+    #[arg(long, default_value_t = 0.7)]
+    length_penalty: f32,
+    /// TOML of measured figures to put into the manifest, a table per precision
+    #[arg(long, value_name = "FILE")]
+    quality: Option<PathBuf>,
+    /// Replace a bundle that is already there
+    #[arg(long)]
+    force: bool,
+}
+
+fn samples(cli: &ExportArgs) -> Result<Vec<Sample>> {
+    if cli.verify.is_empty() {
+        return Ok(drawn_samples(cli.verify_samples as u64));
+    }
+    let mut samples = Vec::new();
+    let report = unimo_train::shards::read_shards(&cli.verify, |sample| {
+        if let (true, Some(bytes), Some(text)) = (samples.len() < cli.verify_samples, &sample.image, sample.captions.first()) {
+            samples.push(Sample { image: unimo::image::decode(bytes, &Default::default())?, text: text.clone() });
+        }
+        Ok(())
+    })?;
+    for damage in &report.damaged {
+        eprintln!("skipped: {} in {}: {}", damage.key, damage.shard.display(), damage.reason);
+    }
+    if samples.is_empty() {
+        bail!("the shards given with --verify hold no picture with a caption");
+    }
+    Ok(samples)
+}
+
+fn run(cli: &ExportArgs) -> Result<()> {
+    let mut options = ExportOptions { precisions: cli.precision.clone(), force: cli.force, ..Default::default() };
+    options.decoding = DecodingDefaults { beam: cli.beam, length_penalty: cli.length_penalty, ..options.decoding };
+    if let Some(path) = &cli.quality {
+        let text = std::fs::read_to_string(path).with_context(|| format!("cannot read {}", path.display()))?;
+        options.quality = toml::from_str(&text).with_context(|| format!("in {}", path.display()))?;
+    }
+    for (precision, report) in export(&cli.checkpoint, &cli.out, &options, &samples(cli)?)? {
+        println!("{precision}\n{report}");
+    }
+    println!("{}", cli.out.display());
+    Ok(())
+}
+
+fn dispatch(cli: Cli) -> Result<()> {
+    match (cli.command, cli.export) {
+        (Some(Command::Backbone { bundle, out }), _) => {
+            let bytes = unimo_export::backbone_file::extract(&Bundle::open(&BundleSource::Path(bundle))?)?;
+            std::fs::write(&out, bytes).with_context(|| format!("cannot write {}", out.display()))
+        }
+        (None, Some(args)) => run(&args),
+        (None, None) => {
+            let message = "give --checkpoint and --out, or a subcommand";
+            Cli::command().error(clap::error::ErrorKind::MissingRequiredArgument, message).exit()
+        }
+    }
+}
+
+fn main() -> ExitCode {
+    match dispatch(Cli::parse()) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("error: {error:#}");
+            ExitCode::from(3)
+        }
+    }
+}

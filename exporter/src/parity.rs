@@ -1,0 +1,236 @@
+//! Output by output: what the runtime's engine computes against what candle computes from the same weights.
+
+use std::fmt;
+
+use anyhow::{Context, Result};
+use candle_core::{Device, Tensor as Candle};
+use image::RgbImage;
+use serde::Serialize;
+use unimo::bundle::Bundle;
+use unimo::bundle::manifest::{GraphSignature, Manifest, Precision};
+use unimo::engine::{self, EngineOptions, Graph, GraphSource, Tensor};
+use unimo::tokenizer::{CLS, PAD, SEP};
+use unimo_train::backbone::{FEATURES, GRID};
+use unimo_train::model::{Packer, Regions};
+
+use crate::checkpoint::Checkpoint;
+
+/// Largest error allowed, as a share of the output's largest magnitude. Both sides compute in f32 from equal weights; they
+/// differ in the order of sums of up to 1280 products over up to 70 layers (measured: below 1e-4), while a wrong operator,
+/// padding or mask gives errors of 1e-1 and more.
+pub const TOLERANCE: f64 = 1e-3;
+/// Tokens decoded for each picture.
+const DECODED: usize = 6;
+
+/// One output's agreement.
+#[derive(Debug, Clone, Serialize)]
+pub struct OutputParity {
+    /// Graph.
+    pub graph: String,
+    /// Output.
+    pub output: String,
+    /// Values compared.
+    pub values: usize,
+    /// Largest absolute difference.
+    pub max_error: f64,
+    /// Largest absolute difference as a share of the largest magnitude.
+    pub relative_error: f64,
+}
+
+impl OutputParity {
+    /// Whether the output agrees within [`TOLERANCE`].
+    #[must_use]
+    pub fn holds(&self) -> bool {
+        self.relative_error <= TOLERANCE
+    }
+}
+
+/// The agreement of all outputs.
+#[derive(Debug, Clone, Serialize)]
+pub struct ParityReport {
+    /// Pictures and texts compared.
+    pub samples: usize,
+    /// One entry an output.
+    pub outputs: Vec<OutputParity>,
+}
+
+impl ParityReport {
+    /// Whether every output agrees.
+    #[must_use]
+    pub fn holds(&self) -> bool {
+        self.outputs.iter().all(OutputParity::holds)
+    }
+
+    fn note(&mut self, graph: &str, output: &str, got: &[f32], expected: &[f32]) {
+        let max = |values: &mut dyn Iterator<Item = f64>| values.fold(0.0, f64::max);
+        let mut error = max(&mut got.iter().zip(expected).map(|(g, e)| f64::from((g - e).abs())));
+        if got.len() != expected.len() || got.iter().any(|v| !v.is_finite()) {
+            error = f64::INFINITY;
+        }
+        let relative = error / max(&mut expected.iter().map(|v| f64::from(v.abs()))).max(1e-6);
+        match self.outputs.iter_mut().find(|o| o.graph == graph && o.output == output) {
+            Some(entry) => {
+                entry.values += expected.len();
+                entry.max_error = entry.max_error.max(error);
+                entry.relative_error = entry.relative_error.max(relative);
+            }
+            None => self.outputs.push(OutputParity {
+                graph: graph.to_owned(),
+                output: output.to_owned(),
+                values: expected.len(),
+                max_error: error,
+                relative_error: relative,
+            }),
+        }
+    }
+}
+
+impl fmt::Display for ParityReport {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        writeln!(f, "{:<8} {:<14} {:>10} {:>12} {:>12}", "graph", "output", "values", "max error", "relative")?;
+        for o in &self.outputs {
+            let verdict = if o.holds() { "" } else { "  FAILS" };
+            writeln!(f, "{:<8} {:<14} {:>10} {:>12.2e} {:>12.2e}{verdict}", o.graph, o.output, o.values, o.max_error, o.relative_error)?;
+        }
+        write!(f, "{} samples; tolerance {TOLERANCE:.0e} of each output's largest magnitude", self.samples)
+    }
+}
+
+/// A picture and a text to compare on.
+pub struct Sample {
+    /// Picture.
+    pub image: RgbImage,
+    /// Text.
+    pub text: String,
+}
+
+struct Session<'a> {
+    manifest: &'a Manifest,
+    graphs: Vec<(GraphSignature, Box<dyn Graph>)>,
+    checkpoint: &'a Checkpoint,
+    report: ParityReport,
+}
+
+/// Compares the graphs of one precision in a bundle with the checkpoint's candle model (whose weights must be rounded alike).
+///
+/// # Errors
+/// A graph that cannot be loaded or run. Disagreement is in the report, not an error.
+pub fn compare(bundle: &Bundle, precision: Precision, checkpoint: &Checkpoint, samples: &[Sample]) -> Result<ParityReport> {
+    let engine = engine::open(&EngineOptions::default())?;
+    let external = |location: &str| bundle.read(&format!("{precision}/{location}")).ok();
+    let mut graphs = Vec::new();
+    for signature in &bundle.manifest().graphs {
+        let onnx = bundle.read(&Manifest::graph_file(precision, &signature.name))?;
+        graphs.push((signature.clone(), engine.load(&GraphSource { signature, onnx, external: &external })?));
+    }
+    let report = ParityReport { samples: samples.len(), outputs: Vec::new() };
+    let mut session = Session { manifest: bundle.manifest(), graphs, checkpoint, report };
+    for sample in samples {
+        session.sample(sample)?;
+    }
+    Ok(session.report)
+}
+
+impl Session<'_> {
+    fn run(&self, graph: &str, inputs: &[(&str, &Tensor)]) -> Result<Vec<Tensor>> {
+        let (_, graph) = self.graphs.iter().find(|(s, _)| s.name == graph).with_context(|| format!("no graph `{graph}`"))?;
+        Ok(graph.run(inputs)?)
+    }
+
+    fn sample(&mut self, sample: &Sample) -> Result<()> {
+        let checkpoint = self.checkpoint;
+        let model = &checkpoint.model;
+        let image = &self.manifest.image;
+        let pixels = image.tensor(&sample.image);
+        let regions = checkpoint.backbone.forward(&pixels)?;
+        let encoded = model.encode_image(&Candle::from_slice(&regions, (1, GRID * GRID, FEATURES), &Device::Cpu)?)?;
+        let embedding = model.image_embedding(&encoded.hidden.narrow(1, 0, 1)?.squeeze(1)?)?;
+
+        let shape = [1, 3, image.height as usize, image.width as usize];
+        let seen = self.run("vision", &[("pixels", &tensor(&shape, pixels)?)])?;
+        for (got, (name, expected)) in seen.iter().zip([
+            ("embedding", flat(&embedding)?),
+            ("prefix_keys", flat(&Candle::cat(&encoded.keys, 0)?)?),
+            ("prefix_values", flat(&Candle::cat(&encoded.values, 0)?)?),
+            ("regions", regions.clone()),
+        ]) {
+            self.report.note("vision", name, got.floats(), &expected);
+        }
+
+        let words = checkpoint.tokenizer.encode(&sample.text, self.manifest.model.max_text - 2);
+        self.decode(&words, &seen[1], &seen[2], encoded.keys, encoded.values)?;
+        let ids: Vec<u32> = [CLS].into_iter().chain(words).chain([SEP]).collect();
+        self.text_and_match(&ids, &regions)
+    }
+
+    fn decode(&mut self, words: &[u32], prefix_keys: &Tensor, prefix_values: &Tensor, mut keys: Vec<Candle>, mut values: Vec<Candle>) -> Result<()> {
+        let m = &self.manifest.model;
+        let (depth, slots) = (m.hidden / m.heads, m.max_text);
+        let cache = [m.layers, m.heads, slots, depth];
+        let (mut past_keys, mut past_values) = (Tensor::zeros(&cache), Tensor::zeros(&cache));
+        let mut mask = tensor(&[1, slots], vec![-1e4; slots])?;
+        let tokens: Vec<u32> = [CLS].iter().chain(words).copied().take(DECODED).collect();
+        for (position, &token) in tokens.iter().enumerate() {
+            let step = self.checkpoint.model.decode_step(&[token], position, &keys, &values)?;
+            let number = |v: i64| Tensor::i64(&[1], vec![v]).context("a single number");
+            let got = self.run(
+                "decode",
+                &[
+                    ("token", &number(i64::from(token))?),
+                    ("position", &number(position as i64)?),
+                    ("prefix_keys", prefix_keys),
+                    ("prefix_values", prefix_values),
+                    ("past_keys", &past_keys),
+                    ("past_values", &past_values),
+                    ("mask", &mask),
+                ],
+            )?;
+            (keys, values) = (step.keys, step.values);
+            let newest = |layers: &[Candle]| -> Result<Vec<f32>> {
+                let rows = layers.iter().map(|l| l.narrow(2, l.dim(2)? - 1, 1)).collect::<candle_core::Result<Vec<_>>>()?;
+                flat(&Candle::cat(&rows, 0)?)
+            };
+            self.report.note("decode", "logits", got[0].floats(), &flat(&step.logits)?);
+            self.report.note("decode", "new_keys", got[1].floats(), &newest(&keys)?);
+            self.report.note("decode", "new_values", got[2].floats(), &newest(&values)?);
+            for (past, new) in [(&mut past_keys, &got[1]), (&mut past_values, &got[2])] {
+                for (rows, row) in past.floats_mut().chunks_exact_mut(slots * depth).zip(new.floats().chunks_exact(depth)) {
+                    rows[position * depth..][..depth].copy_from_slice(row);
+                }
+            }
+            mask.floats_mut()[position] = 0.0;
+        }
+        Ok(())
+    }
+
+    fn text_and_match(&mut self, ids: &[u32], regions: &[f32]) -> Result<()> {
+        let m = &self.manifest.model;
+        let model = &self.checkpoint.model;
+        let mut packer = Packer::new(model.config());
+        let alone = packer.text(ids, false);
+        let pair = packer.pair(Regions::visible(regions), ids);
+        let hidden = model.evaluate(&packer.finish(&Device::Cpu)?)?;
+        let embedding = model.text_embedding(&model.rows(&hidden, &[alone])?)?;
+        let logit = model.match_logits(&model.rows(&hidden, &[pair.image])?, &model.rows(&hidden, &pair.texts)?)?;
+
+        let padding = m.max_text - ids.len();
+        let padded = ids.iter().copied().chain(vec![PAD; padding]).map(i64::from).collect();
+        let mask = ids.iter().map(|_| 0.0).chain(vec![-1e4; padding]).collect();
+        let padded = Tensor::i64(&[1, m.max_text], padded).context("padded ids")?;
+        let mask = tensor(&[1, m.max_text], mask)?;
+        let got = self.run("text", &[("ids", &padded), ("mask", &mask)])?;
+        self.report.note("text", "embedding", got[0].floats(), &flat(&embedding)?);
+        let regions = tensor(&[1, m.image_tokens - 1, m.region_feature], regions.to_vec())?;
+        let got = self.run("match", &[("regions", &regions), ("ids", &padded), ("mask", &mask)])?;
+        self.report.note("match", "score", got[0].floats(), &flat(&logit)?);
+        Ok(())
+    }
+}
+
+fn tensor(shape: &[usize], values: Vec<f32>) -> Result<Tensor> {
+    Tensor::f32(shape, values).with_context(|| format!("values do not fill {shape:?}"))
+}
+
+fn flat(tensor: &Candle) -> Result<Vec<f32>> {
+    Ok(tensor.flatten_all()?.to_vec1()?)
+}

@@ -1,0 +1,389 @@
+//! Beam search over a next-word model.
+
+use super::DecodeOptions;
+use crate::tokenizer::{CLS, SEP};
+
+/// A model that continues texts word by word.
+pub trait LanguageModel {
+    /// What it remembers of a text.
+    type State: Clone;
+    /// What can go wrong.
+    type Error;
+
+    /// Reads one more id and gives a logit for every id that may follow, `[vocabulary]`.
+    ///
+    /// # Errors
+    /// Where the model cannot be run.
+    fn read(&self, state: &mut Self::State, id: u32) -> Result<Vec<f32>, Self::Error>;
+
+    /// Whether an id may never be written, such as `[PAD]`. `[SEP]` ends a text and is dealt with by the search.
+    fn is_forbidden(&self, id: u32) -> bool;
+}
+
+/// A text found by the search.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Hypothesis {
+    /// Its ids, without `[CLS]` and `[SEP]`.
+    pub tokens: Vec<u32>,
+    /// Log-probability of the ids, and of `[SEP]` where the model ended the text itself.
+    pub log_probability: f32,
+    /// What hypotheses are ranked by: the log-probability divided by the number of summands to the length penalty.
+    pub score: f32,
+}
+
+impl Hypothesis {
+    fn new(
+        tokens: Vec<u32>,
+        log_probability: f32,
+        summands: usize,
+        options: &DecodeOptions,
+    ) -> Self {
+        let score = log_probability / (summands.max(1) as f32).powf(options.length_penalty);
+        Self {
+            tokens,
+            log_probability,
+            score,
+        }
+    }
+}
+
+/// A text still being written, whose state has read all but its last id.
+struct Live<S> {
+    state: S,
+    last: u32,
+    tokens: Vec<u32>,
+    log_probability: f32,
+}
+
+/// One way of continuing a live text.
+struct Continuation {
+    parent: usize,
+    id: u32,
+    log_probability: f32,
+}
+
+/// Writes a text from `[CLS]` to `[SEP]`, keeping the `options.beam` likeliest beginnings at every step; with a beam of 1, the
+/// likeliest id each time. Texts have at least one id; those that reach `options.max_words` are taken as they stand. The search
+/// ends when as many texts have ended as the beam is wide and no text still open ranks above them (after Wu et al., "Google's
+/// Neural Machine Translation System", arXiv 1609.08144, section 7, with the length itself as normaliser and no coverage term).
+///
+/// # Errors
+/// Those of the model.
+pub fn beam_search<M: LanguageModel>(
+    model: &M,
+    start: M::State,
+    options: &DecodeOptions,
+) -> Result<Hypothesis, M::Error> {
+    let beam = options.beam.max(1);
+    let mut live = vec![Live {
+        state: start,
+        last: CLS,
+        tokens: Vec::new(),
+        log_probability: 0.0,
+    }];
+    let mut ended: Vec<Hypothesis> = Vec::new();
+    for length in 1..=options.max_words.max(1) {
+        let mut continuations = Vec::new();
+        for (parent, text) in live.iter_mut().enumerate() {
+            let logits = model.read(&mut text.state, text.last)?;
+            let allowed = |id| {
+                if id == SEP {
+                    length > 1
+                } else {
+                    !model.is_forbidden(id)
+                }
+            };
+            // One more than the beam: `[SEP]` may be among them, and ends a text instead of continuing it.
+            for (id, log_probability) in likeliest(&logits, beam + 1, allowed) {
+                let log_probability = text.log_probability + log_probability;
+                continuations.push(Continuation {
+                    parent,
+                    id,
+                    log_probability,
+                });
+            }
+        }
+        continuations.sort_by(|a, b| b.log_probability.total_cmp(&a.log_probability));
+        let ends = continuations
+            .iter()
+            .take(beam)
+            .filter(|next| next.id == SEP);
+        ended.extend(ends.map(|end| {
+            let tokens = live[end.parent].tokens.clone();
+            Hypothesis::new(tokens, end.log_probability, length, options)
+        }));
+        continuations.retain(|next| next.id != SEP);
+        continuations.truncate(beam);
+        live = advance(live, &continuations);
+
+        ended.sort_by(|a, b| b.score.total_cmp(&a.score));
+        ended.truncate(beam);
+        let open = live
+            .first()
+            .map(|best| Hypothesis::new(Vec::new(), best.log_probability, length, options).score);
+        if open.is_none_or(|open| ended.len() == beam && open <= ended[beam - 1].score) {
+            live.clear();
+            break;
+        }
+    }
+    let cut = live.into_iter().map(|text| {
+        let length = text.tokens.len();
+        Hypothesis::new(text.tokens, text.log_probability, length, options)
+    });
+    let best = ended
+        .into_iter()
+        .chain(cut)
+        .max_by(|a, b| a.score.total_cmp(&b.score));
+    Ok(best.unwrap_or_else(|| Hypothesis::new(Vec::new(), 0.0, 1, options)))
+}
+
+/// The continued texts, in the given order. A parent's state is copied only where it has several children.
+fn advance<S: Clone>(live: Vec<Live<S>>, continuations: &[Continuation]) -> Vec<Live<S>> {
+    let mut children = vec![0usize; live.len()];
+    for next in continuations {
+        children[next.parent] += 1;
+    }
+    let mut parents: Vec<Option<Live<S>>> = live.into_iter().map(Some).collect();
+    let continued = continuations.iter().filter_map(|next| {
+        let parent = &mut parents[next.parent];
+        children[next.parent] -= 1;
+        let (state, mut tokens) = if children[next.parent] == 0 {
+            parent.take().map(|parent| (parent.state, parent.tokens))?
+        } else {
+            parent
+                .as_ref()
+                .map(|parent| (parent.state.clone(), parent.tokens.clone()))?
+        };
+        tokens.push(next.id);
+        Some(Live {
+            state,
+            last: next.id,
+            tokens,
+            log_probability: next.log_probability,
+        })
+    });
+    continued.collect()
+}
+
+/// The `count` likeliest allowed ids with their log-probabilities (softmax over all ids), likeliest first; of equals, the lower id.
+fn likeliest(logits: &[f32], count: usize, allowed: impl Fn(u32) -> bool) -> Vec<(u32, f32)> {
+    let largest = logits.iter().copied().fold(f32::NEG_INFINITY, f32::max);
+    let sum: f32 = logits.iter().map(|logit| (logit - largest).exp()).sum();
+    let normaliser = largest + sum.ln();
+    let mut ids: Vec<(u32, f32)> = (0u32..)
+        .zip(logits)
+        .filter(|(id, _)| allowed(*id))
+        .map(|(id, logit)| (id, logit - normaliser))
+        .collect();
+    let order = |a: &(u32, f32), b: &(u32, f32)| b.1.total_cmp(&a.1).then(a.0.cmp(&b.0));
+    if ids.len() > count {
+        ids.select_nth_unstable_by(count, order);
+        ids.truncate(count);
+    }
+    ids.sort_unstable_by(order);
+    ids
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used)]
+mod tests {
+    use std::cell::Cell;
+    use std::convert::Infallible;
+
+    use super::*;
+
+    const IDS: usize = 9;
+    const FORBIDDEN: [u32; 4] = [0, 1, 3, 8];
+
+    /// Logits that depend on the whole text so far, reproducibly; counts how often it is run.
+    struct Toy {
+        seed: u64,
+        runs: Cell<usize>,
+    }
+
+    impl Toy {
+        fn logits(&self, text: &[u32]) -> Vec<f32> {
+            (0..IDS as u64)
+                .map(|id| {
+                    let mut hash = self.seed.wrapping_mul(0x9E37_79B9_7F4A_7C15) ^ id;
+                    for &word in text {
+                        hash = (hash ^ u64::from(word + 1))
+                            .wrapping_mul(0xBF58_476D_1CE4_E5B9)
+                            .rotate_left(23);
+                    }
+                    (hash >> 40) as f32 / (1u64 << 24) as f32 * 6.0
+                })
+                .collect()
+        }
+    }
+
+    impl LanguageModel for Toy {
+        type State = Vec<u32>;
+        type Error = Infallible;
+
+        fn read(&self, state: &mut Vec<u32>, id: u32) -> Result<Vec<f32>, Infallible> {
+            self.runs.set(self.runs.get() + 1);
+            state.push(id);
+            Ok(self.logits(state))
+        }
+
+        fn is_forbidden(&self, id: u32) -> bool {
+            FORBIDDEN.contains(&id)
+        }
+    }
+
+    fn toy(seed: u64) -> Toy {
+        Toy {
+            seed,
+            runs: Cell::new(0),
+        }
+    }
+
+    /// The best of all texts there are.
+    fn exhaustive(
+        model: &Toy,
+        text: &[u32],
+        log_probability: f32,
+        options: &DecodeOptions,
+    ) -> Hypothesis {
+        let mut read = vec![CLS];
+        read.extend(text);
+        let logits = model.logits(&read);
+        let normaliser = logits.iter().map(|l| l.exp()).sum::<f32>().ln();
+        let mut best = Hypothesis::new(Vec::new(), f32::NEG_INFINITY, 1, options);
+        for id in (0..IDS as u32).filter(|id| !FORBIDDEN.contains(id)) {
+            let log_probability = log_probability + logits[id as usize] - normaliser;
+            let found = if id == SEP {
+                if text.is_empty() {
+                    continue;
+                }
+                Hypothesis::new(text.to_vec(), log_probability, text.len() + 1, options)
+            } else {
+                let longer = [text, &[id]].concat();
+                if longer.len() == options.max_words {
+                    let length = longer.len();
+                    Hypothesis::new(longer, log_probability, length, options)
+                } else {
+                    exhaustive(model, &longer, log_probability, options)
+                }
+            };
+            if found.score > best.score {
+                best = found;
+            }
+        }
+        best
+    }
+
+    #[test]
+    fn a_beam_of_one_takes_the_likeliest_word_each_time() {
+        for seed in 0..40 {
+            let model = toy(seed);
+            let options = DecodeOptions {
+                beam: 1,
+                max_words: 6,
+                length_penalty: 1.0,
+            };
+            let found = beam_search(&model, Vec::new(), &options).unwrap();
+            let mut text = vec![CLS];
+            while text.len() <= 6 {
+                let logits = model.logits(&text);
+                let allowed = |&id: &u32| !FORBIDDEN.contains(&id) && (id != SEP || text.len() > 1);
+                let next = (0..IDS as u32)
+                    .filter(allowed)
+                    .max_by(|&a, &b| logits[a as usize].total_cmp(&logits[b as usize]));
+                match next.unwrap() {
+                    SEP => break,
+                    id => text.push(id),
+                }
+            }
+            assert_eq!(found.tokens, text[1..], "seed {seed}");
+            assert_eq!(
+                model.runs.get(),
+                (found.tokens.len() + 1).min(6),
+                "seed {seed}: no run is wasted"
+            );
+        }
+    }
+
+    #[test]
+    fn a_beam_as_wide_as_the_space_finds_the_best_text() {
+        for seed in 0..40 {
+            for length_penalty in [0.0, 0.7, 1.0] {
+                let model = toy(seed);
+                // 4 writable ids and 3 places: never more than 64 open texts.
+                let options = DecodeOptions {
+                    beam: 85,
+                    max_words: 3,
+                    length_penalty,
+                };
+                let found = beam_search(&model, Vec::new(), &options).unwrap();
+                let best = exhaustive(&model, &[], 0.0, &options);
+                assert_eq!(
+                    found.tokens, best.tokens,
+                    "seed {seed}, penalty {length_penalty}"
+                );
+                // Sums of at most 4 terms of size 10, in f32.
+                assert!(
+                    (found.score - best.score).abs() < 1e-5,
+                    "seed {seed}: {} {}",
+                    found.score,
+                    best.score
+                );
+            }
+        }
+    }
+
+    #[test]
+    fn a_wider_beam_finds_likelier_texts_on_the_whole() {
+        let sum = |beam| -> f32 {
+            let options = DecodeOptions {
+                beam,
+                max_words: 6,
+                length_penalty: 1.0,
+            };
+            (0..60)
+                .map(|seed| beam_search(&toy(seed), Vec::new(), &options).unwrap().score)
+                .sum()
+        };
+        assert!(sum(3) > sum(1) + 1.0, "{} {}", sum(3), sum(1));
+    }
+
+    #[test]
+    fn only_words_are_written() {
+        for seed in 0..40 {
+            for beam in [1, 2, 5] {
+                for max_words in [1, 2, 9] {
+                    let options = DecodeOptions {
+                        beam,
+                        max_words,
+                        length_penalty: 1.0,
+                    };
+                    let found = beam_search(&toy(seed), Vec::new(), &options).unwrap();
+                    assert!((1..=max_words).contains(&found.tokens.len()));
+                    assert!(
+                        found
+                            .tokens
+                            .iter()
+                            .all(|id| *id != SEP && !FORBIDDEN.contains(id))
+                    );
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn picks_in_order() {
+        let all = |_| true;
+        let picked: Vec<u32> = likeliest(&[0.0, 3.0, 1.0, 3.0], 3, all)
+            .iter()
+            .map(|p| p.0)
+            .collect();
+        assert_eq!(picked, [1, 3, 2]);
+        let [(_, one), (_, two)] = likeliest(&[0.0, 1000.0, 1000.0], 2, all)[..] else {
+            panic!()
+        };
+        // Two equal ids that hold all probability: ln(1/2) each.
+        assert!((one + std::f32::consts::LN_2).abs() < 1e-4 && one == two);
+        assert!(likeliest(&[1.0; 4], 2, |_| false).is_empty());
+    }
+}

@@ -1,0 +1,162 @@
+//! `unimo caption`.
+
+use std::process::ExitCode;
+use std::time::Instant;
+
+use clap::Args;
+use serde::Serialize;
+use unimo::captioning::{Caption, DecodeOptions};
+use unimo::image::ImageError;
+use unimo::model::{GraphName, Model, ModelError};
+use unimo::ordered::ordered_map;
+
+use super::ModelArgs;
+use super::exit::UsageError;
+use super::output::{Output, SCHEMA, Subject, milliseconds};
+use super::pictures::{self, Picture};
+
+const EXAMPLES: &str = "\
+Examples:
+  unimo caption photo.jpg                    the caption alone
+  unimo caption a.jpg b.png holidays/        'path: caption' for each
+  curl -s http://camera/still | unimo caption -
+  unimo caption --jsonl --beam 5 holidays/   one JSON object a picture, in the order of the pictures
+";
+
+/// Caption pictures
+#[derive(Debug, Args)]
+#[command(after_help = EXAMPLES)]
+pub struct CaptionArgs {
+    /// Pictures (JPEG, PNG, WebP), folders of them, or - for one on standard input
+    #[arg(required = true, value_name = "PICTURE")]
+    sources: Vec<String>,
+    #[command(flatten)]
+    model: ModelArgs,
+    /// Beginnings kept while writing; 1 is fastest [default: the bundle's]
+    #[arg(long, value_name = "K", value_parser = clap::value_parser!(u8).range(1..=64))]
+    beam: Option<u8>,
+    /// Most tokens of a caption [default: the bundle's]
+    #[arg(long, value_name = "N")]
+    max_len: Option<usize>,
+    /// Print one JSON document when all is done
+    #[arg(long, conflicts_with = "jsonl")]
+    json: bool,
+    /// Print one JSON object a line, each as soon as it is there
+    #[arg(long)]
+    jsonl: bool,
+}
+
+/// One object of `--json` and `--jsonl`.
+#[derive(Debug, Serialize)]
+struct CaptionLine<'a> {
+    schema: u32,
+    source: &'a str,
+    caption: &'a str,
+    score: f32,
+    tokens: usize,
+    ms: Times,
+    engine: &'a str,
+    provider: &'a str,
+    precision: &'a str,
+}
+
+/// Milliseconds that each part took.
+#[derive(Debug, Clone, Copy, Serialize)]
+struct Times {
+    decode_image: f64,
+    vision: f64,
+    text: f64,
+    total: f64,
+}
+
+/// What became of a picture; the model failing ends the whole command.
+type Outcome = Result<Result<(Caption, Times), ImageError>, ModelError>;
+
+pub fn run(args: &CaptionArgs) -> anyhow::Result<ExitCode> {
+    let pictures = pictures::find(&args.sources)?;
+    let (model, workers) = args.model.open_for(pictures.len())?;
+    let options = decode_options(args, &model)?;
+    model.load(&[GraphName::Vision, GraphName::Decode])?;
+
+    let bare = pictures::is_single(&args.sources);
+    let mut output = Output::new(pictures.len());
+    let mut document = Vec::new();
+    let work = |picture: &Picture| (picture.name(), caption(&model, picture, &options));
+    ordered_map(pictures.iter(), workers, work, |(source, outcome)| {
+        match outcome? {
+            Ok((caption, ms)) => {
+                let line = CaptionLine {
+                    schema: SCHEMA,
+                    source: &source,
+                    caption: &caption.text,
+                    score: caption.score,
+                    tokens: caption.tokens.len(),
+                    ms,
+                    engine: model.options().engine.name(),
+                    provider: model.options().provider.name(),
+                    precision: model.precision().name(),
+                };
+                if args.json {
+                    document.push(serde_json::to_value(line)?);
+                } else if args.jsonl {
+                    output.json(&line)?;
+                } else if bare {
+                    output.line(&caption.text)?;
+                } else {
+                    output.line(&format!("{source}: {}", caption.text))?;
+                }
+            }
+            Err(error) => {
+                let line = output.failure(
+                    Subject::Source(&source),
+                    &error.to_string(),
+                    args.json,
+                    args.jsonl,
+                )?;
+                document.extend(line);
+            }
+        }
+        output.advance();
+        anyhow::Ok(())
+    })?;
+    if args.json {
+        output.json(&serde_json::json!({ "schema": SCHEMA, "results": document }))?;
+    }
+    Ok(output.finish())
+}
+
+fn decode_options(args: &CaptionArgs, model: &Model) -> Result<DecodeOptions, UsageError> {
+    let mut options = model.decode_options();
+    if let Some(beam) = args.beam {
+        options.beam = usize::from(beam);
+    }
+    if let Some(words) = args.max_len {
+        let most = model.manifest().model.max_text - 1;
+        if !(1..=most).contains(&words) {
+            return Err(UsageError(format!(
+                "--max-len {words}: captions of this model have 1 to {most} tokens"
+            )));
+        }
+        options.max_words = words;
+    }
+    Ok(options)
+}
+
+fn caption(model: &Model, picture: &Picture, options: &DecodeOptions) -> Outcome {
+    let start = Instant::now();
+    let image = match pictures::load(picture) {
+        Ok(image) => image,
+        Err(error) => return Ok(Err(error)),
+    };
+    let decoded = Instant::now();
+    let vision = model.see(&image)?;
+    let seen = Instant::now();
+    let caption = model.caption(&vision, options)?;
+    let times = Times {
+        decode_image: milliseconds(decoded - start),
+        vision: milliseconds(seen - decoded),
+        text: milliseconds(seen.elapsed()),
+        total: milliseconds(start.elapsed()),
+    };
+    Ok(Ok((caption, times)))
+}

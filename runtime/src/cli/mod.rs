@@ -1,0 +1,86 @@
+//! The command line, as DESIGN fixes it; each command is a file.
+
+mod bundle;
+mod caption;
+mod completions;
+mod embed;
+pub mod exit;
+#[cfg(feature = "gallery")]
+mod index;
+mod match_;
+mod model_args;
+mod output;
+mod pictures;
+#[cfg(feature = "gallery")]
+mod search;
+mod texts;
+
+use std::process::ExitCode;
+
+use clap::{Parser, Subcommand};
+
+pub use self::model_args::ModelArgs;
+
+const EXAMPLES: &str = "\
+Examples:
+  unimo caption photo.jpg
+  unimo caption --jsonl holidays/ | jq -r .caption
+  unimo match photo.jpg 'a dog on the beach' 'a red circle'
+  unimo embed --text 'a dog on the beach' --jsonl
+  unimo index add --gallery holidays.gallery holidays/
+  unimo search 'a dog on the beach' --gallery holidays.gallery
+  unimo bundle inspect model.tar
+";
+
+/// Captions pictures and finds them by words, offline.
+#[derive(Debug, Parser)]
+#[command(name = "unimo", version, max_term_width = 110, after_help = format!("{EXAMPLES}\n{}", exit::HELP))]
+pub struct Cli {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Debug, Subcommand)]
+enum Command {
+    Caption(caption::CaptionArgs),
+    Embed(embed::EmbedArgs),
+    Match(match_::MatchArgs),
+    #[cfg(feature = "gallery")]
+    Index(index::IndexArgs),
+    #[cfg(feature = "gallery")]
+    Search(search::SearchArgs),
+    #[command(subcommand)]
+    Bundle(bundle::BundleCommand),
+    Completions(completions::CompletionsArgs),
+    Man(completions::ManArgs),
+}
+
+impl Cli {
+    /// Does what the command line says; results go to standard output.
+    pub fn run(self) -> anyhow::Result<ExitCode> {
+        match self.command {
+            Command::Caption(args) => caption::run(&args),
+            Command::Embed(args) => embed::run(&args),
+            Command::Match(args) => match_::run(&args),
+            #[cfg(feature = "gallery")]
+            Command::Index(args) => index::run(&args),
+            #[cfg(feature = "gallery")]
+            Command::Search(args) => search::run(&args),
+            Command::Bundle(command) => bundle::run(&command),
+            Command::Completions(args) => completions::run(&args),
+            Command::Man(args) => completions::run_man(&args),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use clap::CommandFactory;
+
+    use super::*;
+
+    #[test]
+    fn the_grammar_is_sound() {
+        Cli::command().debug_assert();
+    }
+}

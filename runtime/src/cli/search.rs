@@ -1,0 +1,147 @@
+//! `unimo search`.
+
+use std::process::ExitCode;
+
+use clap::Args;
+use serde::Serialize;
+use unimo::gallery::{Filter, Gallery, Hit, Time};
+use unimo::image::{DecodeLimits, read};
+use unimo::model::Model;
+
+use super::ModelArgs;
+use super::exit::{NOTHING_FOUND, UsageError};
+use super::index::GalleryArgs;
+use super::output::SCHEMA;
+use super::pictures;
+use super::texts::cut_warning;
+
+/// Pictures that --rerank looks at again, for each one asked for.
+const RERANKED: usize = 4;
+
+const EXAMPLES: &str = "\
+Examples:
+  unimo search 'a dog on the beach' --gallery holidays.gallery
+  unimo search --image dog.jpg --gallery holidays.gallery -k 3
+  unimo search 'a red circle' --gallery g --since 2026-11-01 --source /camera/front --json
+  unimo search 'two children' --gallery g --rerank      looks again at the best ones, together with the words
+";
+
+/// Find pictures in a gallery by words or by a picture
+#[derive(Debug, Args)]
+#[command(after_help = EXAMPLES)]
+pub struct SearchArgs {
+    /// What to look for, in words
+    #[arg(required_unless_present = "image", conflicts_with = "image")]
+    words: Option<String>,
+    /// A picture to find others like it
+    #[arg(long, value_name = "PICTURE")]
+    image: Option<String>,
+    #[command(flatten)]
+    gallery: GalleryArgs,
+    /// Pictures to find
+    #[arg(short = 'k', default_value_t = 5, value_name = "N", value_parser = clap::value_parser!(u16).range(1..))]
+    count: u16,
+    /// Not before this time (2026-11-23, or 2026-11-23T14:05:00Z)
+    #[arg(long, value_name = "TIME")]
+    since: Option<Time>,
+    /// Not after this time
+    #[arg(long, value_name = "TIME")]
+    until: Option<Time>,
+    /// Sources that begin with this
+    #[arg(long, value_name = "PREFIX")]
+    source: Option<String>,
+    /// Read the best pictures again, and order them by how well the words match each
+    #[arg(long, conflicts_with = "image")]
+    rerank: bool,
+    #[command(flatten)]
+    model: ModelArgs,
+    /// Print one JSON document
+    #[arg(long)]
+    json: bool,
+}
+
+/// One of the `results` of `--json`.
+#[derive(Debug, Serialize)]
+struct ResultLine<'a> {
+    source: &'a str,
+    score: f32,
+    caption: Option<&'a str>,
+    time: String,
+}
+
+pub fn run(args: &SearchArgs) -> anyhow::Result<ExitCode> {
+    let gallery = Gallery::open(&args.gallery.gallery)?;
+    let model = args.model.open()?;
+    gallery.require_bundle(model.bundle_id())?;
+    let query = query(args, &model)?;
+    let filter = Filter { since: args.since, until: args.until, source: args.source.clone() };
+    let count = usize::from(args.count);
+    let mut hits = match (&args.words, args.rerank) {
+        (Some(words), true) => rerank(&model, words, gallery.search(&query, &filter, RERANKED * count)?)?,
+        _ => gallery.search(&query, &filter, count)?,
+    };
+    hits.truncate(count);
+    print(&hits, args.json);
+    Ok(ExitCode::from(if hits.is_empty() { NOTHING_FOUND } else { 0 }))
+}
+
+fn query(args: &SearchArgs, model: &Model) -> anyhow::Result<Vec<f32>> {
+    if let Some(words) = &args.words {
+        if words.trim().is_empty() {
+            return Err(UsageError("there are no words to look for".to_owned()).into());
+        }
+        if let Some(warning) = cut_warning(model, words) {
+            eprintln!("{warning}");
+        }
+        return Ok(model.embed_text(words)?);
+    }
+    let image = args.image.clone().unwrap_or_default();
+    let found = unimo_devices::source::pictures(std::slice::from_ref(&image))?;
+    let [picture] = found.as_slice() else {
+        return Err(UsageError(format!("{image} has {} pictures, search takes one", found.len())).into());
+    };
+    Ok(model.embed_image(&pictures::load(picture)?)?)
+}
+
+/// Scores pictures by the probability that the words describe them, read together. Those that cannot be read any more keep
+/// their place behind the others, and are named.
+fn rerank(model: &Model, words: &str, hits: Vec<Hit>) -> anyhow::Result<Vec<Hit>> {
+    let (mut scored, mut rest) = (Vec::new(), Vec::new());
+    for hit in hits {
+        match read(hit.source.as_ref(), &DecodeLimits::default()) {
+            Ok(image) => {
+                let score = model.match_score(&model.see(&image)?, words)?;
+                scored.push(Hit { score, ..hit });
+            }
+            Err(error) => {
+                eprintln!("not reranked: {error}");
+                rest.push(hit);
+            }
+        }
+    }
+    scored.sort_by(|a, b| b.score.total_cmp(&a.score));
+    scored.append(&mut rest);
+    Ok(scored)
+}
+
+fn print(hits: &[Hit], json: bool) {
+    if json {
+        let line = |hit: &Hit| {
+            serde_json::json!(ResultLine {
+                source: &hit.source,
+                score: hit.score,
+                caption: hit.caption.as_deref(),
+                time: hit.time.to_string(),
+            })
+        };
+        let results: Vec<serde_json::Value> = hits.iter().map(line).collect();
+        println!("{}", serde_json::json!({ "schema": SCHEMA, "results": results }));
+        return;
+    }
+    for hit in hits {
+        match &hit.caption {
+            Some(caption) => println!("{:.3}  {}  {caption}", hit.score, hit.source),
+            None => println!("{:.3}  {}", hit.score, hit.source),
+        }
+    }
+}

@@ -1,0 +1,217 @@
+//! ONNX files as bundles hold them: weights lie outside the file and may be stored in 16 bits.
+//!
+//! Every constant is brought into memory here, checked against the file it comes from, and in the form that is run: a 16-bit
+//! weight behind a `Cast` becomes a 32-bit one, a matrix behind a `Transpose` a transposed one. tract would repeat the casts of
+//! large constants at every run; and a token table that serves both the embedding and the output layer becomes two constants,
+//! each in the order its use wants, though it is stored once.
+
+use std::borrow::Cow;
+use std::collections::{BTreeMap, BTreeSet};
+
+use half::f16;
+use prost::Message;
+use tract_onnx::pb::tensor_proto::{DataLocation, DataType};
+use tract_onnx::pb::{GraphProto, ModelProto, NodeProto, TensorProto};
+
+use super::{EngineError, GraphSource};
+
+/// A constant whose bytes are known to be as many as its shape needs.
+struct Constant<'a> {
+    dtype: DataType,
+    dims: Vec<i64>,
+    bytes: Cow<'a, [u8]>,
+}
+
+/// Parses a graph, fetches its weights and folds the operators that only prepare them.
+pub(super) fn parse(source: &GraphSource<'_>) -> Result<ModelProto, EngineError> {
+    let load = |reason: String| EngineError::Load {
+        graph: source.signature.name.clone(),
+        reason,
+    };
+    let mut model = ModelProto::decode(source.onnx).map_err(|error| load(error.to_string()))?;
+    let graph = model
+        .graph
+        .as_mut()
+        .ok_or_else(|| load("the file holds no graph".to_owned()))?;
+    let mut constants = BTreeMap::new();
+    let mut inline = Vec::new();
+    for mut tensor in std::mem::take(&mut graph.initializer) {
+        let weight = |reason| EngineError::Weight {
+            graph: source.signature.name.clone(),
+            tensor: tensor.name.clone(),
+            reason,
+        };
+        let external = tensor.data_location == Some(DataLocation::External as i32);
+        if external || !tensor.raw_data.is_empty() {
+            let raw = std::mem::take(&mut tensor.raw_data);
+            let constant = constant(&tensor, external, raw, source.external).map_err(weight)?;
+            constants.insert(tensor.name, constant);
+        } else {
+            inline.push(tensor);
+        }
+    }
+    fold(graph, &mut constants);
+    graph.initializer = inline;
+    graph
+        .initializer
+        .extend(constants.into_iter().map(|(name, constant)| TensorProto {
+            name,
+            dims: constant.dims,
+            data_type: constant.dtype as i32,
+            raw_data: constant.bytes.into_owned(),
+            ..TensorProto::default()
+        }));
+    Ok(model)
+}
+
+fn constant<'a>(
+    tensor: &TensorProto,
+    external: bool,
+    raw: Vec<u8>,
+    find: &dyn Fn(&str) -> Option<&'a [u8]>,
+) -> Result<Constant<'a>, String> {
+    let dtype = DataType::try_from(tensor.data_type).unwrap_or(DataType::Undefined);
+    let width = match dtype {
+        DataType::Bool | DataType::Int8 | DataType::Uint8 => 1,
+        DataType::Float16 => 2,
+        DataType::Float | DataType::Int32 => 4,
+        DataType::Int64 => 8,
+        _ => return Err(format!("has the unsupported type {}", tensor.data_type)),
+    };
+    let expected = tensor
+        .dims
+        .iter()
+        .try_fold(width, |size: usize, &dim| {
+            size.checked_mul(usize::try_from(dim).ok()?)
+        })
+        .ok_or_else(|| format!("has the impossible shape {:?}", tensor.dims))?;
+    let bytes: Cow<'a, [u8]> = if external {
+        Cow::Borrowed(external_bytes(tensor, find)?)
+    } else {
+        Cow::Owned(raw)
+    };
+    if bytes.len() != expected {
+        return Err(format!(
+            "has {} bytes, its shape {:?} needs {expected}",
+            bytes.len(),
+            tensor.dims
+        ));
+    }
+    Ok(Constant {
+        dtype,
+        dims: tensor.dims.clone(),
+        bytes,
+    })
+}
+
+fn external_bytes<'a>(
+    tensor: &TensorProto,
+    find: &dyn Fn(&str) -> Option<&'a [u8]>,
+) -> Result<&'a [u8], String> {
+    let entry = |key: &str| {
+        let entry = tensor.external_data.iter().find(|entry| entry.key == key);
+        entry
+            .map(|entry| entry.value.as_str())
+            .ok_or_else(|| format!("is external but has no {key}"))
+    };
+    let number = |key: &str| {
+        let value = entry(key)?;
+        value
+            .parse::<usize>()
+            .map_err(|_| format!("has the {key} {value:?}, which is no number"))
+    };
+    let (location, offset, length) = (entry("location")?, number("offset")?, number("length")?);
+    let file = find(location)
+        .ok_or_else(|| format!("lies in {location:?}, which the bundle does not hold"))?;
+    offset
+        .checked_add(length)
+        .and_then(|end| file.get(offset..end))
+        .ok_or_else(|| {
+            format!(
+                "is out of range: {length} bytes at {offset} of {location}, which has {}",
+                file.len()
+            )
+        })
+}
+
+/// Replaces operators over constants by constants, and forgets those that nothing reads any more.
+fn fold(graph: &mut GraphProto, constants: &mut BTreeMap<String, Constant<'_>>) {
+    // Nodes come in topological order, so one pass sees through chains.
+    graph.node.retain(|node| match folded(node, constants) {
+        Some(constant) => {
+            constants.insert(node.output[0].clone(), constant);
+            false
+        }
+        None => true,
+    });
+    let read: BTreeSet<&String> = graph
+        .node
+        .iter()
+        .flat_map(|node| &node.input)
+        .chain(graph.output.iter().map(|output| &output.name))
+        .collect();
+    constants.retain(|name, _| read.contains(name));
+}
+
+fn folded<'a>(
+    node: &NodeProto,
+    constants: &BTreeMap<String, Constant<'a>>,
+) -> Option<Constant<'a>> {
+    let ([input], [_]) = (node.input.as_slice(), node.output.as_slice()) else {
+        return None;
+    };
+    let constant = constants.get(input)?;
+    let attribute = |name: &str| {
+        node.attribute
+            .iter()
+            .find(|attribute| attribute.name == name)
+    };
+    match node.op_type.as_str() {
+        "Cast"
+            if attribute("to")?.i == DataType::Float as i64
+                && constant.dtype == DataType::Float16 =>
+        {
+            Some(Constant {
+                dtype: DataType::Float,
+                dims: constant.dims.clone(),
+                bytes: Cow::Owned(expand(&constant.bytes)),
+            })
+        }
+        "Transpose"
+            if constant.dtype == DataType::Float
+                && attribute("perm").is_none_or(|perm| perm.ints == [1, 0]) =>
+        {
+            let &[rows, columns] = constant.dims.as_slice() else {
+                return None;
+            };
+            Some(Constant {
+                dtype: DataType::Float,
+                dims: vec![columns, rows],
+                bytes: Cow::Owned(transpose(&constant.bytes, rows as usize, columns as usize)),
+            })
+        }
+        _ => None,
+    }
+}
+
+/// Little-endian 16-bit floats as 32-bit ones.
+fn expand(halves: &[u8]) -> Vec<u8> {
+    halves
+        .as_chunks::<2>()
+        .0
+        .iter()
+        .flat_map(|&half| f16::from_le_bytes(half).to_f32().to_le_bytes())
+        .collect()
+}
+
+/// A `[rows, columns]` matrix of 4-byte elements as `[columns, rows]`.
+fn transpose(matrix: &[u8], rows: usize, columns: usize) -> Vec<u8> {
+    let elements = matrix.as_chunks::<4>().0;
+    let mut transposed = Vec::with_capacity(matrix.len());
+    for column in 0..columns {
+        for row in 0..rows {
+            transposed.extend_from_slice(&elements[row * columns + column]);
+        }
+    }
+    transposed
+}

@@ -1,0 +1,369 @@
+//! The pure-Rust engine, [tract](https://github.com/sonos/tract).
+
+use std::sync::Arc;
+
+use tract_linalg::multithread::{Executor, multithread_tract_scope};
+use tract_onnx::prelude::{
+    DatumType, Framework, InferenceModelExt, IntoRunnable, TValue, TVec, Tensor as TractTensor,
+    TractResult, TypedRunnableModel,
+};
+
+use super::{Engine, EngineError, Graph, GraphSource, Tensor, onnx, ordered_inputs, typed};
+use crate::bundle::manifest::{Dtype, GraphSignature};
+
+/// tract on the processor.
+pub(super) struct Tract {
+    executor: Executor,
+}
+
+impl Tract {
+    /// An engine whose matrix products use so many threads (0 counts as 1).
+    pub(super) fn new(threads: usize) -> Result<Self, EngineError> {
+        let executor = if threads <= 1 {
+            Executor::SingleThread
+        } else {
+            let pool = rayon::ThreadPoolBuilder::new()
+                .num_threads(threads)
+                .thread_name(|i| format!("tract-{i}"))
+                .build()
+                .map_err(|error| EngineError::Threads {
+                    threads,
+                    reason: error.to_string(),
+                })?;
+            Executor::MultiThread(Arc::new(pool))
+        };
+        Ok(Self { executor })
+    }
+}
+
+impl Engine for Tract {
+    fn load(&self, source: &GraphSource<'_>) -> Result<Box<dyn Graph>, EngineError> {
+        let proto = onnx::parse(source)?;
+        let signature = source.signature.clone();
+        check_names(&proto, &signature)?;
+        let plan = prepare(&proto).map_err(|error| EngineError::Load {
+            graph: signature.name.clone(),
+            reason: format!("{error:#}"),
+        })?;
+        let graph = TractGraph {
+            plan,
+            signature,
+            executor: self.executor.clone(),
+        };
+        graph.check_facts()?;
+        Ok(Box::new(graph))
+    }
+}
+
+fn prepare(proto: &tract_onnx::pb::ModelProto) -> TractResult<Arc<TypedRunnableModel>> {
+    tract_onnx::onnx()
+        .model_for_proto_model(proto)?
+        .into_optimized()?
+        .into_runnable()
+}
+
+/// Inputs and outputs must be the signature's, in its order.
+fn check_names(
+    proto: &tract_onnx::pb::ModelProto,
+    signature: &GraphSignature,
+) -> Result<(), EngineError> {
+    let graph = proto
+        .graph
+        .as_ref()
+        .map(|graph| (&graph.input, &graph.output));
+    let (inputs, outputs) = graph.map_or((&[][..], &[][..]), |(i, o)| (i.as_slice(), o.as_slice()));
+    for (kind, found, expected) in [
+        ("inputs", inputs, &signature.inputs),
+        ("outputs", outputs, &signature.outputs),
+    ] {
+        let found: Vec<&str> = found.iter().map(|value| value.name.as_str()).collect();
+        let expected: Vec<&str> = expected.iter().map(|tensor| tensor.name.as_str()).collect();
+        if found != expected {
+            return Err(EngineError::Load {
+                graph: signature.name.clone(),
+                reason: format!("its {kind} are {found:?}, expected {expected:?}"),
+            });
+        }
+    }
+    Ok(())
+}
+
+struct TractGraph {
+    plan: Arc<TypedRunnableModel>,
+    signature: GraphSignature,
+    executor: Executor,
+}
+
+impl TractGraph {
+    /// Compares what tract inferred with what the signature promises.
+    fn check_facts(&self) -> Result<(), EngineError> {
+        let model = self.plan.model();
+        let facts = |kind: &'static str, count: usize| (0..count).map(move |index| (kind, index));
+        for (kind, index) in facts("input", self.signature.inputs.len())
+            .chain(facts("output", self.signature.outputs.len()))
+        {
+            let (fact, expected) = if kind == "input" {
+                (model.input_fact(index), &self.signature.inputs[index])
+            } else {
+                (model.output_fact(index), &self.signature.outputs[index])
+            };
+            let fact = fact.map_err(|error| self.failed(&error))?;
+            let shape = fact.shape.as_concrete();
+            if datum_type(expected.dtype) != fact.datum_type
+                || shape != Some(expected.shape.as_slice())
+            {
+                return Err(EngineError::Shape {
+                    graph: self.signature.name.clone(),
+                    tensor: format!("{kind} {:?}", expected.name),
+                    found: format!("{:?} {:?}", fact.datum_type, fact.shape),
+                    expected: typed(expected.dtype, &expected.shape),
+                });
+            }
+        }
+        Ok(())
+    }
+
+    fn failed(&self, error: &tract_onnx::prelude::TractError) -> EngineError {
+        EngineError::Run {
+            graph: self.signature.name.clone(),
+            reason: format!("{error:#}"),
+        }
+    }
+
+    fn output(&self, index: usize, value: &TractTensor) -> Result<Tensor, EngineError> {
+        let expected = &self.signature.outputs[index];
+        let tensor = match expected.dtype {
+            Dtype::F32 => floats(value).map(|data| Tensor::f32(value.shape(), data)),
+            Dtype::I64 => integers(value).map(|data| Tensor::i64(value.shape(), data)),
+        };
+        let tensor = tensor.map_err(|error| self.failed(&error))?;
+        let tensor = tensor
+            .filter(|tensor| tensor.shape() == expected.shape)
+            .ok_or_else(|| EngineError::Shape {
+                graph: self.signature.name.clone(),
+                tensor: format!("output {:?}", expected.name),
+                found: format!("{:?}", value.shape()),
+                expected: typed(expected.dtype, &expected.shape),
+            })?;
+        if tensor.floats().iter().any(|value| !value.is_finite()) {
+            return Err(EngineError::NotFinite {
+                graph: self.signature.name.clone(),
+                tensor: expected.name.clone(),
+            });
+        }
+        Ok(tensor)
+    }
+}
+
+impl Graph for TractGraph {
+    fn run(&self, inputs: &[(&str, &Tensor)]) -> Result<Vec<Tensor>, EngineError> {
+        let mut values: TVec<TValue> = TVec::new();
+        for tensor in ordered_inputs(&self.signature, inputs)? {
+            let native = tensor
+                .native(to_tract)
+                .map_err(|error| self.failed(&error))?;
+            values.push(TValue::from_const(native));
+        }
+        let outputs = multithread_tract_scope(self.executor.clone(), || self.plan.run(values));
+        let outputs = outputs.map_err(|error| self.failed(&error))?;
+        outputs
+            .iter()
+            .enumerate()
+            .map(|(index, value)| self.output(index, value))
+            .collect()
+    }
+}
+
+fn datum_type(dtype: Dtype) -> DatumType {
+    match dtype {
+        Dtype::F32 => DatumType::F32,
+        Dtype::I64 => DatumType::I64,
+    }
+}
+
+fn to_tract(tensor: &Tensor) -> TractResult<TractTensor> {
+    match tensor.dtype() {
+        Dtype::F32 => TractTensor::from_shape(tensor.shape(), tensor.floats()),
+        Dtype::I64 => TractTensor::from_shape(tensor.shape(), tensor.integers()),
+    }
+}
+
+fn floats(value: &TractTensor) -> TractResult<Vec<f32>> {
+    Ok(value.try_as_plain_ram()?.as_slice::<f32>()?.to_vec())
+}
+
+fn integers(value: &TractTensor) -> TractResult<Vec<i64>> {
+    Ok(value.try_as_plain_ram()?.as_slice::<i64>()?.to_vec())
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used)]
+mod tests {
+    use prost::Message;
+    use tract_onnx::pb::tensor_proto::DataType;
+    use tract_onnx::pb::{GraphProto, ModelProto};
+
+    use super::super::toy::{Attribute, Toy, halves};
+    use super::*;
+    use crate::bundle::manifest::TensorSignature;
+
+    fn signature() -> GraphSignature {
+        let tensor = |name: &str| TensorSignature {
+            name: name.to_owned(),
+            shape: vec![1, 2],
+            dtype: Dtype::F32,
+        };
+        GraphSignature {
+            name: "toy".to_owned(),
+            inputs: vec![tensor("x")],
+            outputs: vec![tensor("y")],
+        }
+    }
+
+    /// `y = x · W + x · Wᵀ` for one `W` `[2, 2]`, stored in 16 bits outside of the file at byte 2.
+    fn model() -> ModelProto {
+        Toy::new(&signature())
+            .external("w16", &[2, 2], 2)
+            .node("Cast", &["w16"], "w")
+            .with("to", Attribute::Int(DataType::Float as i64))
+            .node("Transpose", &["w"], "wt")
+            .with("perm", Attribute::Ints(vec![1, 0]))
+            .node("MatMul", &["x", "w"], "a")
+            .node("MatMul", &["x", "wt"], "b")
+            .node("Add", &["a", "b"], "y")
+            .model()
+    }
+
+    fn load(
+        model: &ModelProto,
+        signature: &GraphSignature,
+        threads: usize,
+    ) -> Result<Box<dyn Graph>, EngineError> {
+        let (onnx, weights) = (model.encode_to_vec(), halves(&[9.0, 1.0, 2.0, 3.0, 4.0]));
+        let external = |location: &str| (location == "weights.bin").then_some(weights.as_slice());
+        Tract::new(threads)?.load(&GraphSource {
+            signature,
+            onnx: &onnx,
+            external: &external,
+        })
+    }
+
+    #[test]
+    fn sixteen_bit_weights_are_folded_and_run() {
+        let (onnx, weights) = (model().encode_to_vec(), halves(&[9.0, 1.0, 2.0, 3.0, 4.0]));
+        let source = GraphSource {
+            signature: &signature(),
+            onnx: &onnx,
+            external: &|_| Some(weights.as_slice()),
+        };
+        let parsed = onnx::parse(&source).unwrap().graph.unwrap();
+        assert!(
+            parsed
+                .node
+                .iter()
+                .all(|node| node.op_type != "Cast" && node.op_type != "Transpose")
+        );
+        let names: Vec<&str> = parsed
+            .initializer
+            .iter()
+            .map(|tensor| tensor.name.as_str())
+            .collect();
+        assert_eq!(names, ["w", "wt"]);
+        for threads in [1, 2] {
+            let graph = load(&model(), &signature(), threads).unwrap();
+            let x = Tensor::f32(&[1, 2], vec![1.0, 10.0]).unwrap();
+            let y = graph.run(&[("x", &x)]).unwrap();
+            // W = [1 2; 3 4]: (31, 42) + (21, 43), exact in binary.
+            assert_eq!(y[0].floats(), [52.0, 85.0]);
+        }
+    }
+
+    #[test]
+    fn bad_inputs_are_refused() {
+        let graph = load(&model(), &signature(), 1).unwrap();
+        let (flat, nan) = (
+            Tensor::zeros(&[2]),
+            Tensor::f32(&[1, 2], vec![f32::NAN, 0.0]).unwrap(),
+        );
+        let error = |inputs: &[(&str, &Tensor)]| graph.run(inputs).unwrap_err().to_string();
+        assert_eq!(
+            error(&[("z", &flat)]),
+            "graph \"toy\": input \"x\" is missing, expected F32 [1, 2]"
+        );
+        assert_eq!(
+            error(&[("x", &flat)]),
+            "graph \"toy\": input \"x\" is F32 [2], expected F32 [1, 2]"
+        );
+        assert_eq!(
+            error(&[("x", &nan)]),
+            "graph \"toy\" gave a value that is no number in \"y\""
+        );
+    }
+
+    #[test]
+    fn malformed_graphs_have_their_sentences() {
+        type Break = fn(&mut GraphProto);
+        fn entry(graph: &mut GraphProto, key: usize, value: &str) {
+            graph.initializer[0].external_data[key].value = value.to_owned();
+        }
+        let cases: [(Break, &str); 11] = [
+            (
+                |g| entry(g, 1, "4"),
+                "tensor \"w16\" is out of range: 8 bytes at 4 of weights.bin, which has 10",
+            ),
+            (|g| entry(g, 1, "18446744073709551615"), "is out of range"),
+            (
+                |g| entry(g, 1, "-1"),
+                "has the offset \"-1\", which is no number",
+            ),
+            (
+                |g| entry(g, 2, "6"),
+                "has 6 bytes, its shape [2, 2] needs 8",
+            ),
+            (
+                |g| entry(g, 0, "../secret"),
+                "lies in \"../secret\", which the bundle does not hold",
+            ),
+            (
+                |g| drop(g.initializer[0].external_data.pop()),
+                "is external but has no length",
+            ),
+            (
+                |g| g.initializer[0].dims = vec![i64::MAX, 4],
+                "has the impossible shape",
+            ),
+            (
+                |g| g.initializer[0].dims = vec![-2, -2],
+                "has the impossible shape",
+            ),
+            (
+                |g| g.initializer[0].data_type = 77,
+                "has the unsupported type 77",
+            ),
+            (
+                |g| g.output[0].name = "z".to_owned(),
+                "its outputs are [\"z\"], expected [\"y\"]",
+            ),
+            (|g| g.node[2].op_type = "Teleport".to_owned(), "Teleport"),
+        ];
+        for (break_it, message) in cases {
+            let mut model = model();
+            break_it(model.graph.as_mut().unwrap());
+            let error = load(&model, &signature(), 1).err().unwrap().to_string();
+            assert!(error.contains(message), "{error:?} lacks {message:?}");
+        }
+        let mut wide = signature();
+        wide.outputs[0].shape = vec![1, 3];
+        let error = load(&model(), &wide, 1).err().unwrap().to_string();
+        assert!(
+            error.contains("output \"y\" is F32") && error.ends_with("expected F32 [1, 3]"),
+            "{error}"
+        );
+        let garbage = GraphSource {
+            signature: &signature(),
+            onnx: b"\xff\xff",
+            external: &|_| None,
+        };
+        assert!(Tract::new(1).unwrap().load(&garbage).is_err());
+    }
+}

@@ -1,0 +1,364 @@
+//! The gallery: pictures' embeddings, captions, times and sources in one SQLite file, bound to the bundle that made them.
+//!
+//! Writes are transactions with `synchronous = FULL`: what [`Gallery::put`] has returned from survives a power cut, and what it
+//! has not leaves no trace. Search is exact: the dot product with every embedding.
+
+mod search;
+mod time;
+
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use rusqlite::{Connection, ErrorCode, OpenFlags, OptionalExtension, params};
+
+pub use self::search::{Filter, Hit};
+pub use self::time::{Time, TimeError};
+
+/// `PRAGMA application_id` of a gallery: "UNIM".
+const APPLICATION_ID: i64 = 0x554e_494d;
+/// `PRAGMA user_version` that this version writes.
+const SCHEMA: i64 = 1;
+/// Largest difference of an embedding's length from 1 that `verify` accepts: f32 rounding of 256 squares, generously.
+const UNIT_TOLERANCE: f32 = 1e-3;
+/// How long to wait for another process that writes.
+const BUSY: Duration = Duration::from_secs(10);
+
+/// Why a gallery could not be used.
+#[derive(Debug, thiserror::Error)]
+pub enum GalleryError {
+    /// There is no such file.
+    #[error("there is no gallery {}; `unimo index add` makes one", path.display())]
+    NotFound {
+        /// The file.
+        path: PathBuf,
+    },
+    /// A file of another kind.
+    #[error("{} is not a gallery", path.display())]
+    NotAGallery {
+        /// The file.
+        path: PathBuf,
+    },
+    /// Made by a later version.
+    #[error("gallery {} has schema {found}, this version reads up to {supported}: update unimo", path.display())]
+    NewerSchema {
+        /// The file.
+        path: PathBuf,
+        /// Its schema.
+        found: i64,
+        /// What this version reads.
+        supported: i64,
+    },
+    /// Made with another model.
+    #[error("gallery {} was made with another model (bundle {}…, not {}…), and their embeddings cannot be compared: name that bundle with --bundle, or index the pictures again into a new gallery", path.display(), short(found), short(expected))]
+    OtherModel {
+        /// The file.
+        path: PathBuf,
+        /// The bundle it was made with.
+        found: String,
+        /// The bundle in use.
+        expected: String,
+    },
+    /// The disk is full.
+    #[error("gallery {}: the disk is full; everything acknowledged before is stored", path.display())]
+    Full {
+        /// The file.
+        path: PathBuf,
+    },
+    /// The file is damaged.
+    #[error("gallery {} is damaged: {reason}", path.display())]
+    Damaged {
+        /// The file.
+        path: PathBuf,
+        /// What is wrong.
+        reason: String,
+    },
+    /// An embedding that no bundle of this gallery makes.
+    #[error("an embedding of {found} values does not go into a gallery of {expected}")]
+    Width {
+        /// Values given.
+        found: usize,
+        /// Values of the gallery's embeddings.
+        expected: usize,
+    },
+    /// Anything else that SQLite reports.
+    #[error("gallery {}: {source}", path.display())]
+    Sqlite {
+        /// The file.
+        path: PathBuf,
+        /// SQLite's reason.
+        source: rusqlite::Error,
+    },
+}
+
+fn short(id: &str) -> &str {
+    id.get(..12).unwrap_or(id)
+}
+
+/// A picture to store.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Entry {
+    /// Path or URI; one picture a source.
+    pub source: String,
+    /// SHA-256 of the encoded picture.
+    pub hash: [u8; 32],
+    /// Unit vector.
+    pub embedding: Vec<f32>,
+    /// Caption, where one was made.
+    pub caption: Option<String>,
+    /// When the picture was taken or last changed.
+    pub time: Time,
+}
+
+/// What a gallery knows of a picture.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Known {
+    /// Nothing.
+    New,
+    /// The source, with other content.
+    Changed,
+    /// The source with this content.
+    Unchanged,
+}
+
+/// Figures of a gallery.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Stats {
+    /// Pictures.
+    pub images: u64,
+    /// Those with a caption.
+    pub captions: u64,
+    /// Bundle id.
+    pub bundle: String,
+    /// Values of an embedding.
+    pub width: usize,
+    /// Size of the file, with its journal.
+    pub bytes: u64,
+}
+
+/// An open gallery.
+pub struct Gallery {
+    path: PathBuf,
+    connection: Connection,
+    bundle: String,
+    width: usize,
+}
+
+impl Gallery {
+    /// Opens a gallery for a bundle, making it where there is none.
+    ///
+    /// # Errors
+    /// A gallery of another model, a newer one, or a file that is none.
+    pub fn open_or_create(path: &Path, bundle: &str, width: usize) -> Result<Self, GalleryError> {
+        // An empty file is what a creation that was cut short leaves.
+        let fresh = std::fs::metadata(path).map_or(true, |m| m.len() == 0);
+        let connection = connect(path, OpenFlags::SQLITE_OPEN_READ_WRITE | OpenFlags::SQLITE_OPEN_CREATE)?;
+        if fresh {
+            create(&connection, bundle, width).map_err(|source| fault(path, source))?;
+        }
+        let gallery = Self::checked(path, connection)?;
+        gallery.require_bundle(bundle)?;
+        Ok(gallery)
+    }
+
+    /// Opens a gallery that is there.
+    ///
+    /// # Errors
+    /// No such gallery, a newer one, or a file that is none.
+    pub fn open(path: &Path) -> Result<Self, GalleryError> {
+        if !path.is_file() {
+            return Err(GalleryError::NotFound { path: path.to_path_buf() });
+        }
+        Self::checked(path, connect(path, OpenFlags::SQLITE_OPEN_READ_WRITE)?)
+    }
+
+    fn checked(path: &Path, connection: Connection) -> Result<Self, GalleryError> {
+        let pragma = |name: &str| connection.pragma_query_value(None, name, |row| row.get::<_, i64>(0));
+        let application = pragma("application_id").map_err(|source| fault(path, source))?;
+        let schema = pragma("user_version").map_err(|source| fault(path, source))?;
+        if application != APPLICATION_ID {
+            return Err(GalleryError::NotAGallery { path: path.to_path_buf() });
+        }
+        if schema > SCHEMA {
+            return Err(GalleryError::NewerSchema { path: path.to_path_buf(), found: schema, supported: SCHEMA });
+        }
+        let (bundle, width) = connection
+            .query_row("SELECT bundle, width FROM gallery", [], |row| Ok((row.get(0)?, row.get::<_, i64>(1)?)))
+            .map_err(|source| fault(path, source))?;
+        let width = usize::try_from(width).unwrap_or_default();
+        Ok(Self { path: path.to_path_buf(), connection, bundle, width })
+    }
+
+    /// Refuses a gallery of another bundle.
+    ///
+    /// # Errors
+    /// [`GalleryError::OtherModel`].
+    pub fn require_bundle(&self, bundle: &str) -> Result<(), GalleryError> {
+        if self.bundle == bundle {
+            return Ok(());
+        }
+        Err(GalleryError::OtherModel { path: self.path.clone(), found: self.bundle.clone(), expected: bundle.to_owned() })
+    }
+
+    fn fault(&self, source: rusqlite::Error) -> GalleryError {
+        fault(&self.path, source)
+    }
+
+    /// What is known of a source with this content.
+    ///
+    /// # Errors
+    /// A damaged file.
+    pub fn known(&self, source: &str, hash: &[u8; 32]) -> Result<Known, GalleryError> {
+        let stored: Option<Vec<u8>> = self
+            .connection
+            .prepare_cached("SELECT hash FROM pictures WHERE source = ?1")
+            .and_then(|mut statement| statement.query_row([source], |row| row.get(0)).optional())
+            .map_err(|e| self.fault(e))?;
+        Ok(match stored {
+            None => Known::New,
+            Some(stored) if stored == hash => Known::Unchanged,
+            Some(_) => Known::Changed,
+        })
+    }
+
+    /// Stores pictures, all or none; those whose source is there replace it. On return they are on the disk.
+    ///
+    /// # Errors
+    /// A full disk, a damaged file, an embedding of another width.
+    pub fn put(&mut self, entries: &[Entry]) -> Result<(), GalleryError> {
+        if let Some(entry) = entries.iter().find(|e| e.embedding.len() != self.width) {
+            return Err(GalleryError::Width { found: entry.embedding.len(), expected: self.width });
+        }
+        let now = Time::now().milliseconds();
+        let write = |connection: &mut Connection| -> rusqlite::Result<()> {
+            let transaction = connection.transaction()?;
+            {
+                let mut statement = transaction.prepare_cached(
+                    "INSERT INTO pictures (source, hash, embedding, caption, time, added) VALUES (?1, ?2, ?3, ?4, ?5, ?6)
+                     ON CONFLICT (source) DO UPDATE SET hash = excluded.hash, embedding = excluded.embedding,
+                     caption = excluded.caption, time = excluded.time, added = excluded.added",
+                )?;
+                for e in entries {
+                    let bytes: Vec<u8> = e.embedding.iter().flat_map(|v| v.to_le_bytes()).collect();
+                    statement.execute(params![e.source, &e.hash[..], bytes, e.caption, e.time.milliseconds(), now])?;
+                }
+            }
+            transaction.commit()
+        };
+        write(&mut self.connection).map_err(|source| fault(&self.path, source))
+    }
+
+    /// Forgets sources; gives the number of those that were there.
+    ///
+    /// # Errors
+    /// A full disk or a damaged file.
+    pub fn remove(&mut self, sources: &[String]) -> Result<u64, GalleryError> {
+        let remove = |connection: &mut Connection| -> rusqlite::Result<u64> {
+            let transaction = connection.transaction()?;
+            let mut removed = 0;
+            for source in sources {
+                removed += transaction.execute("DELETE FROM pictures WHERE source = ?1", [source])? as u64;
+            }
+            transaction.commit()?;
+            Ok(removed)
+        };
+        remove(&mut self.connection).map_err(|source| fault(&self.path, source))
+    }
+
+    /// Figures.
+    ///
+    /// # Errors
+    /// A damaged file.
+    pub fn stats(&self) -> Result<Stats, GalleryError> {
+        let (images, captions) = self
+            .connection
+            .query_row("SELECT count(*), count(caption) FROM pictures", [], |row| Ok((row.get::<_, i64>(0)?, row.get::<_, i64>(1)?)))
+            .map_err(|e| self.fault(e))?;
+        let size = |suffix: &str| {
+            let mut name = self.path.as_os_str().to_owned();
+            name.push(suffix);
+            std::fs::metadata(name).map_or(0, |m| m.len())
+        };
+        Ok(Stats {
+            images: images.unsigned_abs(),
+            captions: captions.unsigned_abs(),
+            bundle: self.bundle.clone(),
+            width: self.width,
+            bytes: size("") + size("-wal"),
+        })
+    }
+
+    /// Checks the file's structure and every embedding; gives the number of pictures.
+    ///
+    /// # Errors
+    /// The first damage found.
+    pub fn verify(&self) -> Result<u64, GalleryError> {
+        let damaged = |reason: String| GalleryError::Damaged { path: self.path.clone(), reason };
+        let report: String = self
+            .connection
+            .query_row("PRAGMA integrity_check(1)", [], |row| row.get(0))
+            .map_err(|e| self.fault(e))?;
+        if report != "ok" {
+            return Err(damaged(report));
+        }
+        let mut pictures = 0;
+        self.each_embedding(&Filter::default(), |row, embedding| {
+            pictures += 1;
+            let source = || row.get::<_, String>(1).unwrap_or_default();
+            if embedding.len() != 4 * self.width {
+                return Err(damaged(format!("the embedding of {} has {} bytes", source(), embedding.len())));
+            }
+            let length = search::values(embedding).map(|v| v * v).sum::<f32>().sqrt();
+            if (length - 1.0).abs() <= UNIT_TOLERANCE {
+                Ok(())
+            } else {
+                Err(damaged(format!("the embedding of {} has length {length}, not 1", source())))
+            }
+        })?;
+        Ok(pictures)
+    }
+}
+
+fn connect(path: &Path, flags: OpenFlags) -> Result<Connection, GalleryError> {
+    let open = || -> rusqlite::Result<Connection> {
+        let connection = Connection::open_with_flags(path, flags | OpenFlags::SQLITE_OPEN_NO_MUTEX)?;
+        connection.busy_timeout(BUSY)?;
+        connection.pragma_update(None, "journal_mode", "WAL")?;
+        connection.pragma_update(None, "synchronous", "FULL")?;
+        Ok(connection)
+    };
+    open().map_err(|source| fault(path, source))
+}
+
+fn create(connection: &Connection, bundle: &str, width: usize) -> rusqlite::Result<()> {
+    connection.execute_batch("BEGIN IMMEDIATE")?;
+    connection.execute_batch(&format!(
+        "CREATE TABLE IF NOT EXISTS gallery (bundle TEXT NOT NULL, width INTEGER NOT NULL);
+         CREATE TABLE IF NOT EXISTS pictures (
+             id INTEGER PRIMARY KEY,
+             source TEXT NOT NULL UNIQUE,
+             hash BLOB NOT NULL,
+             embedding BLOB NOT NULL,
+             caption TEXT,
+             time INTEGER NOT NULL,
+             added INTEGER NOT NULL
+         );
+         PRAGMA application_id = {APPLICATION_ID};
+         PRAGMA user_version = {SCHEMA};"
+    ))?;
+    let rows: i64 = connection.query_row("SELECT count(*) FROM gallery", [], |row| row.get(0))?;
+    if rows == 0 {
+        connection.execute("INSERT INTO gallery VALUES (?1, ?2)", params![bundle, width as i64])?;
+    }
+    connection.execute_batch("COMMIT")
+}
+
+/// SQLite's errors in the gallery's words.
+fn fault(path: &Path, source: rusqlite::Error) -> GalleryError {
+    let path = path.to_path_buf();
+    match source.sqlite_error_code() {
+        Some(ErrorCode::DiskFull) => GalleryError::Full { path },
+        Some(ErrorCode::NotADatabase) => GalleryError::NotAGallery { path },
+        Some(ErrorCode::DatabaseCorrupt) => GalleryError::Damaged { path, reason: source.to_string() },
+        _ => GalleryError::Sqlite { path, source },
+    }
+}

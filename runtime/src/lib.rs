@@ -1,0 +1,17 @@
+//! The on-device runtime of UNIMO: captions pictures and finds them by words, offline.
+//!
+//! This crate owns the contract between training and serving: how a picture becomes a tensor ([`image`]), how text
+//! becomes ids ([`tokenizer`]) and what a bundle is ([`bundle`]). The trainer and the exporter use those very
+//! functions. [`model::Model`] opens a bundle on an [`engine`] and captions, embeds and matches.
+
+#![deny(unsafe_code)]
+
+pub mod bundle;
+pub mod captioning;
+pub mod engine;
+#[cfg(feature = "gallery")]
+pub mod gallery;
+pub mod image;
+pub mod model;
+pub mod ordered;
+pub mod tokenizer;

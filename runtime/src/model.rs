@@ -1,0 +1,562 @@
+//! A bundle opened on an engine: captions, embeds and matches.
+
+use std::sync::{Arc, Mutex, PoisonError};
+
+use ::image::RgbImage;
+
+use crate::bundle::manifest::{Manifest, Precision};
+use crate::bundle::{Bundle, BundleError, BundleSource};
+use crate::captioning::{Caption, DecodeOptions, KvCache, LanguageModel, beam_search};
+use crate::engine::{self, Engine, EngineError, EngineOptions, Graph, GraphSource, Tensor};
+use crate::tokenizer::{CLS, PAD, SEP, Tokenizer};
+
+/// Added to the attention score of a padded place.
+const PADDED: f32 = -1e4;
+
+/// Why a model could not be opened or run.
+#[derive(Debug, thiserror::Error)]
+pub enum ModelError {
+    /// The bundle is at fault.
+    #[error(transparent)]
+    Bundle(#[from] BundleError),
+    /// The engine is at fault, or a graph that it was given.
+    #[error(transparent)]
+    Engine(#[from] EngineError),
+    /// More words were asked for than the graphs have room for.
+    #[error("captions of this model have 1 to {most} words, {asked} were asked for")]
+    TooManyWords {
+        /// What was asked for.
+        asked: usize,
+        /// The room.
+        most: usize,
+    },
+}
+
+/// What one look at a picture gives; everything else is computed from it.
+#[derive(Debug, Clone)]
+pub struct Vision {
+    /// The picture in the space that it shares with texts, `[embedding]`, of unit length.
+    pub embedding: Vec<f32>,
+    prefix_keys: Tensor,
+    prefix_values: Tensor,
+    regions: Tensor,
+}
+
+/// The graphs of a bundle.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum GraphName {
+    /// Picture to embedding, keys and values for decoding, and regions.
+    Vision,
+    /// One token more of a caption.
+    Decode,
+    /// Text to embedding.
+    Text,
+    /// Regions and text to matching score.
+    Match,
+}
+
+impl GraphName {
+    /// All of them.
+    pub const ALL: [Self; 4] = [Self::Vision, Self::Decode, Self::Text, Self::Match];
+
+    /// Its name in the manifest.
+    #[must_use]
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Vision => "vision",
+            Self::Decode => "decode",
+            Self::Text => "text",
+            Self::Match => "match",
+        }
+    }
+}
+
+/// A bundle opened on an engine. Graphs are loaded when first used, so that who only embeds texts pays for nothing else; many
+/// threads may use a model at once.
+pub struct Model {
+    bundle: Bundle,
+    engine: Box<dyn Engine>,
+    options: EngineOptions,
+    precision: Precision,
+    tokenizer: Tokenizer,
+    graphs: [Mutex<Option<Arc<dyn Graph>>>; 4],
+}
+
+impl Model {
+    /// Opens a bundle.
+    ///
+    /// # Errors
+    /// Where the bundle is refused, holds no weights of the precision asked for, or the engine is not there.
+    pub fn open(source: &BundleSource, options: &EngineOptions) -> Result<Self, ModelError> {
+        let engine = engine::open(options)?;
+        let bundle = Bundle::open(source)?;
+        let precision = bundle.precision(options.precision)?;
+        let tokenizer = bundle.tokenizer()?;
+        let graphs = Default::default();
+        Ok(Self {
+            bundle,
+            engine,
+            options: options.clone(),
+            precision,
+            tokenizer,
+            graphs,
+        })
+    }
+
+    /// SHA-256 of the bundle's manifest, in hex: embeddings of different bundles cannot be compared.
+    #[must_use]
+    pub fn bundle_id(&self) -> &str {
+        self.bundle.id()
+    }
+
+    /// What the bundle says about itself.
+    #[must_use]
+    pub fn manifest(&self) -> &Manifest {
+        self.bundle.manifest()
+    }
+
+    /// The bundle.
+    #[must_use]
+    pub fn bundle(&self) -> &Bundle {
+        &self.bundle
+    }
+
+    /// How it was opened.
+    #[must_use]
+    pub fn options(&self) -> &EngineOptions {
+        &self.options
+    }
+
+    /// The weights that run.
+    #[must_use]
+    pub fn precision(&self) -> Precision {
+        self.precision
+    }
+
+    /// The bundle's tokenizer.
+    #[must_use]
+    pub fn tokenizer(&self) -> &Tokenizer {
+        &self.tokenizer
+    }
+
+    /// How the bundle wants captions to be decoded.
+    #[must_use]
+    pub fn decode_options(&self) -> DecodeOptions {
+        DecodeOptions::from(&self.manifest().decoding)
+    }
+
+    /// Loads graphs now that would otherwise be loaded when first used.
+    ///
+    /// # Errors
+    /// Where a graph or its weights are damaged, or the engine refuses it.
+    pub fn load(&self, graphs: &[GraphName]) -> Result<(), ModelError> {
+        graphs
+            .iter()
+            .try_for_each(|&name| self.graph(name).map(drop))
+    }
+
+    /// Most ids of a text, `[CLS]` and `[SEP]` not counted, that [`Self::embed_text`] and [`Self::match_score`] read.
+    #[must_use]
+    pub fn text_room(&self) -> usize {
+        self.manifest().model.max_text - 2
+    }
+
+    /// Number of ids of a text that find no room, and are cut off.
+    #[must_use]
+    pub fn cut_off(&self, text: &str) -> usize {
+        self.tokenizer
+            .encode(text, usize::MAX)
+            .len()
+            .saturating_sub(self.text_room())
+    }
+
+    /// Looks at a picture, of any size.
+    ///
+    /// # Errors
+    /// Where the `vision` graph cannot be loaded or run.
+    pub fn see(&self, image: &RgbImage) -> Result<Vision, ModelError> {
+        let preparation = &self.manifest().image;
+        let shape = [
+            1,
+            3,
+            preparation.height as usize,
+            preparation.width as usize,
+        ];
+        let pixels = tensor(
+            GraphName::Vision,
+            "pixels",
+            Tensor::f32(&shape, preparation.tensor(image)),
+        )?;
+        let outputs = self.run(GraphName::Vision, &[("pixels", &pixels)])?;
+        let [embedding, prefix_keys, prefix_values, regions] = outputs;
+        Ok(Vision {
+            embedding: embedding.into_floats(),
+            prefix_keys,
+            prefix_values,
+            regions,
+        })
+    }
+
+    /// The embedding of a picture, `[embedding]`, of unit length.
+    ///
+    /// # Errors
+    /// Those of [`Self::see`].
+    pub fn embed_image(&self, image: &RgbImage) -> Result<Vec<f32>, ModelError> {
+        Ok(self.see(image)?.embedding)
+    }
+
+    /// The embedding of a text, `[embedding]`, of unit length. Texts are cut to [`Self::text_room`].
+    ///
+    /// # Errors
+    /// Where the `text` graph cannot be loaded or run.
+    pub fn embed_text(&self, text: &str) -> Result<Vec<f32>, ModelError> {
+        let (ids, mask) = self.padded(text)?;
+        let [embedding] = self.run(GraphName::Text, &[("ids", &ids), ("mask", &mask)])?;
+        Ok(embedding.into_floats())
+    }
+
+    /// The probability that a text describes a picture, both read together.
+    ///
+    /// # Errors
+    /// Where the `match` graph cannot be loaded or run.
+    pub fn match_score(&self, vision: &Vision, text: &str) -> Result<f32, ModelError> {
+        let (ids, mask) = self.padded(text)?;
+        let inputs = [("regions", &vision.regions), ("ids", &ids), ("mask", &mask)];
+        let [score] = self.run(GraphName::Match, &inputs)?;
+        let logit = score.floats().first().copied().unwrap_or_default();
+        Ok(1.0 / (1.0 + (-logit).exp()))
+    }
+
+    /// Captions a picture.
+    ///
+    /// # Errors
+    /// Where more words are asked for than the graph has room for, or the `decode` graph cannot be loaded or run.
+    pub fn caption(&self, vision: &Vision, options: &DecodeOptions) -> Result<Caption, ModelError> {
+        let most = self.manifest().model.max_text - 1;
+        if !(1..=most).contains(&options.max_words) {
+            return Err(ModelError::TooManyWords {
+                asked: options.max_words,
+                most,
+            });
+        }
+        let writer = Writer {
+            model: self,
+            vision,
+            graph: self.graph(GraphName::Decode)?,
+        };
+        let best = beam_search(&writer, KvCache::new(&self.manifest().model), options)?;
+        Ok(Caption {
+            text: self.tokenizer.decode(&best.tokens),
+            tokens: best.tokens,
+            score: best.score,
+        })
+    }
+
+    /// `ids` and `mask` of a text: `[CLS] w1 … wn [SEP] [PAD] …`.
+    fn padded(&self, text: &str) -> Result<(Tensor, Tensor), EngineError> {
+        let room = self.manifest().model.max_text;
+        let mut ids = vec![CLS];
+        ids.extend(self.tokenizer.encode(text, self.text_room()));
+        ids.push(SEP);
+        let mut mask = vec![0.0; ids.len()];
+        ids.resize(room, PAD);
+        mask.resize(room, PADDED);
+        let ids = Tensor::i64(&[1, room], ids.into_iter().map(i64::from).collect());
+        let mask = Tensor::f32(&[1, room], mask);
+        Ok((
+            tensor(GraphName::Text, "ids", ids)?,
+            tensor(GraphName::Text, "mask", mask)?,
+        ))
+    }
+
+    fn run<const N: usize>(
+        &self,
+        name: GraphName,
+        inputs: &[(&str, &Tensor)],
+    ) -> Result<[Tensor; N], ModelError> {
+        Ok(outputs(name, self.graph(name)?.run(inputs)?)?)
+    }
+
+    /// A graph, loaded at the first call. Others who need it wait instead of loading it twice.
+    fn graph(&self, name: GraphName) -> Result<Arc<dyn Graph>, ModelError> {
+        let mut slot = self.graphs[name as usize]
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner);
+        if let Some(graph) = slot.as_ref() {
+            return Ok(graph.clone());
+        }
+        let graph: Arc<dyn Graph> = Arc::from(self.load_graph(name.name())?);
+        *slot = Some(graph.clone());
+        Ok(graph)
+    }
+
+    fn load_graph(&self, name: &str) -> Result<Box<dyn Graph>, ModelError> {
+        let signature = self
+            .manifest()
+            .graphs
+            .iter()
+            .find(|graph| graph.name == name);
+        let signature = signature.ok_or_else(|| EngineError::Load {
+            graph: name.to_owned(),
+            reason: "the manifest does not list it".to_owned(),
+        })?;
+        let onnx = self
+            .bundle
+            .read(&Manifest::graph_file(self.precision, name))?;
+        // The weights are hashed here, before the engine sees them, so that a damaged file is called by its name.
+        let folder = format!("{}/", self.precision);
+        for file in self.manifest().files.keys() {
+            if file.starts_with(&folder) && !file.ends_with(".onnx") {
+                self.bundle.read(file)?;
+            }
+        }
+        let external = |location: &str| self.bundle.read(&format!("{folder}{location}")).ok();
+        Ok(self.engine.load(&GraphSource {
+            signature,
+            onnx,
+            external: &external,
+        })?)
+    }
+}
+
+/// The `decode` graph as a language model over one picture, whose keys and values all hypotheses share.
+struct Writer<'a> {
+    model: &'a Model,
+    vision: &'a Vision,
+    graph: Arc<dyn Graph>,
+}
+
+impl LanguageModel for Writer<'_> {
+    type State = KvCache;
+    type Error = ModelError;
+
+    fn read(&self, cache: &mut KvCache, id: u32) -> Result<Vec<f32>, ModelError> {
+        let scalar =
+            |name, value: i64| tensor(GraphName::Decode, name, Tensor::i64(&[1], vec![value]));
+        let token = scalar("token", i64::from(id))?;
+        let position = scalar("position", cache.len() as i64)?;
+        let [keys, values, mask] = cache.inputs();
+        let inputs = [
+            ("token", &token),
+            ("position", &position),
+            ("prefix_keys", &self.vision.prefix_keys),
+            ("prefix_values", &self.vision.prefix_values),
+            keys,
+            values,
+            mask,
+        ];
+        let [logits, new_keys, new_values] = outputs(GraphName::Decode, self.graph.run(&inputs)?)?;
+        cache.push(&new_keys, &new_values);
+        Ok(logits.into_floats())
+    }
+
+    fn is_forbidden(&self, id: u32) -> bool {
+        self.model.tokenizer.is_special(id)
+    }
+}
+
+fn outputs<const N: usize>(
+    name: GraphName,
+    outputs: Vec<Tensor>,
+) -> Result<[Tensor; N], EngineError> {
+    outputs
+        .try_into()
+        .map_err(|outputs: Vec<Tensor>| EngineError::Run {
+            graph: name.name().to_owned(),
+            reason: format!("it gave {} outputs, expected {N}", outputs.len()),
+        })
+}
+
+fn tensor(name: GraphName, input: &str, tensor: Option<Tensor>) -> Result<Tensor, EngineError> {
+    tensor.ok_or_else(|| EngineError::Run {
+        graph: name.name().to_owned(),
+        reason: format!("{input} has another size than its shape"),
+    })
+}
+
+#[cfg(all(test, feature = "tract"))]
+#[allow(clippy::unwrap_used)]
+mod tests {
+    use std::fs;
+
+    use ::image::Rgb;
+
+    use super::*;
+    use crate::bundle::manifest::{self, GraphSignature};
+    use crate::bundle::{BundleFault, MANIFEST, sha256_hex};
+    use crate::engine::toy;
+    use crate::tokenizer;
+
+    /// A bundle folder with the toy model of [`toy::graphs`].
+    fn folder() -> tempfile::TempDir {
+        let folder = tempfile::tempdir().unwrap();
+        let tokenizer = tokenizer::tests::json(["[CLS]", "[PAD]", "[SEP]", "[UNK]"], true);
+        let mut manifest = manifest::tests::tiny();
+        manifest.model.vocabulary = Tokenizer::from_bytes(&tokenizer).unwrap().vocabulary_size();
+        manifest.graphs = GraphSignature::contract(&manifest.model, &manifest.image);
+        let (graphs, weights) = toy::graphs(&manifest.model, &manifest.graphs);
+        let graphs = graphs
+            .into_iter()
+            .map(|(name, onnx)| (Manifest::graph_file(Precision::F16, &name), onnx));
+        let others = [
+            ("tokenizer.json".to_owned(), tokenizer),
+            ("f16/weights.bin".to_owned(), weights),
+        ];
+        fs::create_dir(folder.path().join("f16")).unwrap();
+        for (file, bytes) in graphs.chain(others) {
+            fs::write(folder.path().join(&file), &bytes).unwrap();
+            manifest.files.insert(file, sha256_hex(&bytes));
+        }
+        fs::write(folder.path().join(MANIFEST), manifest.to_toml().unwrap()).unwrap();
+        folder
+    }
+
+    fn open(folder: &tempfile::TempDir) -> Result<Model, ModelError> {
+        Model::open(
+            &BundleSource::Path(folder.path().to_path_buf()),
+            &EngineOptions::default(),
+        )
+    }
+
+    fn grey(level: u8) -> RgbImage {
+        RgbImage::from_pixel(40, 30, Rgb([level; 3]))
+    }
+
+    #[test]
+    fn captions_follow_picture_place_and_mask() {
+        let (folder, options) = (folder(), |beam| DecodeOptions {
+            beam,
+            max_words: 6,
+            length_penalty: 1.0,
+        });
+        let model = open(&folder).unwrap();
+        for (level, first) in [(0, 48), (255, 80)] {
+            let vision = model.see(&grey(level)).unwrap();
+            for beam in [1, 4] {
+                let caption = model.caption(&vision, &options(beam)).unwrap();
+                assert_eq!(
+                    caption.tokens,
+                    [first, first + 1, first + 2],
+                    "level {level}, beam {beam}"
+                );
+                assert_eq!(caption.text, model.tokenizer().decode(&caption.tokens));
+            }
+            let short = DecodeOptions {
+                max_words: 2,
+                ..options(1)
+            };
+            assert_eq!(
+                model.caption(&vision, &short).unwrap().tokens,
+                [first, first + 1]
+            );
+        }
+        let vision = model.see(&grey(9)).unwrap();
+        let error = model
+            .caption(
+                &vision,
+                &DecodeOptions {
+                    max_words: 8,
+                    ..options(1)
+                },
+            )
+            .unwrap_err()
+            .to_string();
+        assert_eq!(
+            error,
+            "captions of this model have 1 to 7 words, 8 were asked for"
+        );
+    }
+
+    #[test]
+    fn embeddings_have_unit_length_and_see_their_input() {
+        let folder = folder();
+        let model = open(&folder).unwrap();
+        let red = model
+            .embed_image(&RgbImage::from_pixel(8, 8, Rgb([255, 0, 0])))
+            .unwrap();
+        // (1, −1, −1) times the colour weight, before it gets unit length.
+        let raw = [0.5f32, -1.0, -1.0, -0.25];
+        let length = raw.iter().map(|x| x * x).sum::<f32>().sqrt();
+        for (found, expected) in red.iter().zip(raw) {
+            // Weights of 16 bits hold 0.25 and 1 exactly; sums of f32.
+            assert!((found - expected / length).abs() < 1e-5, "{red:?}");
+        }
+        let text = model.embed_text("a dog").unwrap();
+        let ids = model.tokenizer().encode("a dog", 6);
+        let sum = (u64::from(SEP) + ids.iter().map(|&id| u64::from(id)).sum::<u64>()) as f32;
+        let count = (ids.len() + 2) as f32;
+        assert!(
+            (text[1] / text[0] - sum / count).abs() < 1e-3 * sum,
+            "{text:?}: {sum} / {count}"
+        );
+        assert!((text.iter().map(|x| x * x).sum::<f32>() - 1.0).abs() < 1e-5);
+    }
+
+    #[test]
+    fn matching_gives_a_probability() {
+        let folder = folder();
+        let model = open(&folder).unwrap();
+        let ids = model.tokenizer().encode("a dog", 6).len() + 2;
+        for (level, sign) in [(0, -1.0), (255, 1.0)] {
+            let score = model
+                .match_score(&model.see(&grey(level)).unwrap(), "a dog")
+                .unwrap();
+            let expected = 1.0 / (1.0 + (-sign * ids as f32).exp());
+            assert!(
+                (score - expected).abs() < 1e-5,
+                "level {level}: {score} {expected}"
+            );
+        }
+    }
+
+    #[test]
+    fn long_texts_are_cut_and_counted() {
+        let folder = folder();
+        let model = open(&folder).unwrap();
+        assert_eq!(model.text_room(), 6);
+        assert_eq!(model.cut_off("a dog"), 0);
+        let long = "zzzzzzzzz";
+        assert_eq!(
+            model.cut_off(long),
+            model.tokenizer().encode(long, 100).len() - 6
+        );
+        assert_eq!(
+            model.embed_text(long).unwrap(),
+            model.embed_text("zzzzzzzzzz").unwrap()
+        );
+    }
+
+    #[test]
+    fn what_is_loaded_is_verified() {
+        let flip = |file: &str, folder: &std::path::Path| {
+            let path = folder.join(file);
+            let mut bytes = fs::read(&path).unwrap();
+            bytes[3] ^= 1;
+            fs::write(path, bytes).unwrap();
+        };
+        for file in ["f16/vision.onnx", "f16/weights.bin"] {
+            let folder = folder();
+            flip(file, folder.path());
+            let model = open(&folder).unwrap();
+            let error = model.embed_image(&grey(1)).unwrap_err();
+            let ModelError::Bundle(error) = error else {
+                panic!("{error}")
+            };
+            assert!(
+                matches!(&error.fault, BundleFault::Hash { file: found, .. } if found == file),
+                "{error}"
+            );
+        }
+        let folder = folder();
+        let path = folder.path().join(MANIFEST);
+        let mut manifest = Manifest::parse(&fs::read(&path).unwrap()).unwrap();
+        manifest.model.vocabulary = 400;
+        manifest.graphs = GraphSignature::contract(&manifest.model, &manifest.image);
+        fs::write(&path, manifest.to_toml().unwrap()).unwrap();
+        let error = open(&folder).err().unwrap().to_string();
+        assert!(
+            error.contains("tokenizer.json has ") && error.ends_with(" ids, the model has 400"),
+            "{error}"
+        );
+    }
+}

@@ -1,0 +1,404 @@
+//! Promise: an exported bundle computes what the checkpoint computes, or there is no bundle.
+//!
+//! The golden values come from a NumPy forward that shares no code with this project, `exporter/tests/reference/reference.py`;
+//! that script also checks the files with `onnx.checker` and runs them in ONNX Runtime.
+
+#![allow(clippy::unwrap_used)]
+
+use std::collections::{BTreeMap, HashMap};
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::sync::OnceLock;
+
+use candle_core::{DType, Device, Tensor as Candle};
+use serde::Deserialize;
+use tempfile::TempDir;
+use unimo::bundle::manifest::{Manifest, Precision};
+use unimo::bundle::{Bundle, BundleSource, MANIFEST, sha256_hex};
+use unimo::engine::{self, EngineOptions, Graph, GraphSource, Tensor};
+use unimo::tokenizer::{CLS, PAD, SEP};
+use unimo_export::checkpoint::Checkpoint;
+use unimo_export::export::{ExportOptions, export};
+use unimo_export::parity::{self, ParityReport};
+use unimo_export::sample::drawn_samples;
+use unimo_train::backbone::layer_shapes;
+use unimo_train::model::ModelConfig;
+
+const GOLDEN: &str = include_str!("../exporter/tests/reference/golden.json");
+/// Largest difference from NumPy, as a share of the output's root mean square: both compute in f32, but sum in another order
+/// (measured: below 2e-5). A missing bias or a shifted padding gives 1e-1 and more.
+const TOLERANCE: f64 = 2e-4;
+/// What the runtime adds to the scores of empty slots.
+const EMPTY: f32 = -1e4;
+
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+struct Golden {
+    sizes: BTreeMap<String, usize>,
+    outputs: BTreeMap<String, GoldenOutput>,
+}
+
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+struct GoldenOutput {
+    rms: f64,
+    at: Vec<usize>,
+    values: Vec<f64>,
+}
+
+fn golden() -> Golden {
+    serde_json::from_str(GOLDEN).unwrap()
+}
+
+/// The sizes of the reference script, with what only training needs.
+fn sizes() -> ModelConfig {
+    let sizes = golden().sizes.iter().map(|(name, value)| format!("{name} = {value}\n")).collect::<String>();
+    ModelConfig::from_toml(&format!("name = \"golden\"\nregion_classes = 8\ndropout = 0.1\n{sizes}")).unwrap()
+}
+
+/// `scattered` of the reference script: values in `centre ± bound`, fixed by the tensor's name.
+fn scattered(name: &str, shape: &[usize], bound: f64, centre: f64) -> Candle {
+    let seed = name.bytes().fold(2_166_136_261u32, |seed, byte| (seed ^ u32::from(byte)).wrapping_mul(16_777_619));
+    let value = |i: usize| {
+        let mut x = (i as u32).wrapping_add(seed);
+        for (shift, factor) in [(16, 0x7FEB_352D), (15, 0x846C_A68B)] {
+            x = (x ^ (x >> shift)).wrapping_mul(factor);
+        }
+        x ^= x >> 16;
+        (centre + bound * (f64::from(x) / f64::from(1u32 << 31) - 1.0)) as f32
+    };
+    let values: Vec<f32> = (0..shape.iter().product()).map(value).collect();
+    Candle::from_vec(values, shape, &Device::Cpu).unwrap()
+}
+
+fn model_weights(sizes: &ModelConfig) -> HashMap<String, Candle> {
+    let weight = |(name, shape): (String, Vec<usize>)| {
+        let (bound, centre) = match shape[..] {
+            _ if name.ends_with("norm.weight") => (0.3, 1.0),
+            [_, _] if name.starts_with("text.") => ((3.0 / sizes.hidden as f64).sqrt(), 0.0),
+            [_, inputs] => ((3.0 / inputs as f64).sqrt(), 0.0),
+            _ => (0.3, 0.0),
+        };
+        let tensor = scattered(&name, &shape, bound, centre);
+        (name, tensor)
+    };
+    sizes.weights().into_iter().map(weight).collect()
+}
+
+fn backbone_weights() -> HashMap<String, Candle> {
+    let mut weights = HashMap::new();
+    for (layer, shape) in layer_shapes() {
+        let bound = (6.0 / shape[1..].iter().product::<usize>() as f64).sqrt();
+        let kernel = scattered(&format!("backbone.{layer}.weight"), &shape, bound, 0.0);
+        weights.insert(format!("{layer}.weight"), kernel.to_dtype(DType::F16).unwrap());
+        weights.insert(format!("{layer}.bias"), scattered(&format!("backbone.{layer}.bias"), &shape[..1], 0.1, 0.0));
+    }
+    weights
+}
+
+fn save(weights: &HashMap<String, Candle>, path: &Path) {
+    candle_core::safetensors::save(weights, path).unwrap();
+}
+
+/// The reference script's model as a checkpoint folder.
+fn checkpoint() -> TempDir {
+    let (folder, sizes) = (tempfile::tempdir().unwrap(), sizes());
+    let at = |file: &str| folder.path().join(file);
+    let words = "one two three four five six seven eight nine ten eleven twelve";
+    let text = words.repeat(4);
+    let tokenizer = unimo_train::tokenizer_training::train([text.as_str(); 4].into_iter(), sizes.vocabulary).unwrap();
+    fs::write(at("tokenizer.json"), tokenizer).unwrap();
+    fs::write(at("model.toml"), toml::to_string(&sizes).unwrap()).unwrap();
+    fs::write(at("training.toml"), "data = \"none\"\n").unwrap();
+    save(&model_weights(&sizes), &at("model.safetensors"));
+    save(&backbone_weights(), &at("backbone.safetensors"));
+    folder
+}
+
+fn options(precisions: &[Precision]) -> ExportOptions {
+    ExportOptions { precisions: precisions.to_vec(), ..ExportOptions::default() }
+}
+
+/// A checkpoint, its bundle in both precisions as a folder, and the reports of its export.
+struct Exported {
+    checkpoint: TempDir,
+    out: TempDir,
+    reports: Vec<(Precision, ParityReport)>,
+}
+
+impl Exported {
+    fn bundle(&self) -> PathBuf {
+        self.out.path().join("bundle")
+    }
+}
+
+fn exported() -> &'static Exported {
+    static EXPORTED: OnceLock<Exported> = OnceLock::new();
+    EXPORTED.get_or_init(|| {
+        let (checkpoint, out) = (checkpoint(), tempfile::tempdir().unwrap());
+        let both = options(&[Precision::F32, Precision::F16]);
+        let reports = export(checkpoint.path(), &out.path().join("bundle"), &both, &drawn_samples(2)).unwrap();
+        Exported { checkpoint, out, reports }
+    })
+}
+
+fn open(path: &Path) -> Bundle {
+    Bundle::open(&BundleSource::Path(path.to_path_buf())).unwrap()
+}
+
+fn graph(bundle: &Bundle, precision: Precision, name: &str) -> Box<dyn Graph> {
+    let signature = bundle.manifest().graphs.iter().find(|graph| graph.name == name).unwrap();
+    let onnx = bundle.read(&Manifest::graph_file(precision, name)).unwrap();
+    let external = |location: &str| bundle.read(&format!("{precision}/{location}")).ok();
+    engine::open(&EngineOptions::default()).unwrap().load(&GraphSource { signature, onnx, external: &external }).unwrap()
+}
+
+/// Every file below a folder, by its path in it.
+fn files(folder: &Path) -> BTreeMap<String, Vec<u8>> {
+    let mut found = BTreeMap::new();
+    for entry in fs::read_dir(folder).unwrap() {
+        let path = entry.unwrap().path();
+        let name = path.file_name().unwrap().to_str().unwrap().to_owned();
+        if path.is_dir() {
+            found.extend(files(&path).into_iter().map(|(inner, bytes)| (format!("{name}/{inner}"), bytes)));
+        } else {
+            found.insert(name, fs::read(&path).unwrap());
+        }
+    }
+    found
+}
+
+/// A copy that a test may damage.
+fn copy(folder: &Path) -> TempDir {
+    let copy = tempfile::tempdir().unwrap();
+    for (name, bytes) in files(folder) {
+        let path = copy.path().join(name);
+        fs::create_dir_all(path.parent().unwrap()).unwrap();
+        fs::write(path, bytes).unwrap();
+    }
+    copy
+}
+
+/// All outputs for the reference script's inputs, decoded step by step.
+fn outputs(bundle: &Bundle, precision: Precision) -> BTreeMap<String, Vec<f32>> {
+    let model = &bundle.manifest().model;
+    let (slots, depth) = (model.max_text, model.hidden / model.heads);
+    let mut found = BTreeMap::new();
+    let mut note = |graph: &str, names: &[&str], tensors: &[Tensor]| {
+        for (name, tensor) in names.iter().zip(tensors) {
+            found.entry(format!("{graph}.{name}")).or_insert_with(Vec::new).extend_from_slice(tensor.floats());
+        }
+    };
+
+    let pixel = |c: usize, y: usize, x: usize| (0.05 * ((c + 1) * x) as f64 + 0.031 * y as f64).sin() as f32;
+    let pixels = (0..3 * 224 * 224).map(|i| pixel(i / (224 * 224), i / 224 % 224, i % 224)).collect();
+    let pixels = Tensor::f32(&[1, 3, 224, 224], pixels).unwrap();
+    let seen = graph(bundle, precision, "vision").run(&[("pixels", &pixels)]).unwrap();
+    note("vision", &["embedding", "prefix_keys", "prefix_values", "regions"], &seen);
+
+    let words = (0..6).map(|i| 4 + (37 * i + 11) % (model.vocabulary as i64 - 5));
+    let ids: Vec<i64> = [i64::from(CLS)].into_iter().chain(words).chain([i64::from(SEP)]).collect();
+    let mut padded = ids.clone();
+    padded.resize(slots, i64::from(PAD));
+    let padded = Tensor::i64(&[1, slots], padded).unwrap();
+    let mask = (0..slots).map(|slot| if slot < ids.len() { 0.0 } else { EMPTY }).collect();
+    let mask = Tensor::f32(&[1, slots], mask).unwrap();
+    note("text", &["embedding"], &graph(bundle, precision, "text").run(&[("ids", &padded), ("mask", &mask)]).unwrap());
+    let pair = [("regions", &seen[3]), ("ids", &padded), ("mask", &mask)];
+    note("match", &["score"], &graph(bundle, precision, "match").run(&pair).unwrap());
+
+    let decode = graph(bundle, precision, "decode");
+    let cache = [model.layers, model.heads, slots, depth];
+    let (mut keys, mut values) = (Tensor::zeros(&cache), Tensor::zeros(&cache));
+    let mut mask = Tensor::f32(&[1, slots], vec![EMPTY; slots]).unwrap();
+    for (slot, &id) in ids.iter().enumerate() {
+        let (token, position) = (Tensor::i64(&[1], vec![id]).unwrap(), Tensor::i64(&[1], vec![slot as i64]).unwrap());
+        let inputs = [
+            ("token", &token),
+            ("position", &position),
+            ("prefix_keys", &seen[1]),
+            ("prefix_values", &seen[2]),
+            ("past_keys", &keys),
+            ("past_values", &values),
+            ("mask", &mask),
+        ];
+        let step = decode.run(&inputs).unwrap();
+        note("decode", &["logits"], &step[..1]);
+        for (past, new) in [(&mut keys, &step[1]), (&mut values, &step[2])] {
+            for (row, new) in past.floats_mut().chunks_exact_mut(slots * depth).zip(new.floats().chunks_exact(depth)) {
+                row[slot * depth..][..depth].copy_from_slice(new);
+            }
+        }
+        mask.floats_mut()[slot] = 0.0;
+    }
+    for (name, past) in [("decode.new_keys", &keys), ("decode.new_values", &values)] {
+        let rows = past.floats().chunks_exact(slots * depth);
+        found.insert(name.to_owned(), rows.flat_map(|row| &row[..ids.len() * depth]).copied().collect());
+    }
+    found
+}
+
+#[test]
+fn the_graphs_compute_what_numpy_does() {
+    let golden = golden();
+    let found = outputs(&open(&exported().bundle()), Precision::F32);
+    assert_eq!(found.keys().collect::<Vec<_>>(), golden.outputs.keys().collect::<Vec<_>>());
+    for (name, expected) in &golden.outputs {
+        let found = &found[name];
+        let rms = (found.iter().map(|&v| f64::from(v).powi(2)).sum::<f64>() / found.len() as f64).sqrt();
+        assert!((rms - expected.rms).abs() <= TOLERANCE * expected.rms, "{name}: rms {rms}, NumPy {}", expected.rms);
+        for (&at, value) in expected.at.iter().zip(&expected.values) {
+            let error = (f64::from(found[at]) - value).abs();
+            assert!(error <= TOLERANCE * expected.rms, "{name}[{at}] is {}, NumPy {value}", found[at]);
+        }
+    }
+}
+
+#[test]
+fn sixteen_bit_weights_change_little() {
+    let bundle = open(&exported().bundle());
+    let (full, half) = (outputs(&bundle, Precision::F32), outputs(&bundle, Precision::F16));
+    for (name, full) in &full {
+        let dot = |a: &[f32], b: &[f32]| a.iter().zip(b).map(|(a, b)| f64::from(a * b)).sum::<f64>();
+        let cosine = dot(full, &half[name]) / (dot(full, full) * dot(&half[name], &half[name])).sqrt();
+        // Weights are off by up to 2⁻¹¹ of their size, at random: a few 1e-4 of an output after some layers.
+        assert!(cosine > 0.9999, "{name}: cosine {cosine}");
+    }
+    let size = |precision: &str| bundle.length(&format!("{precision}/weights.bin")).unwrap() as f64;
+    assert!(size("f16") < 0.53 * size("f32"), "{} against {} bytes", size("f16"), size("f32"));
+}
+
+#[test]
+fn the_report_covers_every_output() {
+    let exported = exported();
+    let manifest = open(&exported.bundle()).manifest().clone();
+    let all: Vec<String> =
+        manifest.graphs.iter().flat_map(|g| g.outputs.iter().map(move |o| format!("{}.{}", g.name, o.name))).collect();
+    for (precision, report) in &exported.reports {
+        let mut covered: Vec<String> = report.outputs.iter().map(|o| format!("{}.{}", o.graph, o.output)).collect();
+        covered.sort_by_key(|name| all.iter().position(|other| other == name));
+        assert_eq!(covered, all, "{precision}");
+        assert!(report.holds() && report.samples == 2, "{report}");
+    }
+}
+
+#[test]
+fn one_changed_weight_is_found() {
+    let exported = exported();
+    let damaged = copy(&exported.bundle());
+    let (weights, manifest) = (damaged.path().join("f32/weights.bin"), damaged.path().join(MANIFEST));
+    // The token table lies first: this is the first number of [CLS], which only texts read.
+    let mut bytes = fs::read(&weights).unwrap();
+    bytes[..4].copy_from_slice(&2.5f32.to_le_bytes());
+    fs::write(&weights, &bytes).unwrap();
+    let error = open(damaged.path()).verify().unwrap_err().to_string();
+    assert!(error.contains("f32/weights.bin is damaged"), "{error}");
+
+    // Even where the manifest vouches for it, candle does not.
+    let mut vouched = Manifest::parse(&fs::read(&manifest).unwrap()).unwrap();
+    vouched.files.insert("f32/weights.bin".to_owned(), sha256_hex(&bytes));
+    fs::write(&manifest, vouched.to_toml().unwrap()).unwrap();
+    let bundle = open(damaged.path());
+    bundle.verify().unwrap();
+    let source = Checkpoint::open(exported.checkpoint.path()).unwrap();
+    let report = parity::compare(&bundle, Precision::F32, &source, &drawn_samples(1)).unwrap();
+    assert!(!report.holds() && report.to_string().contains("FAILS"), "{report}");
+    for output in &report.outputs {
+        assert_eq!(output.holds(), output.graph == "vision", "{}.{}\n{report}", output.graph, output.output);
+    }
+}
+
+#[test]
+fn equal_checkpoints_give_equal_bytes() {
+    let (exported, out) = (exported(), tempfile::tempdir().unwrap());
+    let elsewhere = copy(exported.checkpoint.path());
+    let again = out.path().join("bundle");
+    let both = options(&[Precision::F32, Precision::F16]);
+    export(elsewhere.path(), &again, &both, &drawn_samples(1)).unwrap();
+    let (first, second) = (files(&exported.bundle()), files(&again));
+    assert_eq!(first.keys().collect::<Vec<_>>(), second.keys().collect::<Vec<_>>());
+    for (name, bytes) in &first {
+        assert!(bytes == &second[name], "{name} differs");
+    }
+
+    let tars = ["a.tar", "b.tar"].map(|name| out.path().join(name));
+    for tar in &tars {
+        export(elsewhere.path(), tar, &options(&[Precision::F16]), &drawn_samples(1)).unwrap();
+        open(tar).verify().unwrap();
+    }
+    assert!(fs::read(&tars[0]).unwrap() == fs::read(&tars[1]).unwrap(), "the archives differ");
+}
+
+#[test]
+fn an_unusable_checkpoint_is_refused_by_name_and_leaves_nothing() {
+    type Break = fn(&Path);
+    fn model(folder: &Path, change: fn(&mut HashMap<String, Candle>)) {
+        rewrite(&folder.join("model.safetensors"), change);
+    }
+    fn rewrite(path: &Path, change: fn(&mut HashMap<String, Candle>)) {
+        let mut weights = candle_core::safetensors::load(path, &Device::Cpu).unwrap();
+        change(&mut weights);
+        save(&weights, path);
+    }
+    let cases: [(Break, &str); 9] = [
+        (|f| model(f, |w| drop(w.remove("layers.1.ffn.up.bias"))), "lacks `layers.1.ffn.up.bias`"),
+        (|f| model(f, |w| drop(w.insert("wings".into(), scattered("w", &[2], 1.0, 0.0)))), "holds `wings`"),
+        (
+            |f| model(f, |w| drop(w.insert("pool.text.weight".into(), scattered("w", &[64, 32], 1.0, 0.0)))),
+            "`pool.text.weight` is [64, 32], the sizes ask for [64, 64]",
+        ),
+        (|f| rewrite(&f.join("backbone.safetensors"), |w| drop(w.remove("block7.expand.bias"))), "block7.expand.bias"),
+        (
+            |f| rewrite(&f.join("backbone.safetensors"), |w| drop(w.insert("head.bias".into(), scattered("w", &[9], 1.0, 0.0)))),
+            "`head.bias` is [9], expected [1280]",
+        ),
+        (
+            |f| fs::write(f.join("tokenizer.json"), unimo_train::tokenizer_training::train(["a b"].into_iter(), 261).unwrap()).unwrap(),
+            "the tokenizer has 261 tokens, the model 280",
+        ),
+        (|f| fs::write(f.join("model.toml"), "hidden = 64").unwrap(), "model.toml"),
+        (|f| fs::write(f.join("model.safetensors"), b"cut").unwrap(), "model.safetensors"),
+        // More than 16 bits hold: candle and the graphs would agree on nonsense.
+        (
+            |f| model(f, |w| drop(w.insert("text.position.weight".into(), scattered("w", &[40, 64], 1.0, 1e5)))),
+            "text.position.weight",
+        ),
+    ];
+    for (break_it, message) in cases {
+        let (broken, out) = (copy(exported().checkpoint.path()), tempfile::tempdir().unwrap());
+        break_it(broken.path());
+        let target = out.path().join("bundle.tar");
+        let error = export(broken.path(), &target, &options(&[Precision::F16]), &drawn_samples(1)).unwrap_err();
+        let error = format!("{error:#}");
+        assert!(error.contains(message), "{error:?} lacks {message:?}");
+        assert_eq!(fs::read_dir(out.path()).unwrap().count(), 0, "left behind after: {error}");
+    }
+}
+
+#[test]
+fn a_bundle_that_is_there_is_replaced_only_when_asked_and_only_by_a_good_one() {
+    let (exported, out) = (exported(), tempfile::tempdir().unwrap());
+    let target = out.path().join("bundle");
+    fs::create_dir(&target).unwrap();
+    fs::write(target.join("precious"), "x").unwrap();
+    // What an export that was killed leaves behind.
+    fs::create_dir(out.path().join("bundle.partial")).unwrap();
+    fs::write(out.path().join("bundle.partial/half"), "y").unwrap();
+    let run = |checkpoint: &Path, force: bool| {
+        let options = ExportOptions { force, ..options(&[Precision::F16]) };
+        export(checkpoint, &target, &options, &drawn_samples(1)).map_err(|error| format!("{error:#}"))
+    };
+    let error = run(exported.checkpoint.path(), false).unwrap_err();
+    assert!(error.contains("is already there; --force replaces it"), "{error}");
+
+    let broken = copy(exported.checkpoint.path());
+    fs::write(broken.path().join("model.safetensors"), b"cut").unwrap();
+    run(broken.path(), true).unwrap_err();
+    assert_eq!(fs::read_to_string(target.join("precious")).unwrap(), "x");
+
+    run(exported.checkpoint.path(), true).unwrap();
+    open(&target).verify().unwrap();
+    assert!(!target.join("precious").exists() && !target.join("half").exists());
+    let left: Vec<_> = fs::read_dir(out.path()).unwrap().map(|entry| entry.unwrap().file_name()).collect();
+    assert_eq!(left, ["bundle"]);
+}

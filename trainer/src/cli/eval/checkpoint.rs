@@ -1,0 +1,73 @@
+//! `unimo-train eval checkpoint`
+
+use std::path::PathBuf;
+use std::process::ExitCode;
+
+use anyhow::{Result, bail};
+use candle_core::Device;
+use clap::Args;
+use sha2::{Digest, Sha256};
+use unimo::tokenizer::Tokenizer;
+use unimo_train::backbone::Backbone;
+use unimo_train::corpus::Corpus;
+use unimo_train::features::{FeatureCache, hex};
+use unimo_train::model::Unimo;
+use unimo_train::{checkpoint, evaluation};
+
+const EXAMPLES: &str = "Example:
+  unimo-train eval checkpoint --checkpoint runs/edge-s --dev flickr8k/dev-0000.tar --features runs/edge-s/features
+
+Captions are greedy and computed by the trainer; `eval captions` scores those of the exported bundle.";
+
+/// Captions and retrieval of a checkpoint on development shards.
+#[derive(Debug, Args)]
+#[command(after_help = EXAMPLES)]
+pub struct CheckpointArgs {
+    /// Checkpoint folder, or a run's folder (its newest checkpoint)
+    #[arg(long, value_name = "FOLDER")]
+    checkpoint: PathBuf,
+    /// Development shards
+    #[arg(long, num_args = 1.., required = true, value_name = "SHARD")]
+    dev: Vec<PathBuf>,
+    /// Folder of cached region features
+    #[arg(long, value_name = "FOLDER")]
+    features: PathBuf,
+    /// Pictures evaluated
+    #[arg(long, default_value_t = usize::MAX, hide_default_value = true, value_name = "N")]
+    limit: usize,
+    /// One JSON object instead of text
+    #[arg(long)]
+    json: bool,
+}
+
+/// Runs the subcommand.
+///
+/// # Errors
+/// Unusable checkpoint or shards.
+pub fn run(args: &CheckpointArgs) -> Result<ExitCode> {
+    let folder = checkpoint::resolve(&args.checkpoint)?;
+    let model = Unimo::load(&folder, &Device::Cpu)?;
+    let tokenizer = Tokenizer::from_file(&folder.join("tokenizer.json"))?;
+    let path = folder.join("backbone.safetensors");
+    let backbone = Backbone::load(&path)?;
+    let backbone_hash = hex(&Sha256::digest(std::fs::read(&path)?));
+    let cache = FeatureCache { folder: &args.features, backbone: &backbone, backbone_hash: &backbone_hash, views: 1 };
+    let mut corpus = Corpus::default();
+    corpus.add_pairs(&args.dev, &cache, &tokenizer, model.config().positions, &|_| {})?;
+    super::super::data::warn_damaged(&corpus.damaged);
+    if corpus.pairs.is_empty() {
+        bail!("the shards hold no pictures with captions");
+    }
+    let scores = evaluation::evaluate(&model, &tokenizer, &corpus, args.limit)?;
+    if args.json {
+        let mut value = serde_json::to_value(&scores)?;
+        value["schema"] = 1.into();
+        println!("{value}");
+    } else {
+        for (key, caption) in &scores.samples {
+            println!("{key}: {caption}");
+        }
+        println!("{scores}");
+    }
+    Ok(ExitCode::SUCCESS)
+}

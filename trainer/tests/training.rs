@@ -1,0 +1,120 @@
+//! A run reaches every parameter, and one that was killed goes on as if nothing had happened.
+
+use std::path::{Path, PathBuf};
+
+use unimo_train::model::ModelConfig;
+use unimo_train::recipe::Recipe;
+use unimo_train::scenes::{CorpusOptions, write_corpus};
+use unimo_train::training::{self, TrainingJob};
+use unimo_train::{backbone, checkpoint, tokenizer_training};
+
+const RECIPE: &str = "
+steps = 6
+views = 2
+checkpoint_every = 2
+evaluate_every = 100
+[batch]
+images = 4
+captions = 2
+contrast_captions = 2
+match_images = 2
+match_negatives = 2
+masked_pairs = 2
+texts = 4
+images_alone = 2
+[optimizer]
+learning_rate = 1e-3
+warmup_steps = 2
+";
+
+fn job(folder: &Path, run: &str) -> TrainingJob {
+    let shards = folder.join("scenes");
+    let (tokenizer, backbone, texts) = (folder.join("tokenizer.json"), folder.join("backbone.safetensors"), folder.join("texts.txt"));
+    if !shards.exists() {
+        write_corpus(&shards, &CorpusOptions { seed: 5, count: 10, ..Default::default() }).unwrap();
+        let lines: Vec<String> = (0..20).map(|i| format!("a text about {} things and {} more", i, i % 3)).collect();
+        std::fs::write(&texts, lines.join("\n")).unwrap();
+        std::fs::write(&tokenizer, tokenizer_training::train(lines.iter().map(String::as_str), 300).unwrap()).unwrap();
+        std::fs::write(&backbone, backbone::random_file(1).unwrap()).unwrap();
+    }
+    TrainingJob {
+        recipe: Recipe::from_toml(RECIPE).unwrap(),
+        size: ModelConfig::named("pico").unwrap(),
+        init: None,
+        tokenizer,
+        backbone,
+        pairs: vec![shards.clone()],
+        images: vec![shards],
+        texts: vec![texts],
+        development: Vec::new(),
+        features: folder.join("features"),
+        run: folder.join(run),
+        resume: false,
+        data_note: "drawn scenes".into(),
+        stop_after: None,
+    }
+}
+
+/// Step and loss of every line of a run's log.
+fn curve(run: &Path) -> Vec<(u64, f64)> {
+    std::fs::read_to_string(run.join("log.jsonl"))
+        .unwrap()
+        .lines()
+        .map(|line| {
+            let entry: serde_json::Value = serde_json::from_str(line).unwrap();
+            (entry["step"].as_u64().unwrap(), entry["loss"].as_f64().unwrap())
+        })
+        .collect()
+}
+
+fn moments(run: &Path) -> std::collections::HashMap<String, candle_core::Tensor> {
+    let last: PathBuf = checkpoint::list(&run.join("checkpoints")).unwrap().pop().unwrap();
+    candle_core::safetensors::load(last.join("optimizer.safetensors"), &candle_core::Device::Cpu).unwrap()
+}
+
+#[test]
+fn every_parameter_gets_a_finite_gradient_that_is_not_zero() {
+    let folder = tempfile::tempdir().unwrap();
+    let job = job(folder.path(), "run");
+    training::run(&TrainingJob { stop_after: Some(2), ..job.clone() }).unwrap();
+    let moments = moments(&job.run);
+    for (name, _) in ModelConfig::named("pico").unwrap().weights() {
+        let second = moments[&format!("{name}.second")].flatten_all().unwrap().to_vec1::<f32>().unwrap();
+        assert!(second.iter().all(|v| v.is_finite()), "{name}: a gradient is not finite");
+        // The second moment is a sum of squared gradients: zero everywhere means that none arrived.
+        assert!(second.iter().any(|&v| v > 0.0), "{name}: no gradient arrives");
+    }
+}
+
+#[test]
+fn a_resumed_run_has_the_curve_of_an_uninterrupted_one() {
+    let folder = tempfile::tempdir().unwrap();
+    let whole = job(folder.path(), "whole");
+    training::run(&whole).unwrap();
+    let expected = curve(&whole.run);
+    assert_eq!(expected.len(), 6);
+
+    // Stops after step 5; the newest checkpoint is that of step 4.
+    let cut = job(folder.path(), "cut");
+    training::run(&TrainingJob { stop_after: Some(5), ..cut.clone() }).unwrap();
+    assert_eq!(curve(&cut.run), expected[..5]);
+    // What kill -9 leaves in the middle of a checkpoint and of a log line.
+    std::fs::create_dir(cut.run.join("checkpoints/step-00000006.tmp")).unwrap();
+    let log = std::fs::read_to_string(cut.run.join("log.jsonl")).unwrap();
+    std::fs::write(cut.run.join("log.jsonl"), &log[..log.len() - 20]).unwrap();
+    training::run(&TrainingJob { resume: true, ..cut.clone() }).unwrap();
+    assert_eq!(curve(&cut.run), expected);
+}
+
+#[test]
+fn a_run_is_not_overwritten_nor_mixed_with_another() {
+    let folder = tempfile::tempdir().unwrap();
+    let first = job(folder.path(), "run");
+    training::run(&TrainingJob { stop_after: Some(2), ..first.clone() }).unwrap();
+    let again = training::run(&first).unwrap_err().to_string();
+    assert!(again.contains("--resume"), "{again}");
+    let mut other = TrainingJob { resume: true, ..first };
+    other.recipe.seed = 99;
+    let mixed = training::run(&other).unwrap_err().to_string();
+    assert!(mixed.contains("another recipe"), "{mixed}");
+}
