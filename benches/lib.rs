@@ -1,1 +1,1 @@
-//! Benches.
+//! Criterion benchmarks of the runtime's pieces: `cargo bench -p unimo-benches`.

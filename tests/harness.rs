@@ -76,7 +76,8 @@ pub fn path(name: &str) -> PathBuf {
         let test = env::current_exe().expect("a running test has a path");
         let folder = test.parent().and_then(|deps| deps.parent()).expect("tests lie in target/<profile>/deps").to_path_buf();
         let mut build = Command::new(env!("CARGO"));
-        build.args(["build", "--quiet", "--workspace", "--bins"]);
+        // All targets, so that features are those of `cargo test --workspace` and nothing is compiled twice.
+        build.args(["build", "--quiet", "--workspace", "--all-targets"]);
         if folder.file_name().is_some_and(|profile| profile == "release") {
             build.arg("--release");
         }

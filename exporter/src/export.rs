@@ -34,7 +34,7 @@ impl Default for ExportOptions {
         Self {
             precisions: vec![Precision::F16],
             max_text: 32,
-            decoding: DecodingDefaults { beam: 3, max_words: 30, length_penalty: 0.7 },
+            decoding: DecodingDefaults { beam: 3, max_words: 30, length_penalty: 0.7, no_repeat: 3 },
             quality: BTreeMap::new(),
             force: false,
         }
@@ -104,7 +104,7 @@ fn write(source: &Checkpoint, folder: &Path, options: &ExportOptions) -> Result<
     };
     let image = ImagePreparation::default();
     let tokenizer = source.folder.join("tokenizer.json");
-    put("tokenizer.json".into(), &fs::read(&tokenizer).with_context(|| format!("cannot read {}", tokenizer.display()))?)?;
+    put("tokenizer.json".into(), &compact_json(&tokenizer)?)?;
     let mut described = None;
     for &precision in &options.precisions {
         let graphs = Graphs::new(source, options.max_text, &image, precision);
@@ -128,6 +128,13 @@ fn write(source: &Checkpoint, folder: &Path, options: &ExportOptions) -> Result<
         quality: options.quality.clone(),
     };
     fs::write(folder.join(MANIFEST), manifest.to_toml()?).context("cannot write the manifest")
+}
+
+/// A JSON file without its white space, which is more than half of a `tokenizer.json`.
+fn compact_json(path: &Path) -> Result<Vec<u8>> {
+    let bytes = fs::read(path).with_context(|| format!("cannot read {}", path.display()))?;
+    let value: serde_json::Value = serde_json::from_slice(&bytes).with_context(|| format!("in {}", path.display()))?;
+    Ok(serde_json::to_vec(&value)?)
 }
 
 /// Gives the checked bundle its name.

@@ -65,6 +65,9 @@ struct ExportArgs {
     /// Power of the length by which hypotheses are ranked
     #[arg(long, default_value_t = 0.7)]
     length_penalty: f32,
+    /// No run of so many tokens twice in a caption; 0 allows repetition
+    #[arg(long, default_value_t = 3)]
+    no_repeat: usize,
     /// TOML of measured figures to put into the manifest, a table per precision
     #[arg(long, value_name = "FILE")]
     quality: Option<PathBuf>,
@@ -95,7 +98,7 @@ fn samples(cli: &ExportArgs) -> Result<Vec<Sample>> {
 
 fn run(cli: &ExportArgs) -> Result<()> {
     let mut options = ExportOptions { precisions: cli.precision.clone(), force: cli.force, ..Default::default() };
-    options.decoding = DecodingDefaults { beam: cli.beam, length_penalty: cli.length_penalty, ..options.decoding };
+    options.decoding = DecodingDefaults { beam: cli.beam, length_penalty: cli.length_penalty, no_repeat: cli.no_repeat, ..options.decoding };
     if let Some(path) = &cli.quality {
         let text = std::fs::read_to_string(path).with_context(|| format!("cannot read {}", path.display()))?;
         options.quality = toml::from_str(&text).with_context(|| format!("in {}", path.display()))?;

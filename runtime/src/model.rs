@@ -428,6 +428,7 @@ mod tests {
             beam,
             max_words: 6,
             length_penalty: 1.0,
+            no_repeat: 0,
         });
         let model = open(&folder).unwrap();
         for (level, first) in [(0, 48), (255, 80)] {

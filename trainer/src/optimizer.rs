@@ -213,7 +213,7 @@ mod tests {
     use super::*;
     use candle_core::Device;
 
-    /// Values of `tests/reference/adamw.py`: f(w) = Σ w³, three steps.
+    /// Values of `reference/adamw.py`: f(w) = Σ w³, three steps.
     #[test]
     fn three_steps_agree_with_the_reference() {
         let var = Var::from_vec(vec![1.0f32, -2.0, 0.5], 3, &Device::Cpu).unwrap();

@@ -46,7 +46,7 @@ pub fn train<'a>(texts: impl Iterator<Item = &'a str>, vocabulary: usize) -> Res
     if tokenizer.token_to_id("[MASK]") != Some(merged as u32) {
         bail!("[MASK] did not become the last token");
     }
-    tokenizer.to_string(true).map_err(|e| anyhow!("cannot write the tokenizer: {e}"))
+    tokenizer.to_string(false).map_err(|e| anyhow!("cannot write the tokenizer: {e}"))
 }
 
 #[cfg(test)]

@@ -207,6 +207,9 @@ pub struct DecodingDefaults {
     pub max_words: usize,
     /// A hypothesis of n ids is ranked by its log-probability divided by n to this power.
     pub length_penalty: f32,
+    /// No run of so many ids occurs twice in a caption; 0 allows repetition.
+    #[serde(default)]
+    pub no_repeat: usize,
 }
 
 /// `manifest.toml`.
@@ -439,6 +442,7 @@ pub(crate) mod tests {
                 beam: 3,
                 max_words: 6,
                 length_penalty: 1.0,
+                no_repeat: 3,
             },
             graphs,
             files,

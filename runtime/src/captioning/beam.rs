@@ -90,7 +90,7 @@ pub fn beam_search<M: LanguageModel>(
                 if id == SEP {
                     length > 1
                 } else {
-                    !model.is_forbidden(id)
+                    !model.is_forbidden(id) && !repeats(&text.tokens, id, options.no_repeat)
                 }
             };
             // One more than the beam: `[SEP]` may be among them, and ends a text instead of continuing it.
@@ -163,6 +163,15 @@ fn advance<S: Clone>(live: Vec<Live<S>>, continuations: &[Continuation]) -> Vec<
         })
     });
     continued.collect()
+}
+
+/// Whether a run of `length` ids that `id` completes is in the text already; never, for a length of 0.
+fn repeats(tokens: &[u32], id: u32, length: usize) -> bool {
+    if length == 0 || tokens.len() < length {
+        return false;
+    }
+    let begun = &tokens[tokens.len() + 1 - length..];
+    tokens.windows(length).any(|run| run[length - 1] == id && run[..length - 1] == *begun)
 }
 
 /// The `count` likeliest allowed ids with their log-probabilities (softmax over all ids), likeliest first; of equals, the lower id.
@@ -282,6 +291,7 @@ mod tests {
                 beam: 1,
                 max_words: 6,
                 length_penalty: 1.0,
+                no_repeat: 0,
             };
             let found = beam_search(&model, Vec::new(), &options).unwrap();
             let mut text = vec![CLS];
@@ -315,7 +325,7 @@ mod tests {
                     beam: 85,
                     max_words: 3,
                     length_penalty,
-                };
+ no_repeat: 0 };
                 let found = beam_search(&model, Vec::new(), &options).unwrap();
                 let best = exhaustive(&model, &[], 0.0, &options);
                 assert_eq!(
@@ -340,6 +350,7 @@ mod tests {
                 beam,
                 max_words: 6,
                 length_penalty: 1.0,
+                no_repeat: 0,
             };
             (0..60)
                 .map(|seed| beam_search(&toy(seed), Vec::new(), &options).unwrap().score)
@@ -357,6 +368,7 @@ mod tests {
                         beam,
                         max_words,
                         length_penalty: 1.0,
+                        no_repeat: 0,
                     };
                     let found = beam_search(&toy(seed), Vec::new(), &options).unwrap();
                     assert!((1..=max_words).contains(&found.tokens.len()));
@@ -385,5 +397,30 @@ mod tests {
         // Two equal ids that hold all probability: ln(1/2) each.
         assert!((one + std::f32::consts::LN_2).abs() < 1e-4 && one == two);
         assert!(likeliest(&[1.0; 4], 2, |_| false).is_empty());
+    }
+
+    #[test]
+    fn runs_that_occurred_are_known() {
+        for (tokens, id, length, expected) in [
+            (&[5, 6, 7, 5, 6][..], 7, 3, true),
+            (&[5, 6, 7, 5, 6], 5, 3, false),
+            (&[5, 6, 7, 5, 6], 7, 0, false),
+            (&[5, 6, 5], 6, 2, true),
+            (&[5], 5, 1, true),
+            (&[5, 6], 5, 3, false),
+        ] {
+            assert_eq!(repeats(tokens, id, length), expected, "{tokens:?} {id} {length}");
+        }
+    }
+
+    #[test]
+    fn no_run_occurs_twice_where_that_is_forbidden() {
+        for seed in 0..40 {
+            let options = DecodeOptions { beam: 3, max_words: 12, length_penalty: 4.0, no_repeat: 2 };
+            let found = beam_search(&toy(seed), Vec::new(), &options).unwrap().tokens;
+            for i in 2..found.len() {
+                assert!(!repeats(&found[..i], found[i], 2), "seed {seed}: {found:?}");
+            }
+        }
     }
 }

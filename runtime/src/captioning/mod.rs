@@ -18,6 +18,8 @@ pub struct DecodeOptions {
     /// A hypothesis of n ids is ranked by its log-probability divided by n to this power: 0 prefers short captions, 1 compares
     /// the mean over ids, more prefers long ones.
     pub length_penalty: f32,
+    /// No run of so many ids occurs twice in a caption; 0 allows repetition.
+    pub no_repeat: usize,
 }
 
 impl From<&DecodingDefaults> for DecodeOptions {
@@ -26,6 +28,7 @@ impl From<&DecodingDefaults> for DecodeOptions {
             beam: defaults.beam,
             max_words: defaults.max_words,
             length_penalty: defaults.length_penalty,
+            no_repeat: defaults.no_repeat,
         }
     }
 }

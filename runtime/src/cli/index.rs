@@ -1,5 +1,6 @@
 //! `unimo index`.
 
+use std::io::{self, Write};
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
@@ -117,13 +118,13 @@ pub fn run(args: &IndexArgs) -> anyhow::Result<ExitCode> {
         IndexCommand::Add(args) => add(args),
         IndexCommand::Remove { gallery, sources } => {
             let removed = Gallery::open(&gallery.gallery)?.remove(sources)?;
-            println!("{removed} forgotten");
+            writeln!(io::stdout(), "{removed} forgotten")?;
             Ok(ExitCode::from(if removed == 0 { NOTHING_FOUND } else { 0 }))
         }
         IndexCommand::Stats { gallery, json } => stats(&gallery.gallery, *json),
         IndexCommand::Verify { gallery } => {
             let pictures = Gallery::open(&gallery.gallery)?.verify()?;
-            println!("{}: {pictures} pictures, all sound", gallery.gallery.display());
+            writeln!(io::stdout(), "{}: {pictures} pictures, all sound", gallery.gallery.display())?;
             Ok(ExitCode::SUCCESS)
         }
         IndexCommand::Export { gallery } => export(&gallery.gallery),
@@ -133,11 +134,20 @@ pub fn run(args: &IndexArgs) -> anyhow::Result<ExitCode> {
 /// What became of a picture: nothing to do, an entry to store, or words on why not.
 enum Looked {
     Unchanged,
-    Entry(Box<Entry>, Known),
+    Entry(Box<Entry>),
     Bad(String),
 }
 
+/// Makes a write beyond the user's limit on file sizes fail, as on a full disk, instead of ending the program.
+#[cfg(unix)]
+fn survive_file_size_limit() -> io::Result<()> {
+    let noticed = std::sync::Arc::default();
+    signal_hook::flag::register(signal_hook::consts::SIGXFSZ, noticed).map(drop)
+}
+
 fn add(args: &AddArgs) -> anyhow::Result<ExitCode> {
+    #[cfg(unix)]
+    survive_file_size_limit()?;
     let pictures = pictures(&args.sources)?;
     if pictures.contains(&Picture::Stdin) {
         return Err(UsageError("a picture on standard input has no name to be found by again: index files".to_owned()).into());
@@ -153,9 +163,16 @@ fn add(args: &AddArgs) -> anyhow::Result<ExitCode> {
         match looked? {
             Looked::Unchanged => report(&output, args.jsonl, &source, "unchanged", None)?,
             Looked::Bad(reason) => drop(output.failure(Subject::Source(&source), &reason, false, args.jsonl)?),
-            Looked::Entry(entry, known) => {
-                gallery.put(std::slice::from_ref(&*entry))?;
-                let status = if known == Known::New { "added" } else { "updated" };
+            Looked::Entry(entry) => {
+                // Asked again: the command line may name a picture twice, and a second worker then began before the first was done.
+                let status = match gallery.known(&source, &entry.hash)? {
+                    Known::New => "added",
+                    Known::Changed => "updated",
+                    Known::Unchanged => "unchanged",
+                };
+                if status != "unchanged" {
+                    gallery.put(std::slice::from_ref(&*entry))?;
+                }
                 report(&output, args.jsonl, &source, status, entry.caption.as_deref())?;
             }
         }
@@ -184,8 +201,8 @@ fn look(model: &Model, picture: &Picture, known: &std::sync::Mutex<Gallery>, cap
     };
     let hash: [u8; 32] = Sha256::digest(&bytes).into();
     let source = picture.name();
-    let state = known.lock().unwrap_or_else(std::sync::PoisonError::into_inner).known(&source, &hash)?;
-    if state == Known::Unchanged {
+    let stored = known.lock().unwrap_or_else(std::sync::PoisonError::into_inner).known(&source, &hash)?;
+    if stored == Known::Unchanged {
         return Ok(Looked::Unchanged);
     }
     let image = match decode(&bytes, &DecodeLimits::default()) {
@@ -199,7 +216,7 @@ fn look(model: &Model, picture: &Picture, known: &std::sync::Mutex<Gallery>, cap
     } else {
         None
     };
-    Ok(Looked::Entry(Box::new(Entry { source, hash, embedding: vision.embedding, caption, time }), state))
+    Ok(Looked::Entry(Box::new(Entry { source, hash, embedding: vision.embedding, caption, time })))
 }
 
 fn read(path: &Path) -> std::io::Result<(Vec<u8>, Time)> {
@@ -222,12 +239,13 @@ fn stats(path: &Path, json: bool) -> anyhow::Result<ExitCode> {
             "embedding": stats.width,
             "bytes": stats.bytes,
         });
-        println!("{object}");
+        writeln!(io::stdout(), "{object}")?;
     } else {
-        println!("pictures   {} ({} with captions)", stats.images, stats.captions);
-        println!("embedding  {} values", stats.width);
-        println!("bundle     {}", stats.bundle);
-        println!("size       {} bytes", stats.bytes);
+        writeln!(
+            io::stdout(),
+            "pictures   {} ({} with captions)\nembedding  {} values\nbundle     {}\nsize       {} bytes",
+            stats.images, stats.captions, stats.width, stats.bundle, stats.bytes
+        )?;
     }
     Ok(ExitCode::SUCCESS)
 }

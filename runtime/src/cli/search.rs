@@ -1,5 +1,6 @@
 //! `unimo search`.
 
+use std::io::{self, Write};
 use std::process::ExitCode;
 
 use clap::Args;
@@ -81,7 +82,7 @@ pub fn run(args: &SearchArgs) -> anyhow::Result<ExitCode> {
         _ => gallery.search(&query, &filter, count)?,
     };
     hits.truncate(count);
-    print(&hits, args.json);
+    print(&hits, args.json)?;
     Ok(ExitCode::from(if hits.is_empty() { NOTHING_FOUND } else { 0 }))
 }
 
@@ -124,7 +125,8 @@ fn rerank(model: &Model, words: &str, hits: Vec<Hit>) -> anyhow::Result<Vec<Hit>
     Ok(scored)
 }
 
-fn print(hits: &[Hit], json: bool) {
+fn print(hits: &[Hit], json: bool) -> io::Result<()> {
+    let mut out = io::stdout().lock();
     if json {
         let line = |hit: &Hit| {
             serde_json::json!(ResultLine {
@@ -135,13 +137,13 @@ fn print(hits: &[Hit], json: bool) {
             })
         };
         let results: Vec<serde_json::Value> = hits.iter().map(line).collect();
-        println!("{}", serde_json::json!({ "schema": SCHEMA, "results": results }));
-        return;
+        return writeln!(out, "{}", serde_json::json!({ "schema": SCHEMA, "results": results }));
     }
     for hit in hits {
         match &hit.caption {
-            Some(caption) => println!("{:.3}  {}  {caption}", hit.score, hit.source),
-            None => println!("{:.3}  {}", hit.score, hit.source),
+            Some(caption) => writeln!(out, "{:.3}  {}  {caption}", hit.score, hit.source)?,
+            None => writeln!(out, "{:.3}  {}", hit.score, hit.source)?,
         }
     }
+    Ok(())
 }

@@ -9,7 +9,7 @@ mod time;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use rusqlite::{Connection, ErrorCode, OpenFlags, OptionalExtension, params};
+use rusqlite::{Connection, ErrorCode, OpenFlags, OptionalExtension, TransactionBehavior, params};
 
 pub use self::search::{Filter, Hit};
 pub use self::time::{Time, TimeError};
@@ -80,6 +80,22 @@ pub enum GalleryError {
         /// Values of the gallery's embeddings.
         expected: usize,
     },
+    /// An embedding that is not a direction: no model of ours makes it, and nothing would be found by it.
+    #[error("the embedding of {picture} has length {length}, not 1")]
+    NotUnit {
+        /// Its source.
+        picture: String,
+        /// The length found.
+        length: f32,
+    },
+    /// The system refuses to read or write: a limit on file sizes, a card that fails.
+    #[error("gallery {} cannot be read or written ({reason}); everything acknowledged before is stored", path.display())]
+    Disk {
+        /// The file.
+        path: PathBuf,
+        /// SQLite's reason.
+        reason: String,
+    },
     /// Anything else that SQLite reports.
     #[error("gallery {}: {source}", path.display())]
     Sqlite {
@@ -149,12 +165,8 @@ impl Gallery {
     /// # Errors
     /// A gallery of another model, a newer one, or a file that is none.
     pub fn open_or_create(path: &Path, bundle: &str, width: usize) -> Result<Self, GalleryError> {
-        // An empty file is what a creation that was cut short leaves.
-        let fresh = std::fs::metadata(path).map_or(true, |m| m.len() == 0);
-        let connection = connect(path, OpenFlags::SQLITE_OPEN_READ_WRITE | OpenFlags::SQLITE_OPEN_CREATE)?;
-        if fresh {
-            create(&connection, bundle, width).map_err(|source| fault(path, source))?;
-        }
+        let mut connection = connect(path, OpenFlags::SQLITE_OPEN_READ_WRITE | OpenFlags::SQLITE_OPEN_CREATE)?;
+        create(&mut connection, bundle, width).map_err(|source| fault(path, source))?;
         let gallery = Self::checked(path, connection)?;
         gallery.require_bundle(bundle)?;
         Ok(gallery)
@@ -180,6 +192,10 @@ impl Gallery {
         }
         if schema > SCHEMA {
             return Err(GalleryError::NewerSchema { path: path.to_path_buf(), found: schema, supported: SCHEMA });
+        }
+        // Only now that the file is known to be ours: the mode is written into it.
+        for (name, value) in [("journal_mode", "WAL"), ("synchronous", "FULL")] {
+            connection.pragma_update(None, name, value).map_err(|source| fault(path, source))?;
         }
         let (bundle, width) = connection
             .query_row("SELECT bundle, width FROM gallery", [], |row| Ok((row.get(0)?, row.get::<_, i64>(1)?)))
@@ -227,6 +243,12 @@ impl Gallery {
     pub fn put(&mut self, entries: &[Entry]) -> Result<(), GalleryError> {
         if let Some(entry) = entries.iter().find(|e| e.embedding.len() != self.width) {
             return Err(GalleryError::Width { found: entry.embedding.len(), expected: self.width });
+        }
+        for entry in entries {
+            let length = length(entry.embedding.iter().copied());
+            if !is_unit(length) {
+                return Err(GalleryError::NotUnit { picture: entry.source.clone(), length });
+            }
         }
         let now = Time::now().milliseconds();
         let write = |connection: &mut Connection| -> rusqlite::Result<()> {
@@ -303,37 +325,51 @@ impl Gallery {
         let mut pictures = 0;
         self.each_embedding(&Filter::default(), |row, embedding| {
             pictures += 1;
-            let source = || row.get::<_, String>(1).unwrap_or_default();
-            if embedding.len() != 4 * self.width {
-                return Err(damaged(format!("the embedding of {} has {} bytes", source(), embedding.len())));
+            let length = length(search::values(embedding));
+            if is_unit(length) {
+                return Ok(());
             }
-            let length = search::values(embedding).map(|v| v * v).sum::<f32>().sqrt();
-            if (length - 1.0).abs() <= UNIT_TOLERANCE {
-                Ok(())
-            } else {
-                Err(damaged(format!("the embedding of {} has length {length}, not 1", source())))
-            }
+            let source = row.get::<_, String>(1).unwrap_or_default();
+            Err(damaged(format!("the embedding of {source} has length {length}, not 1")))
         })?;
         Ok(pictures)
     }
+}
+
+/// Euclidean length; NaN where a value is.
+fn length(values: impl Iterator<Item = f32>) -> f32 {
+    values.map(|v| v * v).sum::<f32>().sqrt()
+}
+
+fn is_unit(length: f32) -> bool {
+    (length - 1.0).abs() <= UNIT_TOLERANCE
 }
 
 fn connect(path: &Path, flags: OpenFlags) -> Result<Connection, GalleryError> {
     let open = || -> rusqlite::Result<Connection> {
         let connection = Connection::open_with_flags(path, flags | OpenFlags::SQLITE_OPEN_NO_MUTEX)?;
         connection.busy_timeout(BUSY)?;
-        connection.pragma_update(None, "journal_mode", "WAL")?;
-        connection.pragma_update(None, "synchronous", "FULL")?;
         Ok(connection)
     };
     open().map_err(|source| fault(path, source))
 }
 
-fn create(connection: &Connection, bundle: &str, width: usize) -> rusqlite::Result<()> {
-    connection.execute_batch("BEGIN IMMEDIATE")?;
-    connection.execute_batch(&format!(
-        "CREATE TABLE IF NOT EXISTS gallery (bundle TEXT NOT NULL, width INTEGER NOT NULL);
-         CREATE TABLE IF NOT EXISTS pictures (
+/// Makes a gallery of a file that is empty, as SQLite sees it. All or nothing, so that a creation cut short is begun again, and
+/// of two processes one creates; whatever else the file may hold is left as it is.
+fn create(connection: &mut Connection, bundle: &str, width: usize) -> rusqlite::Result<()> {
+    let objects = |connection: &Connection| -> rusqlite::Result<i64> {
+        connection.query_row("SELECT count(*) FROM sqlite_schema", [], |row| row.get(0))
+    };
+    if objects(connection)? > 0 {
+        return Ok(());
+    }
+    let transaction = connection.transaction_with_behavior(TransactionBehavior::Immediate)?;
+    if objects(&transaction)? > 0 {
+        return Ok(());
+    }
+    transaction.execute_batch(&format!(
+        "CREATE TABLE gallery (bundle TEXT NOT NULL, width INTEGER NOT NULL);
+         CREATE TABLE pictures (
              id INTEGER PRIMARY KEY,
              source TEXT NOT NULL UNIQUE,
              hash BLOB NOT NULL,
@@ -345,11 +381,8 @@ fn create(connection: &Connection, bundle: &str, width: usize) -> rusqlite::Resu
          PRAGMA application_id = {APPLICATION_ID};
          PRAGMA user_version = {SCHEMA};"
     ))?;
-    let rows: i64 = connection.query_row("SELECT count(*) FROM gallery", [], |row| row.get(0))?;
-    if rows == 0 {
-        connection.execute("INSERT INTO gallery VALUES (?1, ?2)", params![bundle, width as i64])?;
-    }
-    connection.execute_batch("COMMIT")
+    transaction.execute("INSERT INTO gallery VALUES (?1, ?2)", params![bundle, width as i64])?;
+    transaction.commit()
 }
 
 /// SQLite's errors in the gallery's words.
@@ -357,6 +390,7 @@ fn fault(path: &Path, source: rusqlite::Error) -> GalleryError {
     let path = path.to_path_buf();
     match source.sqlite_error_code() {
         Some(ErrorCode::DiskFull) => GalleryError::Full { path },
+        Some(ErrorCode::SystemIoFailure) => GalleryError::Disk { path, reason: source.to_string() },
         Some(ErrorCode::NotADatabase) => GalleryError::NotAGallery { path },
         Some(ErrorCode::DatabaseCorrupt) => GalleryError::Damaged { path, reason: source.to_string() },
         _ => GalleryError::Sqlite { path, source },

@@ -95,6 +95,13 @@ impl Gallery {
                 path: self.path.clone(),
                 reason: "an embedding is no blob".to_owned(),
             })?;
+            if bytes.len() != 4 * self.width {
+                let source: String = row.get(1).map_err(|e| self.fault(e))?;
+                return Err(GalleryError::Damaged {
+                    path: self.path.clone(),
+                    reason: format!("the embedding of {source} has {} bytes, not {}", bytes.len(), 4 * self.width),
+                });
+            }
             visit(row, bytes)?;
         }
         Ok(())

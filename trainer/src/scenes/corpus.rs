@@ -200,6 +200,7 @@ pub fn signatures(shards: &[PathBuf]) -> Result<HashSet<String>> {
 }
 
 #[cfg(test)]
+#[allow(clippy::unwrap_used)]
 mod tests {
     use super::*;
 

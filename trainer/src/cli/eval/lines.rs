@@ -156,6 +156,7 @@ pub(super) fn references(shards: &[PathBuf]) -> Result<(Vec<String>, Vec<Vec<Str
 }
 
 #[cfg(test)]
+#[allow(clippy::unwrap_used)]
 mod tests {
     use super::*;
 

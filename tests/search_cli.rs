@@ -1,0 +1,390 @@
+//! `unimo index` and `unimo search`: what they print is a contract, adding again what is there costs nothing, and what was
+//! acknowledged is on the disk whatever happens next: kill -9, a full disk, another model.
+
+use std::fs::{self, File};
+use std::io::{BufRead, BufReader, Read};
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
+use std::sync::LazyLock;
+use std::time::{Duration, SystemTime};
+
+use serde::Deserialize;
+use serde::de::DeserializeOwned;
+use tempfile::TempDir;
+use unimo_tests::{Run, path, program};
+use unimo_train::scenes;
+
+/// A bundle of random weights: it sees little, but the same every time.
+static BUNDLE: LazyLock<String> = LazyLock::new(|| bundle("search_cli", 5));
+
+fn bundle(name: &str, seed: u64) -> String {
+    let folder = Path::new(env!("CARGO_TARGET_TMPDIR")).join(name);
+    text(&unimo_export::sample::random_bundle(&folder, seed).unwrap())
+}
+
+#[derive(Debug, PartialEq, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct AddedLine {
+    schema: u32,
+    source: String,
+    status: Option<String>,
+    caption: Option<String>,
+    error: Option<String>,
+}
+
+#[derive(Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct Results {
+    schema: u32,
+    results: Vec<Found>,
+}
+
+#[derive(Debug, PartialEq, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct Found {
+    source: String,
+    score: f64,
+    caption: Option<String>,
+    time: String,
+}
+
+fn text(path: &Path) -> String {
+    path.to_str().unwrap().to_owned()
+}
+
+fn unimo(arguments: &[&str]) -> Run {
+    program("unimo", arguments)
+}
+
+fn lines<T: DeserializeOwned>(text: &str) -> Vec<T> {
+    let parse = |line| serde_json::from_str(line).unwrap_or_else(|error| panic!("{error}: {line}"));
+    text.lines().map(parse).collect()
+}
+
+/// Draws scenes `00.png …` into a folder.
+fn draw(folder: &Path, count: u64) -> Vec<String> {
+    fs::create_dir_all(folder).unwrap();
+    (0..count)
+        .map(|index| {
+            let file = folder.join(format!("{index:02}.png"));
+            scenes::generate(11, index).draw().save(&file).unwrap();
+            text(&file)
+        })
+        .collect()
+}
+
+/// A folder with so many pictures in `p/`, and the path of a gallery to be.
+fn scratch(count: u64) -> (TempDir, Vec<String>, String) {
+    let folder = tempfile::tempdir().unwrap();
+    let pictures = draw(&folder.path().join("p"), count);
+    let gallery = text(&folder.path().join("g"));
+    (folder, pictures, gallery)
+}
+
+fn add(gallery: &str, more: &[&str]) -> Run {
+    let mut arguments = vec!["index", "add", "--jsonl", "--gallery", gallery, "--bundle", &BUNDLE];
+    arguments.extend(more);
+    unimo(&arguments)
+}
+
+fn search(gallery: &str, more: &[&str]) -> (i32, Vec<Found>) {
+    let mut arguments = vec!["search", "--json", "--gallery", gallery, "--bundle", &BUNDLE];
+    arguments.extend(more);
+    let run = unimo(&arguments);
+    let document: Results = serde_json::from_str(&run.stdout).unwrap_or_else(|error| panic!("{error}: {run:?}"));
+    assert_eq!(document.schema, 1);
+    (run.code, document.results)
+}
+
+/// `(source, status or error)` of each line.
+fn statuses(run: &Run) -> Vec<(String, String)> {
+    let status = |line: AddedLine| {
+        assert_eq!(line.schema, 1);
+        (line.source, line.status.or(line.error).expect("a status or an error"))
+    };
+    lines::<AddedLine>(&run.stdout).into_iter().map(status).collect()
+}
+
+fn all(pictures: &[String], status: &str) -> Vec<(String, String)> {
+    pictures.iter().map(|picture| (picture.clone(), status.to_owned())).collect()
+}
+
+fn stats(gallery: &str) -> serde_json::Value {
+    let run = unimo(&["index", "stats", "--json", "--gallery", gallery]);
+    assert_eq!(run.code, 0, "{run:?}");
+    run.json_lines().remove(0)
+}
+
+fn exported(gallery: &str) -> Vec<String> {
+    let run = unimo(&["index", "export", "--gallery", gallery]);
+    assert_eq!(run.code, 0, "{run:?}");
+    run.json_lines().iter().map(|line| line["source"].as_str().unwrap().to_owned()).collect()
+}
+
+#[test]
+fn pictures_are_added_and_found() {
+    let (folder, pictures, gallery) = scratch(4);
+    let taken = SystemTime::UNIX_EPOCH + Duration::from_secs(1_709_208_000);
+    File::options().write(true).open(&pictures[2]).unwrap().set_modified(taken).unwrap();
+    let run = add(&gallery, &[&text(&folder.path().join("p"))]);
+    assert_eq!((run.code, statuses(&run)), (0, all(&pictures, "added")), "{run:?}");
+    let captions: Vec<Option<String>> = lines::<AddedLine>(&run.stdout).into_iter().map(|line| line.caption).collect();
+
+    let stats = stats(&gallery);
+    assert_eq!((stats["schema"].as_u64(), stats["images"].as_u64()), (Some(1), Some(4)));
+    let bundle = unimo(&["bundle", "inspect", "--json", &BUNDLE]).json_lines().remove(0);
+    assert_eq!(stats["bundle"], bundle["bundle"]);
+    assert!(stats["bytes"].as_u64().unwrap() >= fs::metadata(&gallery).unwrap().len());
+
+    // Every picture finds itself: nothing is more like it.
+    for (picture, caption) in pictures.iter().zip(&captions) {
+        let (code, found) = search(&gallery, &["--image", picture, "-k", "3"]);
+        assert_eq!((code, found.len()), (0, 3));
+        assert_eq!((&found[0].source, &found[0].caption), (picture, caption));
+        assert!((found[0].score - 1.0).abs() < 1e-4, "{found:?}");
+        assert!(found.is_sorted_by(|a, b| a.score >= b.score), "{found:?}");
+    }
+    let (code, found) = search(&gallery, &["--image", &pictures[2], "-k", "1"]);
+    assert_eq!((code, found[0].time.as_str()), (0, "2024-02-29T12:00:00Z"));
+
+    // By words: all are there, and the scores are the products of what `embed` prints.
+    let words = "a red circle above a blue square";
+    let (code, found) = search(&gallery, &[words]);
+    assert_eq!((code, found.len()), (0, 4));
+    let embed = |kind: &str, what: &str| -> Vec<f64> {
+        let line = unimo(&["embed", "--bundle", &BUNDLE, "--jsonl", kind, what]).json_lines().remove(0);
+        serde_json::from_value(line["embedding"].clone()).unwrap()
+    };
+    let query = embed("--text", words);
+    for hit in &found {
+        let product: f64 = embed("--image", &hit.source).iter().zip(&query).map(|(a, b)| a * b).sum();
+        assert!((hit.score - product).abs() < 1e-4, "{hit:?}: {product}");
+    }
+    // Without --json: one line each, the best first.
+    let plain = unimo(&["search", words, "-k", "2", "--gallery", &gallery, "--bundle", &BUNDLE]);
+    assert_eq!((plain.code, plain.stdout.lines().count()), (0, 2));
+    assert!(plain.stdout.contains(&found[0].source), "{plain:?}");
+}
+
+#[test]
+fn adding_again_changes_only_what_changed() {
+    let (_folder, pictures, gallery) = scratch(3);
+    let names: Vec<&str> = pictures.iter().map(String::as_str).collect();
+    // The first is named twice.
+    let run = add(&gallery, &[&["--no-captions", names[0]], &names[..]].concat());
+    assert_eq!(run.code, 0, "{run:?}");
+    let mut expected = all(&pictures[..1], "added");
+    expected.extend(all(&pictures[..1], "unchanged"));
+    expected.extend(all(&pictures[1..], "added"));
+    assert_eq!(statuses(&run), expected);
+    assert!(lines::<AddedLine>(&run.stdout).iter().all(|line| line.caption.is_none()));
+
+    // A bundle that cannot see any more, of the same identity: nothing is looked at.
+    let blind = tempfile::tempdir().unwrap();
+    tar::Archive::new(File::open(&*BUNDLE).unwrap()).unpack(blind.path()).unwrap();
+    let root = blind_root(blind.path());
+    fs::write(root.join("f16/vision.onnx"), b"no graph").unwrap();
+    let blind_add = |names: &[&str]| {
+        let root = text(&root);
+        unimo(&[&["index", "add", "--jsonl", "--gallery", &gallery, "--bundle", &root], names].concat())
+    };
+    let run = blind_add(&names);
+    assert_eq!((run.code, statuses(&run)), (0, all(&pictures, "unchanged")), "{run:?}");
+
+    scenes::generate(12, 99).draw().save(&pictures[1]).unwrap();
+    let run = blind_add(&names);
+    assert_eq!(run.code, 3, "the changed picture cannot be looked at: {run:?}");
+    let run = add(&gallery, &names);
+    assert_eq!(statuses(&run), [all(&pictures[..1], "unchanged"), all(&pictures[1..2], "updated"), all(&pictures[2..], "unchanged")].concat());
+    assert_eq!(stats(&gallery)["images"], 3);
+    assert_eq!(search(&gallery, &["--image", names[1], "-k", "1"]).1[0].source, pictures[1]);
+
+    let run = unimo(&["index", "remove", "--gallery", &gallery, names[1], "never there"]);
+    assert_eq!(run.code, 0, "{run:?}");
+    assert_eq!(exported(&gallery), [pictures[0].clone(), pictures[2].clone()]);
+    assert_eq!(unimo(&["index", "remove", "--gallery", &gallery, names[1]]).code, 1);
+}
+
+/// Where a bundle's manifest lies in what a .tar held.
+fn blind_root(folder: &Path) -> PathBuf {
+    if folder.join("manifest.toml").is_file() {
+        return folder.to_owned();
+    }
+    fs::read_dir(folder).unwrap().map(|entry| entry.unwrap().path()).find(|path| path.join("manifest.toml").is_file()).unwrap()
+}
+
+#[test]
+fn bad_pictures_do_not_spoil_the_others() {
+    let (folder, pictures, gallery) = scratch(2);
+    let truncated = text(&folder.path().join("truncated.png"));
+    let whole = fs::read(&pictures[0]).unwrap();
+    fs::write(&truncated, &whole[..whole.len() / 2]).unwrap();
+    let missing = text(&folder.path().join("missing.jpg"));
+    let run = add(&gallery, &[&pictures[0], &missing, &truncated, &pictures[1]]);
+    assert_eq!(run.code, 3, "{run:?}");
+    let found = statuses(&run);
+    let sources: Vec<&str> = found.iter().map(|(source, _)| source.as_str()).collect();
+    assert_eq!(sources, [&pictures[0], &missing, &truncated, &pictures[1]]);
+    assert_eq!((found[0].1.as_str(), found[3].1.as_str()), ("added", "added"));
+    let errors: Vec<bool> = lines::<AddedLine>(&run.stdout).iter().map(|line| line.error.is_some()).collect();
+    assert_eq!(errors, [false, true, true, false]);
+    assert_eq!(exported(&gallery), pictures);
+}
+
+#[test]
+fn filters_and_nothing_found() {
+    let (_folder, pictures, gallery) = scratch(3);
+    for (index, picture) in pictures.iter().enumerate() {
+        let taken = SystemTime::UNIX_EPOCH + Duration::from_secs(86_400 * (20_000 + index as u64));
+        File::options().write(true).open(picture).unwrap().set_modified(taken).unwrap();
+    }
+    let names: Vec<&str> = pictures.iter().map(String::as_str).collect();
+    assert_eq!(add(&gallery, &[&["--no-captions"], &names[..]].concat()).code, 0);
+    // Day 20,000 is 2024-10-04.
+    let cases: [(&[&str], &[usize]); 6] = [
+        (&["--since", "2024-10-05"], &[1, 2]),
+        (&["--until", "2024-10-05T00:00:00Z"], &[0, 1]),
+        (&["--since", "2024-10-05", "--until", "2024-10-05T12:00:00+01:00"], &[1]),
+        (&["--since", "2100-01-01"], &[]),
+        (&["--source", names[2]], &[2]),
+        (&["--source", "elsewhere/"], &[]),
+    ];
+    for (filter, expected) in cases {
+        let (code, found) = search(&gallery, &[&["words"], filter].concat());
+        let mut sources: Vec<String> = found.into_iter().map(|hit| hit.source).collect();
+        sources.sort();
+        let expected: Vec<String> = expected.iter().map(|&i| pictures[i].clone()).collect();
+        assert_eq!((code, sources), (i32::from(expected.is_empty()), expected), "{filter:?}");
+    }
+}
+
+#[test]
+fn reranking_reads_the_pictures_again() {
+    let (_folder, pictures, gallery) = scratch(3);
+    let names: Vec<&str> = pictures.iter().map(String::as_str).collect();
+    assert_eq!(add(&gallery, &[&["--no-captions"], &names[..]].concat()).code, 0);
+    fs::remove_file(&pictures[1]).unwrap();
+    let words = "a green triangle";
+    let run = unimo(&["search", words, "--rerank", "--json", "--gallery", &gallery, "--bundle", &BUNDLE]);
+    assert_eq!(run.code, 0, "{run:?}");
+    assert!(run.stderr.contains(names[1]) && run.stderr.contains("not reranked"), "{run:?}");
+    let found = lines::<Results>(&run.stdout).remove(0).results;
+    assert_eq!(found.len(), 3);
+    assert_eq!(found[2].source, pictures[1], "what cannot be read stands behind the others");
+    assert!(found[0].score >= found[1].score);
+    for hit in &found[..2] {
+        let line = unimo(&["match", "--jsonl", "--bundle", &BUNDLE, &hit.source, words]).json_lines().remove(0);
+        assert!((line["score"].as_f64().unwrap() - hit.score).abs() < 1e-4, "{hit:?}: {line}");
+    }
+}
+
+#[test]
+fn refusals_have_their_sentence_and_exit_code() {
+    let (folder, pictures, gallery) = scratch(1);
+    assert_eq!(add(&gallery, &["--no-captions", &pictures[0]]).code, 0);
+    let other = bundle("search_cli_other", 6);
+    let at = |name: &str| text(&folder.path().join(name));
+    fs::write(at("notes"), "milk, eggs, bread\n".repeat(50)).unwrap();
+    fs::create_dir(at("empty")).unwrap();
+    let newer = at("newer");
+    fs::copy(&gallery, &newer).unwrap();
+    rusqlite::Connection::open(&newer).unwrap().pragma_update(None, "user_version", 7).unwrap();
+    let (notes, missing, empty) = (at("notes"), at("missing"), at("empty"));
+    let cases: [(&[&str], i32, &str); 12] = [
+        (&["index", "add", "--gallery", &gallery, "--bundle", &other, &pictures[0]], 3, "another model"),
+        (&["search", "words", "--gallery", &gallery, "--bundle", &other], 3, "--bundle"),
+        (&["index", "verify", "--gallery", &notes], 3, "is not a gallery"),
+        (&["index", "add", "--gallery", &notes, "--bundle", &BUNDLE, &pictures[0]], 3, "is not a gallery"),
+        (&["index", "stats", "--gallery", &newer], 3, "schema 7"),
+        (&["index", "stats", "--gallery", &missing], 3, "there is no gallery"),
+        (&["search", "words", "--gallery", &missing, "--bundle", &BUNDLE], 3, "there is no gallery"),
+        (&["index", "add", "--gallery", &missing, "--bundle", &BUNDLE, &empty], 1, "holds no pictures"),
+        (&["index", "add", "--gallery", &missing, "--bundle", &BUNDLE, "v4l2:///dev/video0"], 2, "files, folders and standard input"),
+        (&["index", "add", "--gallery", &missing, "--bundle", &BUNDLE, "-"], 2, "standard input"),
+        (&["search", "--gallery", &gallery, "--bundle", &BUNDLE], 2, "WORDS"),
+        (&["search", " ", "--gallery", &gallery, "--bundle", &BUNDLE], 2, "no words"),
+    ];
+    for (arguments, code, part) in cases {
+        let run = unimo(arguments);
+        assert_eq!((run.code, run.stdout.as_str()), (code, ""), "{arguments:?}: {run:?}");
+        assert!(run.stderr.contains(part) && !run.stderr.contains("panicked"), "{arguments:?}: {run:?}");
+    }
+    assert!(!Path::new(&missing).exists());
+    let run = unimo(&["index", "verify", "--gallery", &gallery]);
+    assert_eq!((run.code, run.stdout.contains("1 pictures")), (0, true), "{run:?}");
+}
+
+/// What a run that did not end well must have left: all it acknowledged, in a sound file, that the rest can be added to.
+fn check_survivors(gallery: &str, acknowledged: &[(String, String)], pictures: &[String]) {
+    let run = unimo(&["index", "verify", "--gallery", gallery]);
+    assert_eq!(run.code, 0, "{run:?}");
+    let stored = exported(gallery);
+    for (source, status) in acknowledged {
+        assert_eq!(status, "added");
+        assert!(stored.contains(source), "{source} was acknowledged and is gone");
+    }
+    let names: Vec<&str> = pictures.iter().map(String::as_str).collect();
+    let again = add(gallery, &names);
+    assert_eq!(again.code, 0, "{again:?}");
+    for (source, status) in statuses(&again) {
+        assert_eq!(status == "unchanged", stored.contains(&source), "{source}: {status}");
+    }
+    assert_eq!(stats(gallery)["images"], pictures.len());
+}
+
+#[test]
+fn kill_9_loses_nothing_that_was_acknowledged() {
+    for after in [0, 1, 6] {
+        let (_folder, pictures, gallery) = scratch(16);
+        let mut child = Command::new(path("unimo"))
+            .args(["index", "add", "--jsonl", "--gallery", &gallery, "--bundle", &BUNDLE])
+            .args(&pictures)
+            .stdout(Stdio::piped())
+            .spawn()
+            .unwrap();
+        let mut output = BufReader::new(child.stdout.take().unwrap());
+        let mut printed = String::new();
+        for _ in 0..after {
+            output.read_line(&mut printed).unwrap();
+        }
+        if after == 0 {
+            // While the file is being made.
+            while !Path::new(&gallery).exists() {
+                std::thread::sleep(Duration::from_millis(1));
+            }
+        }
+        child.kill().unwrap();
+        assert!(!child.wait().unwrap().success(), "it was done before it could be killed");
+        output.read_to_string(&mut printed).unwrap();
+        // A last line may have been cut in two; only whole ones acknowledge.
+        let whole = printed.rfind('\n').map_or("", |end| &printed[..end]);
+        let acknowledged: Vec<(String, String)> =
+            lines::<AddedLine>(whole).into_iter().map(|line| (line.source, line.status.unwrap())).collect();
+        assert!(acknowledged.len() >= after && acknowledged.len() < pictures.len());
+        if after == 0 {
+            assert_eq!(add(&gallery, &["--no-captions", &pictures[0]]).code, 0, "an unfinished gallery is begun again");
+        }
+        check_survivors(&gallery, &acknowledged, &pictures);
+    }
+}
+
+#[cfg(unix)]
+#[test]
+fn a_full_disk_is_said_and_loses_nothing() {
+    let (_folder, pictures, gallery) = scratch(16);
+    // No file may grow beyond 120 blocks of 512 or 1024 bytes, as the shell counts.
+    let output = Command::new("sh")
+        .args(["-c", "ulimit -f 120; exec \"$0\" \"$@\""])
+        .arg(path("unimo"))
+        .args(["index", "add", "--jsonl", "--gallery", &gallery, "--bundle", &BUNDLE])
+        .args(&pictures)
+        .output()
+        .unwrap();
+    let (stdout, stderr) = (String::from_utf8(output.stdout).unwrap(), String::from_utf8(output.stderr).unwrap());
+    assert_eq!(output.status.code(), Some(3), "{stdout}{stderr}");
+    assert!(stderr.contains("everything acknowledged before is stored") && stderr.lines().count() == 1, "{stderr}");
+    let acknowledged: Vec<(String, String)> =
+        lines::<AddedLine>(&stdout).into_iter().map(|line| (line.source, line.status.unwrap())).collect();
+    assert!((1..pictures.len()).contains(&acknowledged.len()), "{}", acknowledged.len());
+    check_survivors(&gallery, &acknowledged, &pictures);
+}
