@@ -230,7 +230,7 @@ fn exit_codes() {
     let empty = folder.path().join("empty");
     fs::create_dir(&empty).unwrap();
     let (picture, empty) = (text(&paths[0]), text(&empty));
-    let cases: [(&[&str], i32, &str); 14] = [
+    let cases: [(&[&str], i32, &str); 15] = [
         (&["caption", empty], 1, "holds no pictures"),
         (&["caption"], 2, "required"),
         (&["caption", picture, "--json", "--jsonl"], 2, "cannot be used with"),
@@ -240,6 +240,7 @@ fn exit_codes() {
         (&["caption", picture, "--threads", "0"], 2, "--threads"),
         (&["caption", picture, "--engine", "magic"], 2, "magic is none of tract, ort"),
         (&["caption", "warp://9/picture"], 2, "warp://"),
+        (&["caption", "v4l2:///dev/video0"], 4, "v4l2://"),
         (&["embed"], 2, "--image"),
         (&["embed", "--text", "a", "--image", picture], 2, "cannot be used with"),
         (&["caption", picture, "--precision", "i8"], 3, "it holds no i8 weights, only f16"),

@@ -92,7 +92,17 @@ fn what_is_packed_is_unpacked_again() {
     std::fs::write(&captions, "picture,caption\none.jpg,\"a cat, asleep\"\none.jpg,a grey cat\ndogs/two.v2.JPG,a dog\n").unwrap();
     let (shards, out) = (folder.path().join("shards"), folder.path().join("out"));
 
-    let run = unimo_train(&["data", "pack", "--pictures", text(&pictures), "--captions", text(&captions), "--out", text(&shards), "--json"]);
+    let run = unimo_train(&[
+        "data",
+        "pack",
+        "--pictures",
+        text(&pictures),
+        "--captions",
+        text(&captions),
+        "--out",
+        text(&shards),
+        "--json",
+    ]);
     assert_eq!(run.code, 0, "{}", run.stderr);
     let report = object(&run);
     assert_eq!((&report["pictures"], &report["captions"], &report["uncaptioned"]), (&json!(2), &json!(3), &json!(1)));
@@ -112,7 +122,16 @@ fn what_is_packed_is_unpacked_again() {
 
     // What was unpacked can be packed again.
     let again = folder.path().join("again");
-    let run = unimo_train(&["data", "pack", "--pictures", text(&out), "--captions", text(&out.join("captions.tsv")), "--out", text(&again)]);
+    let run = unimo_train(&[
+        "data",
+        "pack",
+        "--pictures",
+        text(&out),
+        "--captions",
+        text(&out.join("captions.tsv")),
+        "--out",
+        text(&again),
+    ]);
     assert_eq!(run.code, 0, "{}", run.stderr);
     let shard = |folder: &PathBuf| std::fs::read(folder.join("shard-0000.tar")).unwrap();
     assert_eq!(shard(&again), shard(&shards));
@@ -132,7 +151,17 @@ fn packing_leaves_out_and_lists_what_it_cannot_use() {
     write_lines(&captions, &["good.jpg", "good.png", "cut.jpg", "empty.jpg", "gone.jpg"].map(line));
     let out = folder.path().join("out");
     let run = unimo_train(&[
-        "data", "pack", "--pictures", text(&pictures), "--captions", text(&captions), "--out", text(&out), "--size", "32", "--json",
+        "data",
+        "pack",
+        "--pictures",
+        text(&pictures),
+        "--captions",
+        text(&captions),
+        "--out",
+        text(&out),
+        "--size",
+        "32",
+        "--json",
     ]);
     assert_eq!(run.code, 3, "{}", run.stderr);
     let report = object(&run);
@@ -221,7 +250,8 @@ fn captions_are_scored_against_their_references() {
     scenes(&shards, 20, 3, &["--distinct"]);
     let (records, _) = unimo_train::scenes::read_records(std::slice::from_ref(&shards)).unwrap();
     let file = folder.path().join("captions.jsonl");
-    let line = |(key, caption): (&str, &str)| json!({ "schema": 1, "source": format!("some/where/{key}.jpg"), "caption": caption });
+    let line =
+        |(key, caption): (&str, &str)| json!({ "schema": 1, "source": format!("some/where/{key}.jpg"), "caption": caption });
     let perfect: Vec<Value> = records.iter().map(|(key, r)| line((key, &r.captions[2]))).collect();
     let eval = |verb: &str, more: &[&str]| {
         let mut arguments = vec!["eval", verb, "--references", text(&shards), "--predictions", text(&file), "--json"];
@@ -278,7 +308,8 @@ fn retrieval_is_scored_in_the_order_of_the_unpacked_captions() {
     // Image i and its texts point along axis i; two images are swapped.
     let axis = |i: usize| (0..12).map(|j| f32::from(u8::from(i == j))).collect::<Vec<_>>();
     let swap = |i: usize| if i < 2 { 1 - i } else { i };
-    let image = |i: usize| json!({ "schema": 1, "source": out.join(format!("{}.jpg", records[i].0)), "embedding": axis(swap(i)) });
+    let image =
+        |i: usize| json!({ "schema": 1, "source": out.join(format!("{}.jpg", records[i].0)), "embedding": axis(swap(i)) });
     // The order of the pictures does not matter, that of the texts does.
     let images: Vec<Value> = (0..12).rev().map(image).collect();
     let texts: Vec<Value> =
@@ -288,7 +319,15 @@ fn retrieval_is_scored_in_the_order_of_the_unpacked_captions() {
         write_lines(&image_file, images);
         write_lines(&text_file, texts);
         unimo_train(&[
-            "eval", "retrieval", "--references", text(&shards), "--images", text(&image_file), "--texts", text(&text_file), "--json",
+            "eval",
+            "retrieval",
+            "--references",
+            text(&shards),
+            "--images",
+            text(&image_file),
+            "--texts",
+            text(&text_file),
+            "--json",
         ])
     };
     let run = eval(&images, &texts);

@@ -26,7 +26,8 @@ use unimo_train::model::ModelConfig;
 
 const GOLDEN: &str = include_str!("../exporter/tests/reference/golden.json");
 /// Largest difference from NumPy, as a share of the output's root mean square: both compute in f32, but sum in another order
-/// (measured: below 2e-5). A missing bias or a shifted padding gives 1e-1 and more.
+/// (of a trained `edge-s`, tract and candle differ by 5e-5 of an output's largest value, ONNX Runtime and NumPy by 8e-6). A
+/// missing bias or a shifted padding gives 1e-1 and more.
 const TOLERANCE: f64 = 2e-4;
 /// What the runtime adds to the scores of empty slots.
 const EMPTY: f32 = -1e4;
@@ -246,11 +247,10 @@ fn the_graphs_compute_what_numpy_does() {
     for (name, expected) in &golden.outputs {
         let found = &found[name];
         let rms = (found.iter().map(|&v| f64::from(v).powi(2)).sum::<f64>() / found.len() as f64).sqrt();
-        assert!((rms - expected.rms).abs() <= TOLERANCE * expected.rms, "{name}: rms {rms}, NumPy {}", expected.rms);
-        for (&at, value) in expected.at.iter().zip(&expected.values) {
-            let error = (f64::from(found[at]) - value).abs();
-            assert!(error <= TOLERANCE * expected.rms, "{name}[{at}] is {}, NumPy {value}", found[at]);
-        }
+        let errors = expected.at.iter().zip(&expected.values).map(|(&at, value)| (f64::from(found[at]) - value).abs());
+        let error = errors.fold((rms - expected.rms).abs(), f64::max) / expected.rms;
+        println!("{name:22} {error:.1e}");
+        assert!(error <= TOLERANCE, "{name} differs from NumPy by {error:.1e} of its root mean square");
     }
 }
 
@@ -353,15 +353,18 @@ fn an_unusable_checkpoint_is_refused_by_name_and_leaves_nothing() {
             "`head.bias` is [9], expected [1280]",
         ),
         (
-            |f| fs::write(f.join("tokenizer.json"), unimo_train::tokenizer_training::train(["a b"].into_iter(), 261).unwrap()).unwrap(),
+            |f| {
+                fs::write(f.join("tokenizer.json"), unimo_train::tokenizer_training::train(["a b"].into_iter(), 261).unwrap())
+                    .unwrap()
+            },
             "the tokenizer has 261 tokens, the model 280",
         ),
         (|f| fs::write(f.join("model.toml"), "hidden = 64").unwrap(), "model.toml"),
         (|f| fs::write(f.join("model.safetensors"), b"cut").unwrap(), "model.safetensors"),
-        // More than 16 bits hold: candle and the graphs would agree on nonsense.
+        // More than 16 bits hold.
         (
             |f| model(f, |w| drop(w.insert("text.position.weight".into(), scattered("w", &[40, 64], 1.0, 1e5)))),
-            "gave a value that is no number",
+            "text.position.weight",
         ),
     ];
     for (break_it, message) in cases {

@@ -46,7 +46,8 @@ fn pico_learns_drawn_scenes_and_the_runtime_tells_and_finds_them() {
     let captions = folder.path().join("captions.jsonl");
     into_file(&captions, "unimo", &["caption", "--jsonl", "--bundle", &bundle, &pictures]);
     let captions = captions.display().to_string();
-    let scores = done("unimo-train", &["eval", "scenes", "--references", &dev, "--predictions", &captions, "--json", "--explain"]);
+    let scores =
+        done("unimo-train", &["eval", "scenes", "--references", &dev, "--predictions", &captions, "--json", "--explain"]);
     let right = scores.json_lines()[0]["right"].as_f64().unwrap();
     assert!(right >= RIGHT_CAPTIONS, "{right} of the captions are right\n{}", scores.stderr);
 
@@ -55,7 +56,8 @@ fn pico_learns_drawn_scenes_and_the_runtime_tells_and_finds_them() {
     let lines = at("pictures/captions.txt");
     into_file(&texts, "unimo", &["embed", "--jsonl", "--bundle", &bundle, "--text-file", &lines]);
     let (images, texts) = (images.display().to_string(), texts.display().to_string());
-    let recall = done("unimo-train", &["eval", "retrieval", "--references", &dev, "--images", &images, "--texts", &texts, "--json"]);
+    let recall =
+        done("unimo-train", &["eval", "retrieval", "--references", &dev, "--images", &images, "--texts", &texts, "--json"]);
     for way in ["image_to_text", "text_to_image"] {
         let at_1 = recall.json_lines()[0][way][0].as_f64().unwrap();
         assert!(at_1 >= RECALL_AT_1, "{way}: {at_1}");

@@ -186,16 +186,27 @@ fn adding_again_changes_only_what_changed() {
     fs::write(root.join("f16/vision.onnx"), b"no graph").unwrap();
     let blind_add = |names: &[&str]| {
         let root = text(&root);
-        unimo(&[&["index", "add", "--jsonl", "--gallery", &gallery, "--bundle", &root], names].concat())
+        unimo(&[&["index", "add", "--jsonl", "--no-captions", "--gallery", &gallery, "--bundle", &root], names].concat())
     };
     let run = blind_add(&names);
     assert_eq!((run.code, statuses(&run)), (0, all(&pictures, "unchanged")), "{run:?}");
 
+    // A caption that is wanted now and was not before is made.
+    let run = add(&gallery, &names[..1]);
+    assert_eq!(statuses(&run), all(&pictures[..1], "updated"));
+    let caption = lines::<AddedLine>(&run.stdout).remove(0).caption;
+    assert!(caption.is_some());
+    let run = add(&gallery, &[names[0], "--no-captions"]);
+    assert_eq!((statuses(&run), lines::<AddedLine>(&run.stdout).remove(0).caption), (all(&pictures[..1], "unchanged"), caption));
+
     scenes::generate(12, 99).draw().save(&pictures[1]).unwrap();
     let run = blind_add(&names);
     assert_eq!(run.code, 3, "the changed picture cannot be looked at: {run:?}");
-    let run = add(&gallery, &names);
-    assert_eq!(statuses(&run), [all(&pictures[..1], "unchanged"), all(&pictures[1..2], "updated"), all(&pictures[2..], "unchanged")].concat());
+    let run = add(&gallery, &[&["--no-captions"], &names[..]].concat());
+    assert_eq!(
+        statuses(&run),
+        [all(&pictures[..1], "unchanged"), all(&pictures[1..2], "updated"), all(&pictures[2..], "unchanged")].concat()
+    );
     assert_eq!(stats(&gallery)["images"], 3);
     assert_eq!(search(&gallery, &["--image", names[1], "-k", "1"]).1[0].source, pictures[1]);
 
@@ -235,15 +246,17 @@ fn bad_pictures_do_not_spoil_the_others() {
 fn filters_and_nothing_found() {
     let (_folder, pictures, gallery) = scratch(3);
     for (index, picture) in pictures.iter().enumerate() {
-        let taken = SystemTime::UNIX_EPOCH + Duration::from_secs(86_400 * (20_000 + index as u64));
+        let taken = SystemTime::UNIX_EPOCH + Duration::from_secs(86_400 * (20_000 + index as u64) + 6 * 3600);
         File::options().write(true).open(picture).unwrap().set_modified(taken).unwrap();
     }
     let names: Vec<&str> = pictures.iter().map(String::as_str).collect();
     assert_eq!(add(&gallery, &[&["--no-captions"], &names[..]].concat()).code, 0);
-    // Day 20,000 is 2024-10-04.
-    let cases: [(&[&str], &[usize]); 6] = [
+    // Day 20,000 is 2024-10-04; all were taken at six in the morning.
+    let cases: [(&[&str], &[usize]); 8] = [
         (&["--since", "2024-10-05"], &[1, 2]),
-        (&["--until", "2024-10-05T00:00:00Z"], &[0, 1]),
+        (&["--until", "2024-10-05"], &[0, 1]),
+        (&["--until", "2024-10-05T06:00:00Z"], &[0, 1]),
+        (&["--until", "2024-10-05T05:59:59Z"], &[0]),
         (&["--since", "2024-10-05", "--until", "2024-10-05T12:00:00+01:00"], &[1]),
         (&["--since", "2100-01-01"], &[]),
         (&["--source", names[2]], &[2]),
@@ -299,7 +312,11 @@ fn refusals_have_their_sentence_and_exit_code() {
         (&["index", "stats", "--gallery", &missing], 3, "there is no gallery"),
         (&["search", "words", "--gallery", &missing, "--bundle", &BUNDLE], 3, "there is no gallery"),
         (&["index", "add", "--gallery", &missing, "--bundle", &BUNDLE, &empty], 1, "holds no pictures"),
-        (&["index", "add", "--gallery", &missing, "--bundle", &BUNDLE, "v4l2:///dev/video0"], 2, "files, folders and standard input"),
+        (
+            &["index", "add", "--gallery", &missing, "--bundle", &BUNDLE, "v4l2:///dev/video0"],
+            2,
+            "files, folders and standard input",
+        ),
         (&["index", "add", "--gallery", &missing, "--bundle", &BUNDLE, "-"], 2, "standard input"),
         (&["search", "--gallery", &gallery, "--bundle", &BUNDLE], 2, "WORDS"),
         (&["search", " ", "--gallery", &gallery, "--bundle", &BUNDLE], 2, "no words"),
@@ -349,7 +366,7 @@ fn kill_9_loses_nothing_that_was_acknowledged() {
         }
         if after == 0 {
             // While the file is being made.
-            while !Path::new(&gallery).exists() {
+            while !Path::new(&gallery).exists() && child.try_wait().unwrap().is_none() {
                 std::thread::sleep(Duration::from_millis(1));
             }
         }
@@ -362,7 +379,7 @@ fn kill_9_loses_nothing_that_was_acknowledged() {
             lines::<AddedLine>(whole).into_iter().map(|line| (line.source, line.status.unwrap())).collect();
         assert!(acknowledged.len() >= after && acknowledged.len() < pictures.len());
         if after == 0 {
-            assert_eq!(add(&gallery, &["--no-captions", &pictures[0]]).code, 0, "an unfinished gallery is begun again");
+            assert_eq!(add(&gallery, &[&pictures[0]]).code, 0, "an unfinished gallery is begun again");
         }
         check_survivors(&gallery, &acknowledged, &pictures);
     }
@@ -387,4 +404,27 @@ fn a_full_disk_is_said_and_loses_nothing() {
         lines::<AddedLine>(&stdout).into_iter().map(|line| (line.source, line.status.unwrap())).collect();
     assert!((1..pictures.len()).contains(&acknowledged.len()), "{}", acknowledged.len());
     check_survivors(&gallery, &acknowledged, &pictures);
+}
+
+#[test]
+fn nothing_is_acknowledged_before_it_is_stored() {
+    let (_folder, pictures, gallery) = scratch(2);
+    assert_eq!(add(&gallery, &["--no-captions", &pictures[0]]).code, 0);
+    // While this transaction lasts, nobody else's can.
+    let other = rusqlite::Connection::open(&gallery).unwrap();
+    other.execute_batch("BEGIN IMMEDIATE").unwrap();
+    let mut child = Command::new(path("unimo"))
+        .args(["index", "add", "--jsonl", "--no-captions", "--gallery", &gallery, "--bundle", &BUNDLE, &pictures[1]])
+        .stdout(Stdio::piped())
+        .spawn()
+        .unwrap();
+    std::thread::sleep(Duration::from_secs(4));
+    assert!(child.try_wait().unwrap().is_none(), "it waits");
+    child.kill().unwrap();
+    child.wait().unwrap();
+    let mut printed = String::new();
+    child.stdout.take().unwrap().read_to_string(&mut printed).unwrap();
+    assert_eq!(printed, "");
+    other.execute_batch("ROLLBACK").unwrap();
+    assert_eq!(exported(&gallery), pictures[..1]);
 }

@@ -29,7 +29,8 @@ warmup_steps = 2
 
 fn job(folder: &Path, run: &str) -> TrainingJob {
     let shards = folder.join("scenes");
-    let (tokenizer, backbone, texts) = (folder.join("tokenizer.json"), folder.join("backbone.safetensors"), folder.join("texts.txt"));
+    let (tokenizer, backbone, texts) =
+        (folder.join("tokenizer.json"), folder.join("backbone.safetensors"), folder.join("texts.txt"));
     if !shards.exists() {
         write_corpus(&shards, &CorpusOptions { seed: 5, count: 10, ..Default::default() }).unwrap();
         let lines: Vec<String> = (0..20).map(|i| format!("a text about {} things and {} more", i, i % 3)).collect();

@@ -31,9 +31,7 @@ impl Picture {
 #[derive(Debug, thiserror::Error)]
 pub enum SourceError {
     /// A camera, stream or address.
-    #[error(
-        "{uri}: this version reads pictures from files, folders and standard input, not from {scheme}://"
-    )]
+    #[error("{uri}: this version reads pictures from files, folders and standard input, not from {scheme}://")]
     UnsupportedScheme {
         /// The source as given.
         uri: String,
@@ -113,10 +111,7 @@ pub fn place(argument: &str) -> Result<Picture, SourceError> {
     if Path::new(argument).exists() || !is_scheme(scheme) {
         return Ok(Picture::File(argument.into()));
     }
-    Err(SourceError::UnsupportedScheme {
-        uri: argument.to_owned(),
-        scheme: scheme.to_owned(),
-    })
+    Err(SourceError::UnsupportedScheme { uri: argument.to_owned(), scheme: scheme.to_owned() })
 }
 
 /// RFC 3986, section 3.1.
@@ -127,18 +122,13 @@ fn is_scheme(text: &str) -> bool {
 
 /// The path of a `file://` URI (RFC 8089); `file://a/b` without a leading slash is taken as a relative path where that exists.
 fn file(uri: &str, rest: &str) -> Result<PathBuf, SourceError> {
-    let path = unescape(rest).ok_or_else(|| SourceError::BadEscape {
-        uri: uri.to_owned(),
-    })?;
+    let path = unescape(rest).ok_or_else(|| SourceError::BadEscape { uri: uri.to_owned() })?;
     if rest.starts_with('/') || path.exists() {
         return Ok(path);
     }
     let (host, local) = rest.split_once('/').unwrap_or((rest, ""));
     if !host.eq_ignore_ascii_case("localhost") {
-        return Err(SourceError::OtherMachine {
-            uri: uri.to_owned(),
-            host: host.to_owned(),
-        });
+        return Err(SourceError::OtherMachine { uri: uri.to_owned(), host: host.to_owned() });
     }
     Ok(unescape(&format!("/{local}")).unwrap_or(path))
 }
@@ -173,10 +163,7 @@ fn path(bytes: Vec<u8>) -> Option<PathBuf> {
 }
 
 fn walk(folder: &Path, files: &mut Vec<PathBuf>) -> Result<(), SourceError> {
-    let fault = |error| SourceError::Folder {
-        folder: folder.to_owned(),
-        error,
-    };
+    let fault = |error| SourceError::Folder { folder: folder.to_owned(), error };
     for entry in std::fs::read_dir(folder).map_err(fault)? {
         let entry = entry.map_err(fault)?;
         if entry.file_name().as_encoded_bytes().starts_with(b".") {
@@ -194,10 +181,7 @@ fn walk(folder: &Path, files: &mut Vec<PathBuf>) -> Result<(), SourceError> {
 }
 
 fn is_picture(path: &Path) -> bool {
-    let ending = path
-        .extension()
-        .map(OsStr::to_ascii_lowercase)
-        .unwrap_or_default();
+    let ending = path.extension().map(OsStr::to_ascii_lowercase).unwrap_or_default();
     ENDINGS.iter().any(|known| ending == *known)
 }
 
@@ -261,10 +245,7 @@ mod tests {
         assert_eq!(pictures(&arguments).unwrap(), expected);
 
         let empty = pictures(&[at("empty").display().to_string()]).unwrap_err();
-        assert!(
-            matches!(&empty, SourceError::EmptyFolder { folder } if *folder == at("empty")),
-            "{empty}"
-        );
+        assert!(matches!(&empty, SourceError::EmptyFolder { folder } if *folder == at("empty")), "{empty}");
         assert!(empty.to_string().contains("holds no pictures"), "{empty}");
     }
 

@@ -15,7 +15,8 @@ use unimo_train::backbone::layer_shapes;
 /// A bundle that is damaged or has another backbone.
 pub fn extract(bundle: &Bundle) -> Result<Vec<u8>> {
     let precision = bundle.precision(None)?;
-    let model = ModelProto::decode(bundle.read(&Manifest::graph_file(precision, "vision"))?).context("the vision graph is not ONNX")?;
+    let model =
+        ModelProto::decode(bundle.read(&Manifest::graph_file(precision, "vision"))?).context("the vision graph is not ONNX")?;
     let initializers = model.graph.map(|g| g.initializer).unwrap_or_default();
     let weights = bundle.read(&format!("{precision}/weights.bin"))?;
     let mut views = Vec::new();
@@ -23,7 +24,8 @@ pub fn extract(bundle: &Bundle) -> Result<Vec<u8>> {
         for (kind, shape) in [("bias", &shape[..1]), ("weight", &shape[..])] {
             let name = format!("{layer}.{kind}");
             let stored = format!("backbone.{name}");
-            let tensor = initializers.iter().find(|t| t.name == stored).with_context(|| format!("the bundle has no weight `{stored}`"))?;
+            let tensor =
+                initializers.iter().find(|t| t.name == stored).with_context(|| format!("the bundle has no weight `{stored}`"))?;
             views.push((name, view(tensor, shape, weights).with_context(|| format!("weight `{stored}`"))?));
         }
     }

@@ -47,7 +47,8 @@ impl Checkpoint {
             weights.insert(name.clone(), var.as_tensor().flatten_all()?.to_vec1::<f32>()?);
         }
         let path = folder.join("backbone.safetensors");
-        let tensors = candle_core::safetensors::load(&path, &Device::Cpu).with_context(|| format!("cannot read {}", path.display()))?;
+        let tensors =
+            candle_core::safetensors::load(&path, &Device::Cpu).with_context(|| format!("cannot read {}", path.display()))?;
         for (layer, _) in layer_shapes().into_iter().filter(|(layer, _)| layer != "classifier") {
             for kind in ["weight", "bias"] {
                 let name = format!("{layer}.{kind}");
@@ -73,6 +74,14 @@ impl Checkpoint {
         &self.weights[name]
     }
 
+    /// The first weight that 16 bits cannot hold, by name: one that is no number or lies beyond ±65504.
+    #[must_use]
+    pub fn beyond_f16(&self) -> Option<&str> {
+        let limit = half::f16::MAX.to_f32();
+        let found = self.weights.iter().find(|(_, values)| values.iter().any(|v| !v.is_finite() || v.abs() > limit));
+        found.map(|(name, _)| name.as_str())
+    }
+
     /// Rounds to 16 bits, here and in candle's model, what an f16 bundle stores in 16 bits: matrices and kernels. The boxes'
     /// embedding is folded into a 32-bit table instead.
     ///
@@ -90,6 +99,7 @@ impl Checkpoint {
                 *values = round_to_f16(values);
             }
         }
+        self.backbone.round_to_f16();
         Ok(())
     }
 }

@@ -45,7 +45,12 @@ impl Default for ExportOptions {
 ///
 /// # Errors
 /// An unusable checkpoint, a bundle already there, failed writes, or parity that does not hold; nothing is left at `out` then.
-pub fn export(checkpoint: &Path, out: &Path, options: &ExportOptions, samples: &[Sample]) -> Result<Vec<(Precision, ParityReport)>> {
+pub fn export(
+    checkpoint: &Path,
+    out: &Path,
+    options: &ExportOptions,
+    samples: &[Sample],
+) -> Result<Vec<(Precision, ParityReport)>> {
     if out.exists() && !options.force {
         bail!("{} is already there; --force replaces it", out.display());
     }
@@ -67,11 +72,19 @@ fn sibling(out: &Path, suffix: &str) -> PathBuf {
     PathBuf::from(name)
 }
 
-fn write_and_check(checkpoint: &Path, partial: &Path, options: &ExportOptions, samples: &[Sample]) -> Result<Vec<(Precision, ParityReport)>> {
+fn write_and_check(
+    checkpoint: &Path,
+    partial: &Path,
+    options: &ExportOptions,
+    samples: &[Sample],
+) -> Result<Vec<(Precision, ParityReport)>> {
     if partial.exists() {
         fs::remove_dir_all(partial).with_context(|| format!("cannot clear {}", partial.display()))?;
     }
     let source = Checkpoint::open(checkpoint)?;
+    if let (true, Some(name)) = (options.precisions.contains(&Precision::F16), source.beyond_f16()) {
+        bail!("the weight `{name}` holds values that 16 bits cannot; export with --precision f32");
+    }
     write(&source, partial, options)?;
     let bundle = Bundle::open(&BundleSource::Path(partial.to_path_buf()))?;
     bundle.verify()?;

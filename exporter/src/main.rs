@@ -98,7 +98,8 @@ fn samples(cli: &ExportArgs) -> Result<Vec<Sample>> {
 
 fn run(cli: &ExportArgs) -> Result<()> {
     let mut options = ExportOptions { precisions: cli.precision.clone(), force: cli.force, ..Default::default() };
-    options.decoding = DecodingDefaults { beam: cli.beam, length_penalty: cli.length_penalty, no_repeat: cli.no_repeat, ..options.decoding };
+    options.decoding =
+        DecodingDefaults { beam: cli.beam, length_penalty: cli.length_penalty, no_repeat: cli.no_repeat, ..options.decoding };
     if let Some(path) = &cli.quality {
         let text = std::fs::read_to_string(path).with_context(|| format!("cannot read {}", path.display()))?;
         options.quality = toml::from_str(&text).with_context(|| format!("in {}", path.display()))?;

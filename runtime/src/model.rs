@@ -93,14 +93,7 @@ impl Model {
         let precision = bundle.precision(options.precision)?;
         let tokenizer = bundle.tokenizer()?;
         let graphs = Default::default();
-        Ok(Self {
-            bundle,
-            engine,
-            options: options.clone(),
-            precision,
-            tokenizer,
-            graphs,
-        })
+        Ok(Self { bundle, engine, options: options.clone(), precision, tokenizer, graphs })
     }
 
     /// SHA-256 of the bundle's manifest, in hex: embeddings of different bundles cannot be compared.
@@ -150,9 +143,7 @@ impl Model {
     /// # Errors
     /// Where a graph or its weights are damaged, or the engine refuses it.
     pub fn load(&self, graphs: &[GraphName]) -> Result<(), ModelError> {
-        graphs
-            .iter()
-            .try_for_each(|&name| self.graph(name).map(drop))
+        graphs.iter().try_for_each(|&name| self.graph(name).map(drop))
     }
 
     /// Most ids of a text, `[CLS]` and `[SEP]` not counted, that [`Self::embed_text`] and [`Self::match_score`] read.
@@ -164,10 +155,7 @@ impl Model {
     /// Number of ids of a text that find no room, and are cut off.
     #[must_use]
     pub fn cut_off(&self, text: &str) -> usize {
-        self.tokenizer
-            .encode(text, usize::MAX)
-            .len()
-            .saturating_sub(self.text_room())
+        self.tokenizer.encode(text, usize::MAX).len().saturating_sub(self.text_room())
     }
 
     /// Looks at a picture, of any size.
@@ -176,25 +164,11 @@ impl Model {
     /// Where the `vision` graph cannot be loaded or run.
     pub fn see(&self, image: &RgbImage) -> Result<Vision, ModelError> {
         let preparation = &self.manifest().image;
-        let shape = [
-            1,
-            3,
-            preparation.height as usize,
-            preparation.width as usize,
-        ];
-        let pixels = tensor(
-            GraphName::Vision,
-            "pixels",
-            Tensor::f32(&shape, preparation.tensor(image)),
-        )?;
+        let shape = [1, 3, preparation.height as usize, preparation.width as usize];
+        let pixels = tensor(GraphName::Vision, "pixels", Tensor::f32(&shape, preparation.tensor(image)))?;
         let outputs = self.run(GraphName::Vision, &[("pixels", &pixels)])?;
         let [embedding, prefix_keys, prefix_values, regions] = outputs;
-        Ok(Vision {
-            embedding: embedding.into_floats(),
-            prefix_keys,
-            prefix_values,
-            regions,
-        })
+        Ok(Vision { embedding: embedding.into_floats(), prefix_keys, prefix_values, regions })
     }
 
     /// The embedding of a picture, `[embedding]`, of unit length.
@@ -234,22 +208,11 @@ impl Model {
     pub fn caption(&self, vision: &Vision, options: &DecodeOptions) -> Result<Caption, ModelError> {
         let most = self.manifest().model.max_text - 1;
         if !(1..=most).contains(&options.max_words) {
-            return Err(ModelError::TooManyWords {
-                asked: options.max_words,
-                most,
-            });
+            return Err(ModelError::TooManyWords { asked: options.max_words, most });
         }
-        let writer = Writer {
-            model: self,
-            vision,
-            graph: self.graph(GraphName::Decode)?,
-        };
+        let writer = Writer { model: self, vision, graph: self.graph(GraphName::Decode)? };
         let best = beam_search(&writer, KvCache::new(&self.manifest().model), options)?;
-        Ok(Caption {
-            text: self.tokenizer.decode(&best.tokens),
-            tokens: best.tokens,
-            score: best.score,
-        })
+        Ok(Caption { text: self.tokenizer.decode(&best.tokens), tokens: best.tokens, score: best.score })
     }
 
     /// `ids` and `mask` of a text: `[CLS] w1 … wn [SEP] [PAD] …`.
@@ -263,25 +226,16 @@ impl Model {
         mask.resize(room, PADDED);
         let ids = Tensor::i64(&[1, room], ids.into_iter().map(i64::from).collect());
         let mask = Tensor::f32(&[1, room], mask);
-        Ok((
-            tensor(GraphName::Text, "ids", ids)?,
-            tensor(GraphName::Text, "mask", mask)?,
-        ))
+        Ok((tensor(GraphName::Text, "ids", ids)?, tensor(GraphName::Text, "mask", mask)?))
     }
 
-    fn run<const N: usize>(
-        &self,
-        name: GraphName,
-        inputs: &[(&str, &Tensor)],
-    ) -> Result<[Tensor; N], ModelError> {
+    fn run<const N: usize>(&self, name: GraphName, inputs: &[(&str, &Tensor)]) -> Result<[Tensor; N], ModelError> {
         Ok(outputs(name, self.graph(name)?.run(inputs)?)?)
     }
 
     /// A graph, loaded at the first call. Others who need it wait instead of loading it twice.
     fn graph(&self, name: GraphName) -> Result<Arc<dyn Graph>, ModelError> {
-        let mut slot = self.graphs[name as usize]
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner);
+        let mut slot = self.graphs[name as usize].lock().unwrap_or_else(PoisonError::into_inner);
         if let Some(graph) = slot.as_ref() {
             return Ok(graph.clone());
         }
@@ -291,18 +245,10 @@ impl Model {
     }
 
     fn load_graph(&self, name: &str) -> Result<Box<dyn Graph>, ModelError> {
-        let signature = self
-            .manifest()
-            .graphs
-            .iter()
-            .find(|graph| graph.name == name);
-        let signature = signature.ok_or_else(|| EngineError::Load {
-            graph: name.to_owned(),
-            reason: "the manifest does not list it".to_owned(),
-        })?;
-        let onnx = self
-            .bundle
-            .read(&Manifest::graph_file(self.precision, name))?;
+        let signature = self.manifest().graphs.iter().find(|graph| graph.name == name);
+        let signature = signature
+            .ok_or_else(|| EngineError::Load { graph: name.to_owned(), reason: "the manifest does not list it".to_owned() })?;
+        let onnx = self.bundle.read(&Manifest::graph_file(self.precision, name))?;
         // The weights are hashed here, before the engine sees them, so that a damaged file is called by its name.
         let folder = format!("{}/", self.precision);
         for file in self.manifest().files.keys() {
@@ -311,11 +257,7 @@ impl Model {
             }
         }
         let external = |location: &str| self.bundle.read(&format!("{folder}{location}")).ok();
-        Ok(self.engine.load(&GraphSource {
-            signature,
-            onnx,
-            external: &external,
-        })?)
+        Ok(self.engine.load(&GraphSource { signature, onnx, external: &external })?)
     }
 }
 
@@ -331,8 +273,7 @@ impl LanguageModel for Writer<'_> {
     type Error = ModelError;
 
     fn read(&self, cache: &mut KvCache, id: u32) -> Result<Vec<f32>, ModelError> {
-        let scalar =
-            |name, value: i64| tensor(GraphName::Decode, name, Tensor::i64(&[1], vec![value]));
+        let scalar = |name, value: i64| tensor(GraphName::Decode, name, Tensor::i64(&[1], vec![value]));
         let token = scalar("token", i64::from(id))?;
         let position = scalar("position", cache.len() as i64)?;
         let [keys, values, mask] = cache.inputs();
@@ -355,16 +296,11 @@ impl LanguageModel for Writer<'_> {
     }
 }
 
-fn outputs<const N: usize>(
-    name: GraphName,
-    outputs: Vec<Tensor>,
-) -> Result<[Tensor; N], EngineError> {
-    outputs
-        .try_into()
-        .map_err(|outputs: Vec<Tensor>| EngineError::Run {
-            graph: name.name().to_owned(),
-            reason: format!("it gave {} outputs, expected {N}", outputs.len()),
-        })
+fn outputs<const N: usize>(name: GraphName, outputs: Vec<Tensor>) -> Result<[Tensor; N], EngineError> {
+    outputs.try_into().map_err(|outputs: Vec<Tensor>| EngineError::Run {
+        graph: name.name().to_owned(),
+        reason: format!("it gave {} outputs, expected {N}", outputs.len()),
+    })
 }
 
 fn tensor(name: GraphName, input: &str, tensor: Option<Tensor>) -> Result<Tensor, EngineError> {
@@ -395,13 +331,8 @@ mod tests {
         manifest.model.vocabulary = Tokenizer::from_bytes(&tokenizer).unwrap().vocabulary_size();
         manifest.graphs = GraphSignature::contract(&manifest.model, &manifest.image);
         let (graphs, weights) = toy::graphs(&manifest.model, &manifest.graphs);
-        let graphs = graphs
-            .into_iter()
-            .map(|(name, onnx)| (Manifest::graph_file(Precision::F16, &name), onnx));
-        let others = [
-            ("tokenizer.json".to_owned(), tokenizer),
-            ("f16/weights.bin".to_owned(), weights),
-        ];
+        let graphs = graphs.into_iter().map(|(name, onnx)| (Manifest::graph_file(Precision::F16, &name), onnx));
+        let others = [("tokenizer.json".to_owned(), tokenizer), ("f16/weights.bin".to_owned(), weights)];
         fs::create_dir(folder.path().join("f16")).unwrap();
         for (file, bytes) in graphs.chain(others) {
             fs::write(folder.path().join(&file), &bytes).unwrap();
@@ -412,10 +343,7 @@ mod tests {
     }
 
     fn open(folder: &tempfile::TempDir) -> Result<Model, ModelError> {
-        Model::open(
-            &BundleSource::Path(folder.path().to_path_buf()),
-            &EngineOptions::default(),
-        )
+        Model::open(&BundleSource::Path(folder.path().to_path_buf()), &EngineOptions::default())
     }
 
     fn grey(level: u8) -> RgbImage {
@@ -424,57 +352,28 @@ mod tests {
 
     #[test]
     fn captions_follow_picture_place_and_mask() {
-        let (folder, options) = (folder(), |beam| DecodeOptions {
-            beam,
-            max_words: 6,
-            length_penalty: 1.0,
-            no_repeat: 0,
-        });
+        let (folder, options) = (folder(), |beam| DecodeOptions { beam, max_words: 6, length_penalty: 1.0, no_repeat: 0 });
         let model = open(&folder).unwrap();
         for (level, first) in [(0, 48), (255, 80)] {
             let vision = model.see(&grey(level)).unwrap();
             for beam in [1, 4] {
                 let caption = model.caption(&vision, &options(beam)).unwrap();
-                assert_eq!(
-                    caption.tokens,
-                    [first, first + 1, first + 2],
-                    "level {level}, beam {beam}"
-                );
+                assert_eq!(caption.tokens, [first, first + 1, first + 2], "level {level}, beam {beam}");
                 assert_eq!(caption.text, model.tokenizer().decode(&caption.tokens));
             }
-            let short = DecodeOptions {
-                max_words: 2,
-                ..options(1)
-            };
-            assert_eq!(
-                model.caption(&vision, &short).unwrap().tokens,
-                [first, first + 1]
-            );
+            let short = DecodeOptions { max_words: 2, ..options(1) };
+            assert_eq!(model.caption(&vision, &short).unwrap().tokens, [first, first + 1]);
         }
         let vision = model.see(&grey(9)).unwrap();
-        let error = model
-            .caption(
-                &vision,
-                &DecodeOptions {
-                    max_words: 8,
-                    ..options(1)
-                },
-            )
-            .unwrap_err()
-            .to_string();
-        assert_eq!(
-            error,
-            "captions of this model have 1 to 7 words, 8 were asked for"
-        );
+        let error = model.caption(&vision, &DecodeOptions { max_words: 8, ..options(1) }).unwrap_err().to_string();
+        assert_eq!(error, "captions of this model have 1 to 7 words, 8 were asked for");
     }
 
     #[test]
     fn embeddings_have_unit_length_and_see_their_input() {
         let folder = folder();
         let model = open(&folder).unwrap();
-        let red = model
-            .embed_image(&RgbImage::from_pixel(8, 8, Rgb([255, 0, 0])))
-            .unwrap();
+        let red = model.embed_image(&RgbImage::from_pixel(8, 8, Rgb([255, 0, 0]))).unwrap();
         // (1, −1, −1) times the colour weight, before it gets unit length.
         let raw = [0.5f32, -1.0, -1.0, -0.25];
         let length = raw.iter().map(|x| x * x).sum::<f32>().sqrt();
@@ -486,10 +385,7 @@ mod tests {
         let ids = model.tokenizer().encode("a dog", 6);
         let sum = (u64::from(SEP) + ids.iter().map(|&id| u64::from(id)).sum::<u64>()) as f32;
         let count = (ids.len() + 2) as f32;
-        assert!(
-            (text[1] / text[0] - sum / count).abs() < 1e-3 * sum,
-            "{text:?}: {sum} / {count}"
-        );
+        assert!((text[1] / text[0] - sum / count).abs() < 1e-3 * sum, "{text:?}: {sum} / {count}");
         assert!((text.iter().map(|x| x * x).sum::<f32>() - 1.0).abs() < 1e-5);
     }
 
@@ -499,14 +395,9 @@ mod tests {
         let model = open(&folder).unwrap();
         let ids = model.tokenizer().encode("a dog", 6).len() + 2;
         for (level, sign) in [(0, -1.0), (255, 1.0)] {
-            let score = model
-                .match_score(&model.see(&grey(level)).unwrap(), "a dog")
-                .unwrap();
+            let score = model.match_score(&model.see(&grey(level)).unwrap(), "a dog").unwrap();
             let expected = 1.0 / (1.0 + (-sign * ids as f32).exp());
-            assert!(
-                (score - expected).abs() < 1e-5,
-                "level {level}: {score} {expected}"
-            );
+            assert!((score - expected).abs() < 1e-5, "level {level}: {score} {expected}");
         }
     }
 
@@ -517,14 +408,8 @@ mod tests {
         assert_eq!(model.text_room(), 6);
         assert_eq!(model.cut_off("a dog"), 0);
         let long = "zzzzzzzzz";
-        assert_eq!(
-            model.cut_off(long),
-            model.tokenizer().encode(long, 100).len() - 6
-        );
-        assert_eq!(
-            model.embed_text(long).unwrap(),
-            model.embed_text("zzzzzzzzzz").unwrap()
-        );
+        assert_eq!(model.cut_off(long), model.tokenizer().encode(long, 100).len() - 6);
+        assert_eq!(model.embed_text(long).unwrap(), model.embed_text("zzzzzzzzzz").unwrap());
     }
 
     #[test]
@@ -540,13 +425,8 @@ mod tests {
             flip(file, folder.path());
             let model = open(&folder).unwrap();
             let error = model.embed_image(&grey(1)).unwrap_err();
-            let ModelError::Bundle(error) = error else {
-                panic!("{error}")
-            };
-            assert!(
-                matches!(&error.fault, BundleFault::Hash { file: found, .. } if found == file),
-                "{error}"
-            );
+            let ModelError::Bundle(error) = error else { panic!("{error}") };
+            assert!(matches!(&error.fault, BundleFault::Hash { file: found, .. } if found == file), "{error}");
         }
         let folder = folder();
         let path = folder.path().join(MANIFEST);
@@ -555,9 +435,6 @@ mod tests {
         manifest.graphs = GraphSignature::contract(&manifest.model, &manifest.image);
         fs::write(&path, manifest.to_toml().unwrap()).unwrap();
         let error = open(&folder).err().unwrap().to_string();
-        assert!(
-            error.contains("tokenizer.json has ") && error.ends_with(" ids, the model has 400"),
-            "{error}"
-        );
+        assert!(error.contains("tokenizer.json has ") && error.ends_with(" ids, the model has 400"), "{error}");
     }
 }

@@ -78,11 +78,7 @@ mod tests {
                 Ok(())
             });
             assert_eq!(result, Ok(()));
-            assert_eq!(
-                seen,
-                (0..20).map(|i| i * i).collect::<Vec<u64>>(),
-                "{workers} workers"
-            );
+            assert_eq!(seen, (0..20).map(|i| i * i).collect::<Vec<u64>>(), "{workers} workers");
         }
     }
 
@@ -94,12 +90,7 @@ mod tests {
                 begun.fetch_add(1, Ordering::Relaxed);
                 i
             };
-            let result = ordered_map(
-                0..1000,
-                workers,
-                work,
-                |i| if i == 5 { Err(i) } else { Ok(()) },
-            );
+            let result = ordered_map(0..1000, workers, work, |i| if i == 5 { Err(i) } else { Ok(()) });
             assert_eq!(result, Err(5));
             assert!(begun.load(Ordering::Relaxed) < 100, "{workers} workers");
         }
@@ -110,9 +101,7 @@ mod tests {
         let ids = Mutex::new(std::collections::BTreeSet::new());
         let work = |_: usize| {
             thread::sleep(Duration::from_millis(5));
-            ids.lock()
-                .unwrap_or_else(PoisonError::into_inner)
-                .insert(format!("{:?}", thread::current().id()));
+            ids.lock().unwrap_or_else(PoisonError::into_inner).insert(format!("{:?}", thread::current().id()));
         };
         let _: Result<(), ()> = ordered_map(0..40, 4, work, |()| Ok(()));
         assert!(ids.lock().is_ok_and(|ids| ids.len() > 1));

@@ -50,10 +50,7 @@ impl Tokenizer {
     /// # Errors
     /// Where the file cannot be read or [`Self::from_bytes`] refuses its content.
     pub fn from_file(path: &Path) -> Result<Self, TokenizerError> {
-        let bytes = std::fs::read(path).map_err(|source| TokenizerError::Unreadable {
-            path: path.to_path_buf(),
-            source,
-        })?;
+        let bytes = std::fs::read(path).map_err(|source| TokenizerError::Unreadable { path: path.to_path_buf(), source })?;
         Self::from_bytes(&bytes)
     }
 
@@ -65,23 +62,11 @@ impl Tokenizer {
         let malformed = |error: tokenizers::Error| TokenizerError::Malformed(error.to_string());
         let mut inner = tokenizers::Tokenizer::from_bytes(bytes).map_err(malformed)?;
         let vocabulary_size = inner.get_vocab_size(true);
-        let last = u32::try_from(vocabulary_size)
-            .unwrap_or(u32::MAX)
-            .saturating_sub(1);
-        for (token, expected) in [
-            ("[CLS]", CLS),
-            ("[PAD]", PAD),
-            ("[SEP]", SEP),
-            ("[UNK]", UNK),
-            ("[MASK]", last),
-        ] {
+        let last = u32::try_from(vocabulary_size).unwrap_or(u32::MAX).saturating_sub(1);
+        for (token, expected) in [("[CLS]", CLS), ("[PAD]", PAD), ("[SEP]", SEP), ("[UNK]", UNK), ("[MASK]", last)] {
             let found = inner.token_to_id(token);
             if found != Some(expected) {
-                return Err(TokenizerError::SpecialToken {
-                    token,
-                    expected,
-                    found,
-                });
+                return Err(TokenizerError::SpecialToken { token, expected, found });
             }
         }
         // Lengths and special tokens are the model's business, and "[SEP]" typed by a user is text.
@@ -91,10 +76,7 @@ impl Tokenizer {
         // Encoding fails only where the model cannot spell a piece and has no [UNK] of its own: found out here, once.
         let printable: String = (' '..='~').collect();
         inner.encode_fast(printable, false).map_err(malformed)?;
-        Ok(Self {
-            inner,
-            vocabulary_size,
-        })
+        Ok(Self { inner, vocabulary_size })
     }
 
     /// Number of ids, special ones included.
@@ -127,17 +109,19 @@ impl Tokenizer {
         ids
     }
 
-    /// The text of ids, special ones left out, trimmed. Bytes that are no UTF-8 become U+FFFD.
+    /// The text of ids on one line: special ids left out, white space and control characters collapsed to single spaces (a
+    /// byte-level vocabulary can spell them). Bytes that are no UTF-8 become U+FFFD.
     #[must_use]
     pub fn decode(&self, ids: &[u32]) -> String {
-        let words: Vec<u32> = ids
-            .iter()
-            .copied()
-            .filter(|&id| !self.is_special(id))
-            .collect();
-        let text = self.inner.decode(&words, true).unwrap_or_default();
-        text.trim().to_owned()
+        let words: Vec<u32> = ids.iter().copied().filter(|&id| !self.is_special(id)).collect();
+        one_line(&self.inner.decode(&words, true).unwrap_or_default())
     }
+}
+
+/// Text without line breaks, tabs and terminal escapes.
+fn one_line(text: &str) -> String {
+    let words: Vec<&str> = text.split(|c: char| c.is_whitespace() || c.is_control()).filter(|word| !word.is_empty()).collect();
+    words.join(" ")
 }
 
 /// What every training caption and every query passes before it is encoded: white space collapsed and trimmed, lower case,
@@ -170,32 +154,18 @@ pub(crate) mod tests {
             .initial_alphabet(ByteLevel::alphabet().into_iter().collect())
             .build();
         let byte_level = ByteLevel::new(true, true, true);
-        let mut tokenizer = TokenizerBuilder::<
-            BPE,
-            tokenizers::NormalizerWrapper,
-            ByteLevel,
-            ByteLevel,
-            ByteLevel,
-        >::new()
-        .with_model(BPE::default())
-        .with_normalizer(None)
-        .with_pre_tokenizer(Some(byte_level))
-        .with_post_processor(None)
-        .with_decoder(Some(byte_level))
-        .build()
-        .unwrap();
-        let captions = [
-            "a dog runs on the beach",
-            "two dogs run on the grass",
-            "a red circle above a blue square",
-        ];
-        tokenizer
-            .train(&mut trainer, captions.iter().copied())
+        let mut tokenizer = TokenizerBuilder::<BPE, tokenizers::NormalizerWrapper, ByteLevel, ByteLevel, ByteLevel>::new()
+            .with_model(BPE::default())
+            .with_normalizer(None)
+            .with_pre_tokenizer(Some(byte_level))
+            .with_post_processor(None)
+            .with_decoder(Some(byte_level))
+            .build()
             .unwrap();
+        let captions = ["a dog runs on the beach", "two dogs run on the grass", "a red circle above a blue square"];
+        tokenizer.train(&mut trainer, captions.iter().copied()).unwrap();
         if mask {
-            tokenizer
-                .add_special_tokens([AddedToken::from("[MASK]", true)])
-                .unwrap();
+            tokenizer.add_special_tokens([AddedToken::from("[MASK]", true)]).unwrap();
         }
         tokenizer.to_string(false).unwrap().into_bytes()
     }
@@ -222,17 +192,22 @@ pub(crate) mod tests {
     #[test]
     fn encodes_and_decodes() {
         let tokenizer = tokenizer();
-        for text in [
-            "a dog runs on the beach",
-            "zebra 🦓 naïve",
-            "[SEP] [CLS] is text",
-        ] {
+        for text in ["a dog runs on the beach", "zebra 🦓 naïve", "[SEP] [CLS] is text"] {
             let ids = tokenizer.encode(text, 1000);
-            assert!(
-                ids.iter().all(|&id| !tokenizer.is_special(id)),
-                "{text}: {ids:?}"
-            );
+            assert!(ids.iter().all(|&id| !tokenizer.is_special(id)), "{text}: {ids:?}");
             assert_eq!(tokenizer.decode(&ids), normalise(text));
+        }
+    }
+
+    #[test]
+    fn what_is_decoded_fits_on_a_line() {
+        for (text, expected) in [
+            ("a dog\n runs\t", "a dog runs"),
+            ("a\u{1b}[2Jdog\u{3}", "a [2Jdog"),
+            ("\u{1c}", ""),
+            ("two\u{85}lines\u{2028}here", "two lines here"),
+        ] {
+            assert_eq!(one_line(text), expected, "{text:?}");
         }
     }
 
@@ -251,16 +226,8 @@ pub(crate) mod tests {
     fn refusals() {
         let cases: [(&str, Vec<u8>, &str); 3] = [
             ("text", b"{}".to_vec(), "not a tokenizer.json"),
-            (
-                "order",
-                json(["[PAD]", "[CLS]", "[SEP]", "[UNK]"], true),
-                "gives [CLS] the id 1, the model needs 0",
-            ),
-            (
-                "mask",
-                json(["[CLS]", "[PAD]", "[SEP]", "[UNK]"], false),
-                "gives [MASK] the id none",
-            ),
+            ("order", json(["[PAD]", "[CLS]", "[SEP]", "[UNK]"], true), "gives [CLS] the id 1, the model needs 0"),
+            ("mask", json(["[CLS]", "[PAD]", "[SEP]", "[UNK]"], false), "gives [MASK] the id none"),
         ];
         for (name, bytes, message) in cases {
             let error = Tokenizer::from_bytes(&bytes).unwrap_err().to_string();

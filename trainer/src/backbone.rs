@@ -159,6 +159,15 @@ impl Backbone {
         y
     }
 
+    /// Rounds the kernels to 16 bits and back: what an f16 bundle computes with. Biases stay.
+    pub fn round_to_f16(&mut self) {
+        for layer in self.layers.values_mut() {
+            for weight in &mut layer.weight {
+                *weight = half::f16::from_f32(*weight).to_f32();
+            }
+        }
+    }
+
     /// Whether the file held the classifier, which only the soft labels of masked regions need.
     #[must_use]
     pub fn has_classifier(&self) -> bool {
@@ -205,7 +214,9 @@ pub fn random_file(seed: u64) -> Result<Vec<u8>> {
     let mut tensors: Vec<(String, Vec<usize>, Vec<u8>)> = Vec::new();
     for (name, shape) in layer_shapes() {
         let bound = (6.0 / shape[1..].iter().product::<usize>() as f32).sqrt();
-        let weight = (0..shape.iter().product()).flat_map(|_| half::f16::from_f32(rng.random_range(-bound..bound)).to_le_bytes()).collect();
+        let weight = (0..shape.iter().product())
+            .flat_map(|_| half::f16::from_f32(rng.random_range(-bound..bound)).to_le_bytes())
+            .collect();
         let bias = (0..shape[0]).flat_map(|_| rng.random_range(-0.1f32..0.1).to_le_bytes()).collect();
         tensors.push((format!("{name}.bias"), vec![shape[0]], bias));
         tensors.push((format!("{name}.weight"), shape, weight));
@@ -269,7 +280,13 @@ fn depthwise_3x3(x: &[f32], weight: &[f32], bias: &[f32], plane: Plane, y: &mut 
             }
         }
         for v in y.iter_mut() {
-            *v = if *v < 0.0 { 0.0 } else if *v > 6.0 { 6.0 } else { *v };
+            *v = if *v < 0.0 {
+                0.0
+            } else if *v > 6.0 {
+                6.0
+            } else {
+                *v
+            };
         }
     }
 }

@@ -113,7 +113,8 @@ pub fn state(checkpoint: &Path) -> Result<RunState> {
 /// Missing or misshapen moments.
 pub fn restore_optimizer(checkpoint: &Path, optimizer: &mut AdamW, state: &RunState) -> Result<()> {
     let path = checkpoint.join("optimizer.safetensors");
-    let tensors = candle_core::safetensors::load(&path, &Device::Cpu).with_context(|| format!("cannot read {}", path.display()))?;
+    let tensors =
+        candle_core::safetensors::load(&path, &Device::Cpu).with_context(|| format!("cannot read {}", path.display()))?;
     optimizer.restore(&tensors, state.updates)
 }
 

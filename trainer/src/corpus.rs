@@ -81,7 +81,14 @@ impl Corpus {
     ///
     /// # Errors
     /// Unreadable shards; damaged records go to [`Corpus::damaged`].
-    pub fn add_pairs(&mut self, paths: &[PathBuf], cache: &FeatureCache, tokenizer: &Tokenizer, positions: usize, progress: &dyn Fn(u64)) -> Result<()> {
+    pub fn add_pairs(
+        &mut self,
+        paths: &[PathBuf],
+        cache: &FeatureCache,
+        tokenizer: &Tokenizer,
+        positions: usize,
+        progress: &dyn Fn(u64),
+    ) -> Result<()> {
         for shard in shards::expand(paths)? {
             let shard = [shard];
             let (places, damaged) = self.add_features(&shard, cache, progress)?;
@@ -136,7 +143,12 @@ impl Corpus {
         }
     }
 
-    fn add_features(&mut self, paths: &[PathBuf], cache: &FeatureCache, progress: &dyn Fn(u64)) -> Result<(HashMap<String, PictureRef>, Vec<Damage>)> {
+    fn add_features(
+        &mut self,
+        paths: &[PathBuf],
+        cache: &FeatureCache,
+        progress: &dyn Fn(u64),
+    ) -> Result<(HashMap<String, PictureRef>, Vec<Damage>)> {
         let (files, damaged) = cache.open(paths, progress)?;
         let mut places = HashMap::new();
         for file in files {

@@ -106,6 +106,7 @@ pub fn match_probability(model: &Unimo, features: &[f32], ids: &[u32]) -> Result
     let mut packer = Packer::new(model.config());
     let rows = packer.pair(Regions::visible(features), ids);
     let hidden = model.evaluate(&packer.finish(model.device())?)?;
-    let logit = model.match_logits(&model.rows(&hidden, &[rows.image])?, &model.rows(&hidden, &rows.texts)?)?.to_vec1::<f32>()?[0];
+    let logit =
+        model.match_logits(&model.rows(&hidden, &[rows.image])?, &model.rows(&hidden, &rows.texts)?)?.to_vec1::<f32>()?[0];
     Ok(1.0 / (1.0 + (-logit).exp()))
 }

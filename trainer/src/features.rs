@@ -85,7 +85,8 @@ impl FeatureFile {
     #[must_use]
     pub fn get(&self, index: usize, view: usize) -> Vec<f32> {
         let start = self.offset + (index * self.views + view % self.views) * VALUES * 2;
-        let bits: Vec<u16> = self.map[start..start + VALUES * 2].chunks_exact(2).map(|b| u16::from_le_bytes([b[0], b[1]])).collect();
+        let bits: Vec<u16> =
+            self.map[start..start + VALUES * 2].chunks_exact(2).map(|b| u16::from_le_bytes([b[0], b[1]])).collect();
         let mut values = vec![0f32; VALUES];
         bits.reinterpret_cast::<f16>().convert_to_f32_slice(&mut values);
         values
@@ -115,7 +116,8 @@ impl FeatureCache<'_> {
         for shard in shards::expand(shards)? {
             let size = std::fs::metadata(&shard)?.len();
             let name = shard.file_stem().unwrap_or_default().to_string_lossy().into_owned();
-            let digest = Sha256::digest(format!("{} {size} {} views {}", shard.display(), self.backbone_hash, self.views).as_bytes());
+            let digest =
+                Sha256::digest(format!("{} {size} {} views {}", shard.display(), self.backbone_hash, self.views).as_bytes());
             let stamp = hex(&digest[..8]);
             let path = self.folder.join(format!("{name}-{stamp}.safetensors"));
             let file = match FeatureFile::open(&path, &stamp)? {
@@ -145,20 +147,24 @@ impl FeatureCache<'_> {
         let preparation = ImagePreparation::default();
         let (mut keys, mut data) = (Vec::new(), Vec::<u8>::new());
         for batch in pictures.chunks(64) {
-            let made: Vec<Result<Vec<u8>>> = batch.par_iter().map(|(key, bytes)| self.picture(key, bytes, &preparation)).collect();
+            let made: Vec<Result<Vec<u8>>> =
+                batch.par_iter().map(|(key, bytes)| self.picture(key, bytes, &preparation)).collect();
             for ((key, _), features) in batch.iter().zip(made) {
                 match features {
                     Ok(mut features) => {
                         keys.push(key.clone());
                         data.append(&mut features);
                     }
-                    Err(error) => report.damaged.push(Damage { shard: shard.to_path_buf(), key: key.clone(), reason: format!("{error:#}") }),
+                    Err(error) => {
+                        report.damaged.push(Damage { shard: shard.to_path_buf(), key: key.clone(), reason: format!("{error:#}") })
+                    }
                 }
             }
             progress(batch.len() as u64);
         }
         let view = TensorView::new(Dtype::F16, vec![keys.len(), self.views, GRID * GRID, FEATURES], &data)?;
-        let metadata = HashMap::from([("stamp".to_owned(), stamp.to_owned()), ("keys".to_owned(), serde_json::to_string(&keys)?)]);
+        let metadata =
+            HashMap::from([("stamp".to_owned(), stamp.to_owned()), ("keys".to_owned(), serde_json::to_string(&keys)?)]);
         let partial = path.with_extension("tmp");
         safetensors::serialize_to_file([("features", view)], Some(metadata), &partial)
             .with_context(|| format!("cannot write {}", partial.display()))?;

@@ -158,11 +158,9 @@ mod tests {
     fn nonsense_is_refused_with_its_reason() {
         let good = "steps = 10\n[batch]\nimages = 4\ncaptions = 5\n";
         assert_eq!(Recipe::from_toml(good).unwrap().weights, LossWeights::default());
-        for (change, says) in [
-            ("match_images = 5", "taken from"),
-            ("wings = 2", "wings"),
-            ("[weights]\nlabel_smoothing = 1.5", "label_smoothing"),
-        ] {
+        for (change, says) in
+            [("match_images = 5", "taken from"), ("wings = 2", "wings"), ("[weights]\nlabel_smoothing = 1.5", "label_smoothing")]
+        {
             let error = format!("{:#}", Recipe::from_toml(&format!("{good}{change}\n")).unwrap_err());
             assert!(error.contains(says), "{error}");
         }

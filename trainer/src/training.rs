@@ -164,13 +164,15 @@ pub fn run(job: &TrainingJob) -> Result<PathBuf> {
         .collect();
     let image_of: Vec<u32> = corpus.pairs.iter().enumerate().flat_map(|(i, p)| vec![i as u32; p.captions.len()]).collect();
     let tfidf = (job.recipe.batch.match_images > 0).then(|| TfIdfIndex::new(&texts, image_of));
-    let source =
-        Source { corpus: &corpus, tfidf: tfidf.as_ref(), first_text: &first_text, backbone: &backbone, mask_token: tokenizer.mask() };
-    let companions = Companions {
-        tokenizer: job.tokenizer.clone(),
-        backbone: job.backbone.clone(),
-        training: training_note(job, &corpus)?,
+    let source = Source {
+        corpus: &corpus,
+        tfidf: tfidf.as_ref(),
+        first_text: &first_text,
+        backbone: &backbone,
+        mask_token: tokenizer.mask(),
     };
+    let companions =
+        Companions { tokenizer: job.tokenizer.clone(), backbone: job.backbone.clone(), training: training_note(job, &corpus)? };
     let mut trainer = Loop { job, model, optimizer, source, orders: Orders::default(), fingerprint };
     let progress = bar(job.recipe.steps, "{bar:30} step {pos}/{len}  {msg}  {elapsed} gone, {eta} to go").with_position(step);
     let last_step = job.stop_after.map_or(job.recipe.steps, |n| job.recipe.steps.min(step + n));
@@ -264,7 +266,8 @@ impl Loop<'_> {
 }
 
 fn append(path: &Path, entry: &serde_json::Value) -> Result<()> {
-    let mut file = OpenOptions::new().create(true).append(true).open(path).with_context(|| format!("cannot open {}", path.display()))?;
+    let mut file =
+        OpenOptions::new().create(true).append(true).open(path).with_context(|| format!("cannot open {}", path.display()))?;
     writeln!(file, "{entry}").with_context(|| format!("cannot write {}", path.display()))
 }
 

@@ -6,8 +6,8 @@ mod weights;
 use tract_onnx::pb::tensor_proto::{DataLocation, DataType};
 use tract_onnx::pb::tensor_shape_proto::{Dimension, dimension};
 use tract_onnx::pb::{
-    AttributeProto, GraphProto, ModelProto, NodeProto, OperatorSetIdProto, StringStringEntryProto, TensorProto, TensorShapeProto, TypeProto,
-    ValueInfoProto, attribute_proto::AttributeType, type_proto,
+    AttributeProto, GraphProto, ModelProto, NodeProto, OperatorSetIdProto, StringStringEntryProto, TensorProto, TensorShapeProto,
+    TypeProto, ValueInfoProto, attribute_proto::AttributeType, type_proto,
 };
 use unimo::bundle::manifest::{Dtype, GraphSignature};
 
@@ -93,7 +93,10 @@ impl<'w> GraphBuilder<'w> {
     pub fn input(&self, name: &str) -> Result<Value, GraphError> {
         match self.signature.inputs.iter().find(|t| t.name == name) {
             Some(t) => Ok(Value { name: name.to_owned(), shape: t.shape.clone(), dtype: t.dtype }),
-            None => Err(GraphError::Shape { operator: "Input", reason: format!("`{name}` is not an input of {}", self.signature.name) }),
+            None => Err(GraphError::Shape {
+                operator: "Input",
+                reason: format!("`{name}` is not an input of {}", self.signature.name),
+            }),
         }
     }
 
@@ -157,7 +160,14 @@ impl<'w> GraphBuilder<'w> {
         format!("{}_{}", what.to_lowercase(), self.values)
     }
 
-    fn node(&mut self, operator: &'static str, inputs: &[&Value], attributes: &[(&str, Attribute)], shape: Vec<usize>, dtype: Dtype) -> Value {
+    fn node(
+        &mut self,
+        operator: &'static str,
+        inputs: &[&Value],
+        attributes: &[(&str, Attribute)],
+        shape: Vec<usize>,
+        dtype: Dtype,
+    ) -> Value {
         let value = Value { name: self.fresh(operator), shape, dtype };
         let attribute = attributes
             .iter()
@@ -232,10 +242,8 @@ fn data_type(dtype: Dtype) -> DataType {
 }
 
 fn value_info(name: &str, shape: &[usize], dtype: Dtype) -> ValueInfoProto {
-    let dim = shape
-        .iter()
-        .map(|&d| Dimension { value: Some(dimension::Value::DimValue(d as i64)), ..Dimension::default() })
-        .collect();
+    let dim =
+        shape.iter().map(|&d| Dimension { value: Some(dimension::Value::DimValue(d as i64)), ..Dimension::default() }).collect();
     let tensor = type_proto::Tensor { elem_type: data_type(dtype) as i32, shape: Some(TensorShapeProto { dim }) };
     ValueInfoProto {
         name: name.to_owned(),

@@ -261,7 +261,10 @@ impl GraphBuilder<'_> {
         let weight = self.weight(&format!("{name}.weight"))?;
         let bias = self.weight(&format!("{name}.bias"))?;
         let Convolution { stride, pads, groups } = geometry;
-        let fits = x.shape.len() == 4 && weight.shape.len() == 4 && weight.shape[1] * groups == x.shape[1] && bias.shape == [weight.shape[0]];
+        let fits = x.shape.len() == 4
+            && weight.shape.len() == 4
+            && weight.shape[1] * groups == x.shape[1]
+            && bias.shape == [weight.shape[0]];
         if !fits {
             return refuse("Conv", format!("{name}: {:?} with {:?} in {groups} groups", x.shape, weight.shape));
         }

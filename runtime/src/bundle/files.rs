@@ -30,10 +30,7 @@ impl Deref for Backing {
 #[derive(Debug)]
 pub(super) enum Files {
     Folder(BTreeMap<String, Mapping>),
-    Archive {
-        bytes: Backing,
-        members: BTreeMap<String, Range<usize>>,
-    },
+    Archive { bytes: Backing, members: BTreeMap<String, Range<usize>> },
 }
 
 impl Files {
@@ -51,29 +48,19 @@ impl Files {
     /// Makes sure that a file is there, mapping it where it lies in a folder.
     pub(super) fn require(&mut self, root: &Path, file: &str) -> Result<(), BundleFault> {
         if !is_inside(file) {
-            return Err(BundleFault::UnsafePath {
-                file: file.to_owned(),
-            });
+            return Err(BundleFault::UnsafePath { file: file.to_owned() });
         }
         match self {
             Self::Folder(maps) => {
-                let map =
-                    Mapping::open(&root.join(file)).map_err(|source| match source.kind() {
-                        io::ErrorKind::NotFound => BundleFault::MissingFile {
-                            file: file.to_owned(),
-                        },
-                        _ => BundleFault::Unreadable {
-                            file: file.to_owned(),
-                            source,
-                        },
-                    })?;
+                let map = Mapping::open(&root.join(file)).map_err(|source| match source.kind() {
+                    io::ErrorKind::NotFound => BundleFault::MissingFile { file: file.to_owned() },
+                    _ => BundleFault::Unreadable { file: file.to_owned(), source },
+                })?;
                 maps.insert(file.to_owned(), map);
                 Ok(())
             }
             Self::Archive { members, .. } if members.contains_key(file) => Ok(()),
-            Self::Archive { .. } => Err(BundleFault::MissingFile {
-                file: file.to_owned(),
-            }),
+            Self::Archive { .. } => Err(BundleFault::MissingFile { file: file.to_owned() }),
         }
     }
 
@@ -88,11 +75,7 @@ impl Files {
 
 /// Whether a path names something below the bundle's root and nothing else.
 fn is_inside(file: &str) -> bool {
-    !file.is_empty()
-        && !file.contains('\\')
-        && Path::new(file)
-            .components()
-            .all(|part| matches!(part, Component::Normal(_)))
+    !file.is_empty() && !file.contains('\\') && Path::new(file).components().all(|part| matches!(part, Component::Normal(_)))
 }
 
 /// Where each regular file of a tar archive lies in it.
@@ -105,22 +88,13 @@ fn members(bytes: &[u8]) -> io::Result<BTreeMap<String, Range<usize>>> {
             continue;
         }
         let path = entry.path()?;
-        let name = path
-            .strip_prefix(".")
-            .unwrap_or(&path)
-            .to_string_lossy()
-            .into_owned();
+        let name = path.strip_prefix(".").unwrap_or(&path).to_string_lossy().into_owned();
         let range = usize::try_from(entry.raw_file_position())
             .ok()
             .zip(usize::try_from(entry.size()).ok())
             .and_then(|(start, size)| Some(start..start.checked_add(size)?))
             .filter(|range| range.end <= bytes.len())
-            .ok_or_else(|| {
-                io::Error::new(
-                    io::ErrorKind::UnexpectedEof,
-                    format!("cut short inside {name}"),
-                )
-            })?;
+            .ok_or_else(|| io::Error::new(io::ErrorKind::UnexpectedEof, format!("cut short inside {name}")))?;
         members.insert(name, range);
     }
     Ok(members)
@@ -160,9 +134,6 @@ mod tests {
         assert_eq!(&bytes[found["a.txt"].clone()], b"first");
         assert_eq!(&bytes[found["d/b.txt"].clone()], b"second");
         let error = members(&bytes[..found["d/b.txt"].start + 2]).unwrap_err();
-        assert!(
-            error.to_string().contains("cut short inside d/b.txt"),
-            "{error}"
-        );
+        assert!(error.to_string().contains("cut short inside d/b.txt"), "{error}");
     }
 }

@@ -78,19 +78,11 @@ pub struct TensorSignature {
 
 impl TensorSignature {
     fn f32(name: &str, shape: &[usize]) -> Self {
-        Self {
-            name: name.to_owned(),
-            shape: shape.to_vec(),
-            dtype: Dtype::F32,
-        }
+        Self { name: name.to_owned(), shape: shape.to_vec(), dtype: Dtype::F32 }
     }
 
     fn i64(name: &str, shape: &[usize]) -> Self {
-        Self {
-            name: name.to_owned(),
-            shape: shape.to_vec(),
-            dtype: Dtype::I64,
-        }
+        Self { name: name.to_owned(), shape: shape.to_vec(), dtype: Dtype::I64 }
     }
 }
 
@@ -119,20 +111,12 @@ impl GraphSignature {
         let text = model.max_text;
         let cache = |slots| [model.layers, model.heads, slots, head_width];
         let (prefix, past, new) = (cache(model.image_tokens), cache(text), cache(1));
-        let regions = [
-            1,
-            model.image_tokens.saturating_sub(1),
-            model.region_feature,
-        ];
+        let regions = [1, model.image_tokens.saturating_sub(1), model.region_feature];
         let pixels = [1, 3, image.height as usize, image.width as usize];
         let embedding = || TensorSignature::f32("embedding", &[1, model.embedding]);
         let ids = || TensorSignature::i64("ids", &[1, text]);
         let mask = || TensorSignature::f32("mask", &[1, text]);
-        let graph = |name: &str, inputs, outputs| Self {
-            name: name.to_owned(),
-            inputs,
-            outputs,
-        };
+        let graph = |name: &str, inputs, outputs| Self { name: name.to_owned(), inputs, outputs };
         vec![
             graph(
                 "vision",
@@ -245,23 +229,16 @@ impl Manifest {
     /// Where it is no TOML of this form, has a newer schema, sizes out of range, lacks a graph or has one of another
     /// signature than [`GraphSignature::contract`] fixes, or lists no file that a precision needs.
     pub fn parse(bytes: &[u8]) -> Result<Self, BundleFault> {
-        let malformed = |reason: String| BundleFault::Malformed {
-            reason: reason.trim().replace('\n', " "),
-        };
+        let malformed = |reason: String| BundleFault::Malformed { reason: reason.trim().replace('\n', " ") };
         let text = std::str::from_utf8(bytes).map_err(|error| malformed(error.to_string()))?;
-        let table: toml::Table =
-            toml::from_str(text).map_err(|error| malformed(error.message().to_owned()))?;
+        let table: toml::Table = toml::from_str(text).map_err(|error| malformed(error.message().to_owned()))?;
         // A newer manifest may have any fields: look at its version before holding it to this one's.
         if let Some(found) = table.get("schema").and_then(toml::Value::as_integer)
             && found > i64::from(SCHEMA)
         {
-            return Err(BundleFault::NewerSchema {
-                found,
-                supported: SCHEMA,
-            });
+            return Err(BundleFault::NewerSchema { found, supported: SCHEMA });
         }
-        let manifest: Self =
-            toml::from_str(text).map_err(|error| malformed(error.message().to_owned()))?;
+        let manifest: Self = toml::from_str(text).map_err(|error| malformed(error.message().to_owned()))?;
         manifest.check()?;
         Ok(manifest)
     }
@@ -282,40 +259,27 @@ impl Manifest {
 
     fn check(&self) -> Result<(), BundleFault> {
         if self.schema != SCHEMA {
-            return Err(BundleFault::Malformed {
-                reason: format!("schema {} does not exist", self.schema),
-            });
+            return Err(BundleFault::Malformed { reason: format!("schema {} does not exist", self.schema) });
         }
         self.check_sizes()?;
         let contract = GraphSignature::contract(&self.model, &self.image);
         for expected in &contract {
             let Some(found) = self.graphs.iter().find(|graph| graph.name == expected.name) else {
-                return Err(BundleFault::MissingGraph {
-                    graph: expected.name.clone(),
-                });
+                return Err(BundleFault::MissingGraph { graph: expected.name.clone() });
             };
             if found != expected {
-                return Err(BundleFault::Signature {
-                    graph: expected.name.clone(),
-                    reason: difference(expected, found),
-                });
+                return Err(BundleFault::Signature { graph: expected.name.clone(), reason: difference(expected, found) });
             }
         }
         if self.precisions.is_empty() {
-            return Err(BundleFault::Malformed {
-                reason: "no precisions".to_owned(),
-            });
+            return Err(BundleFault::Malformed { reason: "no precisions".to_owned() });
         }
-        let graphs = self.precisions.iter().flat_map(|&precision| {
-            contract
-                .iter()
-                .map(move |graph| Self::graph_file(precision, &graph.name))
-        });
+        let graphs = self
+            .precisions
+            .iter()
+            .flat_map(|&precision| contract.iter().map(move |graph| Self::graph_file(precision, &graph.name)));
         let needed: BTreeSet<String> = graphs.chain(["tokenizer.json".to_owned()]).collect();
-        match needed
-            .into_iter()
-            .find(|file| !self.files.contains_key(file))
-        {
+        match needed.into_iter().find(|file| !self.files.contains_key(file)) {
             Some(file) => Err(BundleFault::Unlisted { file }),
             None => Ok(()),
         }
@@ -336,16 +300,8 @@ impl Manifest {
             ("image.width", self.image.width as usize, 1..=8192),
             ("image.height", self.image.height as usize, 1..=8192),
             ("decoding.beam", self.decoding.beam, 1..=64),
-            (
-                "decoding.max_words",
-                self.decoding.max_words,
-                1..=model.max_text.saturating_sub(1),
-            ),
-            (
-                "model.hidden modulo model.heads",
-                model.hidden % model.heads.max(1),
-                0..=0,
-            ),
+            ("decoding.max_words", self.decoding.max_words, 1..=model.max_text.saturating_sub(1)),
+            ("model.hidden modulo model.heads", model.hidden % model.heads.max(1), 0..=0),
         ];
         for (name, value, range) in sizes {
             if !range.contains(&value) {
@@ -357,16 +313,9 @@ impl Manifest {
             }
         }
         let image = &self.image;
-        let channels = image
-            .mean
-            .map(|mean| ("image.mean", mean, -1e6..=1e6))
-            .into_iter();
+        let channels = image.mean.map(|mean| ("image.mean", mean, -1e6..=1e6)).into_iter();
         let channels = channels.chain(image.std.map(|std| ("image.std", std, 1e-6..=1e6)));
-        let penalty = (
-            "decoding.length_penalty",
-            self.decoding.length_penalty,
-            0.0..=8.0,
-        );
+        let penalty = ("decoding.length_penalty", self.decoding.length_penalty, 0.0..=8.0);
         for (name, value, range) in channels.chain([penalty]) {
             if !range.contains(&value) {
                 return Err(BundleFault::OutOfRange {
@@ -384,17 +333,10 @@ impl Manifest {
 fn difference(expected: &GraphSignature, found: &GraphSignature) -> String {
     let both = |kind: &str, expected: &[TensorSignature], found: &[TensorSignature]| {
         if expected.len() != found.len() {
-            return Some(format!(
-                "{} {kind}s instead of {}",
-                found.len(),
-                expected.len()
-            ));
+            return Some(format!("{} {kind}s instead of {}", found.len(), expected.len()));
         }
         let (e, f) = expected.iter().zip(found).find(|(e, f)| e != f)?;
-        Some(format!(
-            "{kind} {} {:?} {:?} instead of {} {:?} {:?}",
-            f.name, f.dtype, f.shape, e.name, e.dtype, e.shape
-        ))
+        Some(format!("{kind} {} {:?} {:?} instead of {} {:?} {:?}", f.name, f.dtype, f.shape, e.name, e.dtype, e.shape))
     };
     both("input", &expected.inputs, &found.inputs)
         .or_else(|| both("output", &expected.outputs, &found.outputs))
@@ -420,37 +362,20 @@ pub(crate) mod tests {
             max_text: 8,
             region_feature: 6,
         };
-        let image = ImagePreparation {
-            width: 32,
-            height: 32,
-            ..ImagePreparation::default()
-        };
+        let image = ImagePreparation { width: 32, height: 32, ..ImagePreparation::default() };
         let graphs = GraphSignature::contract(&model, &image);
-        let files = graphs
-            .iter()
-            .map(|graph| Manifest::graph_file(Precision::F16, &graph.name));
-        let files = files
-            .chain(["tokenizer.json".to_owned()])
-            .map(|file| (file, "00".repeat(32)))
-            .collect();
+        let files = graphs.iter().map(|graph| Manifest::graph_file(Precision::F16, &graph.name));
+        let files = files.chain(["tokenizer.json".to_owned()]).map(|file| (file, "00".repeat(32))).collect();
         Manifest {
             schema: SCHEMA,
             precisions: vec![Precision::F16],
             model,
             image,
-            decoding: DecodingDefaults {
-                beam: 3,
-                max_words: 6,
-                length_penalty: 1.0,
-                no_repeat: 3,
-            },
+            decoding: DecodingDefaults { beam: 3, max_words: 6, length_penalty: 1.0, no_repeat: 3 },
             graphs,
             files,
             training: toml::toml! { data = "drawn scenes" },
-            quality: BTreeMap::from([(
-                "f16".to_owned(),
-                BTreeMap::from([("cider".to_owned(), 0.5)]),
-            )]),
+            quality: BTreeMap::from([("f16".to_owned(), BTreeMap::from([("cider".to_owned(), 0.5)]))]),
         }
     }
 
@@ -465,51 +390,22 @@ pub(crate) mod tests {
     fn each_fault_has_its_sentence() {
         type Break = fn(&mut Manifest);
         let cases: [(Break, &str); 11] = [
-            (
-                |m| m.model.heads = 3,
-                "model.hidden modulo model.heads is 2, outside 0..=0",
-            ),
+            (|m| m.model.heads = 3, "model.hidden modulo model.heads is 2, outside 0..=0"),
             (|m| m.model.heads = 0, "model.heads is 0, outside 1..=8"),
-            (
-                |m| m.model.vocabulary = 2_000_000,
-                "model.vocabulary is 2000000, outside 6..=1000000",
-            ),
-            (
-                |m| m.model.positions = 4,
-                "model.positions is 4, outside 8..=65536",
-            ),
-            (
-                |m| m.decoding.max_words = 8,
-                "decoding.max_words is 8, outside 1..=7",
-            ),
-            (
-                |m| m.image.std[1] = 0.0,
-                "image.std is 0, outside 1e-6..=1e6",
-            ),
-            (
-                |m| m.decoding.length_penalty = -1.0,
-                "decoding.length_penalty is -1, outside",
-            ),
-            (
-                |m| drop(m.graphs.remove(1)),
-                "the manifest lists no graph \"decode\"",
-            ),
-            (
-                |m| m.graphs[2].inputs[0].shape[1] = 9,
-                "graph \"text\" has input ids I64 [1, 9] instead of ids I64 [1, 8]",
-            ),
-            (
-                |m| drop(m.files.remove("f16/match.onnx")),
-                "the manifest gives no hash for f16/match.onnx",
-            ),
+            (|m| m.model.vocabulary = 2_000_000, "model.vocabulary is 2000000, outside 6..=1000000"),
+            (|m| m.model.positions = 4, "model.positions is 4, outside 8..=65536"),
+            (|m| m.decoding.max_words = 8, "decoding.max_words is 8, outside 1..=7"),
+            (|m| m.image.std[1] = 0.0, "image.std is 0, outside 1e-6..=1e6"),
+            (|m| m.decoding.length_penalty = -1.0, "decoding.length_penalty is -1, outside"),
+            (|m| drop(m.graphs.remove(1)), "the manifest lists no graph \"decode\""),
+            (|m| m.graphs[2].inputs[0].shape[1] = 9, "graph \"text\" has input ids I64 [1, 9] instead of ids I64 [1, 8]"),
+            (|m| drop(m.files.remove("f16/match.onnx")), "the manifest gives no hash for f16/match.onnx"),
             (|m| m.precisions.clear(), "no precisions"),
         ];
         for (break_it, message) in cases {
             let mut manifest = tiny();
             break_it(&mut manifest);
-            let error = Manifest::parse(manifest.to_toml().unwrap().as_bytes())
-                .unwrap_err()
-                .to_string();
+            let error = Manifest::parse(manifest.to_toml().unwrap().as_bytes()).unwrap_err().to_string();
             assert!(error.contains(message), "{error:?} lacks {message:?}");
         }
     }
@@ -517,19 +413,8 @@ pub(crate) mod tests {
     #[test]
     fn a_newer_schema_is_named_before_its_fields() {
         let error = Manifest::parse(b"schema = 2\nnovelty = true").unwrap_err();
-        assert!(
-            matches!(
-                error,
-                BundleFault::NewerSchema {
-                    found: 2,
-                    supported: 1
-                }
-            ),
-            "{error}"
-        );
-        let error = Manifest::parse(b"schema = 1\nnovelty = true")
-            .unwrap_err()
-            .to_string();
+        assert!(matches!(error, BundleFault::NewerSchema { found: 2, supported: 1 }), "{error}");
+        let error = Manifest::parse(b"schema = 1\nnovelty = true").unwrap_err().to_string();
         assert!(error.contains("novelty"), "{error}");
         Manifest::parse(b"\xff").unwrap_err();
         Manifest::parse(b"not toml at all").unwrap_err();

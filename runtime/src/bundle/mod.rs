@@ -187,10 +187,7 @@ impl Bundle {
     /// # Errors
     /// Where nothing is there, the manifest is refused, or a file that it lists is missing.
     pub fn open(source: &BundleSource) -> Result<Self, BundleError> {
-        Self::open_fault(source).map_err(|fault| BundleError {
-            bundle: source.to_string(),
-            fault,
-        })
+        Self::open_fault(source).map_err(|fault| BundleError { bundle: source.to_string(), fault })
     }
 
     fn open_fault(source: &BundleSource) -> Result<Self, BundleFault> {
@@ -201,10 +198,7 @@ impl Bundle {
             }
             BundleSource::Path(path) if path.is_dir() => (Files::folder(), path.as_path()),
             BundleSource::Path(path) if path.exists() => {
-                let unreadable = |source| BundleFault::Unreadable {
-                    file: path.display().to_string(),
-                    source,
-                };
+                let unreadable = |source| BundleFault::Unreadable { file: path.display().to_string(), source };
                 let map = Mapping::open(path).map_err(unreadable)?;
                 (Files::archive(Backing::Mapped(map))?, Path::new(""))
             }
@@ -217,13 +211,7 @@ impl Bundle {
         for file in manifest.files.keys() {
             files.require(root, file)?;
         }
-        Ok(Self {
-            source: source.clone(),
-            manifest,
-            id,
-            files,
-            hashed: Mutex::default(),
-        })
+        Ok(Self { source: source.clone(), manifest, id, files, hashed: Mutex::default() })
     }
 
     /// Where it was opened from.
@@ -253,20 +241,14 @@ impl Bundle {
     }
 
     fn read_fault(&self, file: &str) -> Result<&[u8], BundleFault> {
-        let missing = || BundleFault::MissingFile {
-            file: file.to_owned(),
-        };
+        let missing = || BundleFault::MissingFile { file: file.to_owned() };
         let expected = self.manifest.files.get(file).ok_or_else(missing)?;
         let bytes = self.files.get(file).ok_or_else(missing)?;
         let mut hashed = self.hashed.lock().unwrap_or_else(PoisonError::into_inner);
         if !hashed.contains(file) {
             let found = sha256_hex(bytes);
             if !found.eq_ignore_ascii_case(expected) {
-                return Err(BundleFault::Hash {
-                    file: file.to_owned(),
-                    expected: expected.clone(),
-                    found,
-                });
+                return Err(BundleFault::Hash { file: file.to_owned(), expected: expected.clone(), found });
             }
             hashed.insert(file.to_owned());
         }
@@ -282,10 +264,7 @@ impl Bundle {
             let tokenizer = Tokenizer::from_bytes(self.read_fault("tokenizer.json")?)?;
             let (ids, model) = (tokenizer.vocabulary_size(), self.manifest.model.vocabulary);
             if ids != model {
-                return Err(BundleFault::Vocabulary {
-                    tokenizer: ids,
-                    model,
-                });
+                return Err(BundleFault::Vocabulary { tokenizer: ids, model });
             }
             Ok(tokenizer)
         };
@@ -301,10 +280,7 @@ impl Bundle {
         match asked {
             None => Ok(present[0]),
             Some(asked) if present.contains(&asked) => Ok(asked),
-            Some(asked) => Err(self.error(BundleFault::Precision {
-                asked,
-                present: present.clone(),
-            })),
+            Some(asked) => Err(self.error(BundleFault::Precision { asked, present: present.clone() })),
         }
     }
 
@@ -330,20 +306,14 @@ impl Bundle {
     /// Wraps a fault found by whoever reads this bundle.
     #[must_use]
     pub fn error(&self, fault: BundleFault) -> BundleError {
-        BundleError {
-            bundle: self.source.to_string(),
-            fault,
-        }
+        BundleError { bundle: self.source.to_string(), fault }
     }
 }
 
 /// SHA-256 of bytes, in lower-case hex: how a manifest names files.
 #[must_use]
 pub fn sha256_hex(bytes: &[u8]) -> String {
-    Sha256::digest(bytes)
-        .iter()
-        .map(|byte| format!("{byte:02x}"))
-        .collect()
+    Sha256::digest(bytes).iter().map(|byte| format!("{byte:02x}")).collect()
 }
 
 #[cfg(test)]
@@ -374,10 +344,7 @@ mod tests {
     #[test]
     fn known_digest() {
         // FIPS 180-2, appendix B.1.
-        assert_eq!(
-            sha256_hex(b"abc"),
-            "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"
-        );
+        assert_eq!(sha256_hex(b"abc"), "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad");
     }
 
     #[test]
@@ -389,10 +356,7 @@ mod tests {
         let out = tempfile::tempdir().unwrap();
         let tar = out.path().join("bundle.tar");
         // The graphs are no graphs, but hashes hold; only the tokenizer is refused, by verify.
-        assert!(matches!(
-            unpacked.verify().unwrap_err().fault,
-            BundleFault::Tokenizer(_)
-        ));
+        assert!(matches!(unpacked.verify().unwrap_err().fault, BundleFault::Tokenizer(_)));
         pack::write_archive(&unpacked, &tar).unwrap();
         let packed = open(&tar).unwrap();
         assert_eq!(packed.id(), unpacked.id());
@@ -431,9 +395,6 @@ mod tests {
         manifest.files.insert("../x".to_owned(), sha256_hex(b""));
         fs::write(folder.path().join(MANIFEST), manifest.to_toml().unwrap()).unwrap();
         let error = open(folder.path()).unwrap_err().to_string();
-        assert!(
-            error.ends_with("the manifest names \"../x\", which does not lie inside the bundle"),
-            "{error}"
-        );
+        assert!(error.ends_with("the manifest names \"../x\", which does not lie inside the bundle"), "{error}");
     }
 }

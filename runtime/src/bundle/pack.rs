@@ -39,10 +39,7 @@ pub(super) fn write_archive(bundle: &Bundle, out: &Path) -> Result<(), PackError
     let written = members(bundle).and_then(|members| {
         write(&part, &members)
             .and_then(|()| std::fs::rename(&part, out))
-            .map_err(|source| PackError::Write {
-                path: out.to_path_buf(),
-                source,
-            })
+            .map_err(|source| PackError::Write { path: out.to_path_buf(), source })
     });
     if written.is_err() {
         let _ = std::fs::remove_file(&part);

@@ -32,18 +32,9 @@ pub struct Hypothesis {
 }
 
 impl Hypothesis {
-    fn new(
-        tokens: Vec<u32>,
-        log_probability: f32,
-        summands: usize,
-        options: &DecodeOptions,
-    ) -> Self {
+    fn new(tokens: Vec<u32>, log_probability: f32, summands: usize, options: &DecodeOptions) -> Self {
         let score = log_probability / (summands.max(1) as f32).powf(options.length_penalty);
-        Self {
-            tokens,
-            log_probability,
-            score,
-        }
+        Self { tokens, log_probability, score }
     }
 }
 
@@ -69,45 +60,25 @@ struct Continuation {
 ///
 /// # Errors
 /// Those of the model.
-pub fn beam_search<M: LanguageModel>(
-    model: &M,
-    start: M::State,
-    options: &DecodeOptions,
-) -> Result<Hypothesis, M::Error> {
+pub fn beam_search<M: LanguageModel>(model: &M, start: M::State, options: &DecodeOptions) -> Result<Hypothesis, M::Error> {
     let beam = options.beam.max(1);
-    let mut live = vec![Live {
-        state: start,
-        last: CLS,
-        tokens: Vec::new(),
-        log_probability: 0.0,
-    }];
+    let mut live = vec![Live { state: start, last: CLS, tokens: Vec::new(), log_probability: 0.0 }];
     let mut ended: Vec<Hypothesis> = Vec::new();
     for length in 1..=options.max_words.max(1) {
         let mut continuations = Vec::new();
         for (parent, text) in live.iter_mut().enumerate() {
             let logits = model.read(&mut text.state, text.last)?;
             let allowed = |id| {
-                if id == SEP {
-                    length > 1
-                } else {
-                    !model.is_forbidden(id) && !repeats(&text.tokens, id, options.no_repeat)
-                }
+                if id == SEP { length > 1 } else { !model.is_forbidden(id) && !repeats(&text.tokens, id, options.no_repeat) }
             };
             // One more than the beam: `[SEP]` may be among them, and ends a text instead of continuing it.
             for (id, log_probability) in likeliest(&logits, beam + 1, allowed) {
                 let log_probability = text.log_probability + log_probability;
-                continuations.push(Continuation {
-                    parent,
-                    id,
-                    log_probability,
-                });
+                continuations.push(Continuation { parent, id, log_probability });
             }
         }
         continuations.sort_by(|a, b| b.log_probability.total_cmp(&a.log_probability));
-        let ends = continuations
-            .iter()
-            .take(beam)
-            .filter(|next| next.id == SEP);
+        let ends = continuations.iter().take(beam).filter(|next| next.id == SEP);
         ended.extend(ends.map(|end| {
             let tokens = live[end.parent].tokens.clone();
             Hypothesis::new(tokens, end.log_probability, length, options)
@@ -118,9 +89,7 @@ pub fn beam_search<M: LanguageModel>(
 
         ended.sort_by(|a, b| b.score.total_cmp(&a.score));
         ended.truncate(beam);
-        let open = live
-            .first()
-            .map(|best| Hypothesis::new(Vec::new(), best.log_probability, length, options).score);
+        let open = live.first().map(|best| Hypothesis::new(Vec::new(), best.log_probability, length, options).score);
         if open.is_none_or(|open| ended.len() == beam && open <= ended[beam - 1].score) {
             live.clear();
             break;
@@ -130,10 +99,7 @@ pub fn beam_search<M: LanguageModel>(
         let length = text.tokens.len();
         Hypothesis::new(text.tokens, text.log_probability, length, options)
     });
-    let best = ended
-        .into_iter()
-        .chain(cut)
-        .max_by(|a, b| a.score.total_cmp(&b.score));
+    let best = ended.into_iter().chain(cut).max_by(|a, b| a.score.total_cmp(&b.score));
     Ok(best.unwrap_or_else(|| Hypothesis::new(Vec::new(), 0.0, 1, options)))
 }
 
@@ -150,17 +116,10 @@ fn advance<S: Clone>(live: Vec<Live<S>>, continuations: &[Continuation]) -> Vec<
         let (state, mut tokens) = if children[next.parent] == 0 {
             parent.take().map(|parent| (parent.state, parent.tokens))?
         } else {
-            parent
-                .as_ref()
-                .map(|parent| (parent.state.clone(), parent.tokens.clone()))?
+            parent.as_ref().map(|parent| (parent.state.clone(), parent.tokens.clone()))?
         };
         tokens.push(next.id);
-        Some(Live {
-            state,
-            last: next.id,
-            tokens,
-            log_probability: next.log_probability,
-        })
+        Some(Live { state, last: next.id, tokens, log_probability: next.log_probability })
     });
     continued.collect()
 }
@@ -179,11 +138,8 @@ fn likeliest(logits: &[f32], count: usize, allowed: impl Fn(u32) -> bool) -> Vec
     let largest = logits.iter().copied().fold(f32::NEG_INFINITY, f32::max);
     let sum: f32 = logits.iter().map(|logit| (logit - largest).exp()).sum();
     let normaliser = largest + sum.ln();
-    let mut ids: Vec<(u32, f32)> = (0u32..)
-        .zip(logits)
-        .filter(|(id, _)| allowed(*id))
-        .map(|(id, logit)| (id, logit - normaliser))
-        .collect();
+    let mut ids: Vec<(u32, f32)> =
+        (0u32..).zip(logits).filter(|(id, _)| allowed(*id)).map(|(id, logit)| (id, logit - normaliser)).collect();
     let order = |a: &(u32, f32), b: &(u32, f32)| b.1.total_cmp(&a.1).then(a.0.cmp(&b.0));
     if ids.len() > count {
         ids.select_nth_unstable_by(count, order);
@@ -216,9 +172,7 @@ mod tests {
                 .map(|id| {
                     let mut hash = self.seed.wrapping_mul(0x9E37_79B9_7F4A_7C15) ^ id;
                     for &word in text {
-                        hash = (hash ^ u64::from(word + 1))
-                            .wrapping_mul(0xBF58_476D_1CE4_E5B9)
-                            .rotate_left(23);
+                        hash = (hash ^ u64::from(word + 1)).wrapping_mul(0xBF58_476D_1CE4_E5B9).rotate_left(23);
                     }
                     (hash >> 40) as f32 / (1u64 << 24) as f32 * 6.0
                 })
@@ -242,19 +196,11 @@ mod tests {
     }
 
     fn toy(seed: u64) -> Toy {
-        Toy {
-            seed,
-            runs: Cell::new(0),
-        }
+        Toy { seed, runs: Cell::new(0) }
     }
 
     /// The best of all texts there are.
-    fn exhaustive(
-        model: &Toy,
-        text: &[u32],
-        log_probability: f32,
-        options: &DecodeOptions,
-    ) -> Hypothesis {
+    fn exhaustive(model: &Toy, text: &[u32], log_probability: f32, options: &DecodeOptions) -> Hypothesis {
         let mut read = vec![CLS];
         read.extend(text);
         let logits = model.logits(&read);
@@ -287,31 +233,20 @@ mod tests {
     fn a_beam_of_one_takes_the_likeliest_word_each_time() {
         for seed in 0..40 {
             let model = toy(seed);
-            let options = DecodeOptions {
-                beam: 1,
-                max_words: 6,
-                length_penalty: 1.0,
-                no_repeat: 0,
-            };
+            let options = DecodeOptions { beam: 1, max_words: 6, length_penalty: 1.0, no_repeat: 0 };
             let found = beam_search(&model, Vec::new(), &options).unwrap();
             let mut text = vec![CLS];
             while text.len() <= 6 {
                 let logits = model.logits(&text);
                 let allowed = |&id: &u32| !FORBIDDEN.contains(&id) && (id != SEP || text.len() > 1);
-                let next = (0..IDS as u32)
-                    .filter(allowed)
-                    .max_by(|&a, &b| logits[a as usize].total_cmp(&logits[b as usize]));
+                let next = (0..IDS as u32).filter(allowed).max_by(|&a, &b| logits[a as usize].total_cmp(&logits[b as usize]));
                 match next.unwrap() {
                     SEP => break,
                     id => text.push(id),
                 }
             }
             assert_eq!(found.tokens, text[1..], "seed {seed}");
-            assert_eq!(
-                model.runs.get(),
-                (found.tokens.len() + 1).min(6),
-                "seed {seed}: no run is wasted"
-            );
+            assert_eq!(model.runs.get(), (found.tokens.len() + 1).min(6), "seed {seed}: no run is wasted");
         }
     }
 
@@ -321,24 +256,12 @@ mod tests {
             for length_penalty in [0.0, 0.7, 1.0] {
                 let model = toy(seed);
                 // 4 writable ids and 3 places: never more than 64 open texts.
-                let options = DecodeOptions {
-                    beam: 85,
-                    max_words: 3,
-                    length_penalty,
- no_repeat: 0 };
+                let options = DecodeOptions { beam: 85, max_words: 3, length_penalty, no_repeat: 0 };
                 let found = beam_search(&model, Vec::new(), &options).unwrap();
                 let best = exhaustive(&model, &[], 0.0, &options);
-                assert_eq!(
-                    found.tokens, best.tokens,
-                    "seed {seed}, penalty {length_penalty}"
-                );
+                assert_eq!(found.tokens, best.tokens, "seed {seed}, penalty {length_penalty}");
                 // Sums of at most 4 terms of size 10, in f32.
-                assert!(
-                    (found.score - best.score).abs() < 1e-5,
-                    "seed {seed}: {} {}",
-                    found.score,
-                    best.score
-                );
+                assert!((found.score - best.score).abs() < 1e-5, "seed {seed}: {} {}", found.score, best.score);
             }
         }
     }
@@ -346,15 +269,8 @@ mod tests {
     #[test]
     fn a_wider_beam_finds_likelier_texts_on_the_whole() {
         let sum = |beam| -> f32 {
-            let options = DecodeOptions {
-                beam,
-                max_words: 6,
-                length_penalty: 1.0,
-                no_repeat: 0,
-            };
-            (0..60)
-                .map(|seed| beam_search(&toy(seed), Vec::new(), &options).unwrap().score)
-                .sum()
+            let options = DecodeOptions { beam, max_words: 6, length_penalty: 1.0, no_repeat: 0 };
+            (0..60).map(|seed| beam_search(&toy(seed), Vec::new(), &options).unwrap().score).sum()
         };
         assert!(sum(3) > sum(1) + 1.0, "{} {}", sum(3), sum(1));
     }
@@ -364,20 +280,10 @@ mod tests {
         for seed in 0..40 {
             for beam in [1, 2, 5] {
                 for max_words in [1, 2, 9] {
-                    let options = DecodeOptions {
-                        beam,
-                        max_words,
-                        length_penalty: 1.0,
-                        no_repeat: 0,
-                    };
+                    let options = DecodeOptions { beam, max_words, length_penalty: 1.0, no_repeat: 0 };
                     let found = beam_search(&toy(seed), Vec::new(), &options).unwrap();
                     assert!((1..=max_words).contains(&found.tokens.len()));
-                    assert!(
-                        found
-                            .tokens
-                            .iter()
-                            .all(|id| *id != SEP && !FORBIDDEN.contains(id))
-                    );
+                    assert!(found.tokens.iter().all(|id| *id != SEP && !FORBIDDEN.contains(id)));
                 }
             }
         }
@@ -386,14 +292,9 @@ mod tests {
     #[test]
     fn picks_in_order() {
         let all = |_| true;
-        let picked: Vec<u32> = likeliest(&[0.0, 3.0, 1.0, 3.0], 3, all)
-            .iter()
-            .map(|p| p.0)
-            .collect();
+        let picked: Vec<u32> = likeliest(&[0.0, 3.0, 1.0, 3.0], 3, all).iter().map(|p| p.0).collect();
         assert_eq!(picked, [1, 3, 2]);
-        let [(_, one), (_, two)] = likeliest(&[0.0, 1000.0, 1000.0], 2, all)[..] else {
-            panic!()
-        };
+        let [(_, one), (_, two)] = likeliest(&[0.0, 1000.0, 1000.0], 2, all)[..] else { panic!() };
         // Two equal ids that hold all probability: ln(1/2) each.
         assert!((one + std::f32::consts::LN_2).abs() < 1e-4 && one == two);
         assert!(likeliest(&[1.0; 4], 2, |_| false).is_empty());

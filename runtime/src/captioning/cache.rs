@@ -20,20 +20,10 @@ impl KvCache {
     /// An empty cache for a model's text slots.
     #[must_use]
     pub fn new(model: &ModelSizes) -> Self {
-        let shape = [
-            model.layers,
-            model.heads,
-            model.max_text,
-            model.hidden / model.heads.max(1),
-        ];
+        let shape = [model.layers, model.heads, model.max_text, model.hidden / model.heads.max(1)];
         let mut mask = Tensor::zeros(&[1, model.max_text]);
         mask.floats_mut().fill(EMPTY);
-        Self {
-            keys: Tensor::zeros(&shape),
-            values: Tensor::zeros(&shape),
-            mask,
-            filled: 0,
-        }
+        Self { keys: Tensor::zeros(&shape), values: Tensor::zeros(&shape), mask, filled: 0 }
     }
 
     /// Number of words in it, which is the position of the next one.
@@ -57,11 +47,7 @@ impl KvCache {
     /// The inputs `past_keys`, `past_values` and `mask` of the `decode` graph.
     #[must_use]
     pub fn inputs(&self) -> [(&'static str, &Tensor); 3] {
-        [
-            ("past_keys", &self.keys),
-            ("past_values", &self.values),
-            ("mask", &self.mask),
-        ]
+        [("past_keys", &self.keys), ("past_values", &self.values), ("mask", &self.mask)]
     }
 
     /// Stores a word's `new_keys` and `new_values` `[layers, heads, 1, head_width]` in the next slot; a full cache is left as it is.
@@ -91,13 +77,7 @@ mod tests {
 
     #[test]
     fn words_go_into_their_slots() {
-        let model = ModelSizes {
-            layers: 1,
-            heads: 2,
-            hidden: 4,
-            max_text: 3,
-            ..crate::bundle::manifest::tests::tiny().model
-        };
+        let model = ModelSizes { layers: 1, heads: 2, hidden: 4, max_text: 3, ..crate::bundle::manifest::tests::tiny().model };
         let mut cache = KvCache::new(&model);
         assert_eq!((cache.len(), cache.slots()), (0, 3));
         let word = |x: f32| Tensor::f32(&[1, 2, 1, 2], vec![x, x + 1.0, x + 2.0, x + 3.0]).unwrap();
@@ -105,12 +85,7 @@ mod tests {
             cache.push(&word(k), &word(v));
         }
         let [(_, keys), (_, values), (_, mask)] = cache.inputs();
-        assert_eq!(
-            keys.floats(),
-            [
-                10.0, 11.0, 20.0, 21.0, 0.0, 0.0, 12.0, 13.0, 22.0, 23.0, 0.0, 0.0
-            ]
-        );
+        assert_eq!(keys.floats(), [10.0, 11.0, 20.0, 21.0, 0.0, 0.0, 12.0, 13.0, 22.0, 23.0, 0.0, 0.0]);
         assert_eq!(values.floats()[2..4], [60.0, 61.0]);
         assert_eq!(mask.floats(), [0.0, 0.0, EMPTY]);
         cache.push(&word(30.0), &word(0.0));

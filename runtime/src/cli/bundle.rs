@@ -64,8 +64,7 @@ pub fn run(command: &BundleCommand) -> anyhow::Result<ExitCode> {
 }
 
 fn source(path: Option<&PathBuf>) -> BundleSource {
-    path.cloned()
-        .map_or(BundleSource::Embedded, BundleSource::Path)
+    path.cloned().map_or(BundleSource::Embedded, BundleSource::Path)
 }
 
 fn inspect(args: &InspectArgs) -> anyhow::Result<()> {
@@ -82,18 +81,9 @@ fn inspect(args: &InspectArgs) -> anyhow::Result<()> {
 
 fn description(bundle: &Bundle) -> anyhow::Result<String> {
     let manifest = bundle.manifest();
-    let Manifest {
-        model,
-        image,
-        decoding,
-        ..
-    } = manifest;
+    let Manifest { model, image, decoding, .. } = manifest;
     let mut text = String::new();
-    let precisions: Vec<&str> = manifest
-        .precisions
-        .iter()
-        .map(|precision| precision.name())
-        .collect();
+    let precisions: Vec<&str> = manifest.precisions.iter().map(|precision| precision.name()).collect();
     writeln!(text, "bundle      {}", bundle.source())?;
     writeln!(text, "id          {}", bundle.id())?;
     writeln!(
@@ -101,11 +91,7 @@ fn description(bundle: &Bundle) -> anyhow::Result<String> {
         "model       {}: {} layers of width {}, {} heads; {} ids; embeddings of width {}",
         model.name, model.layers, model.hidden, model.heads, model.vocabulary, model.embedding
     )?;
-    writeln!(
-        text,
-        "pictures    {}x{}, {} image tokens",
-        image.width, image.height, model.image_tokens
-    )?;
+    writeln!(text, "pictures    {}x{}, {} image tokens", image.width, image.height, model.image_tokens)?;
     writeln!(text, "texts       up to {} tokens", model.max_text - 2)?;
     writeln!(
         text,
@@ -114,11 +100,7 @@ fn description(bundle: &Bundle) -> anyhow::Result<String> {
     )?;
     writeln!(text, "precisions  {}", precisions.join(", "))?;
     for file in manifest.files.keys() {
-        writeln!(
-            text,
-            "file        {:>10}  {file}",
-            bundle.length(file).unwrap_or(0)
-        )?;
+        writeln!(text, "file        {:>10}  {file}", bundle.length(file).unwrap_or(0))?;
     }
     for (precision, figures) in &manifest.quality {
         for (name, value) in figures {
@@ -126,11 +108,7 @@ fn description(bundle: &Bundle) -> anyhow::Result<String> {
         }
     }
     if !manifest.training.is_empty() {
-        write!(
-            text,
-            "\n[training]\n{}",
-            toml::to_string(&manifest.training)?
-        )?;
+        write!(text, "\n[training]\n{}", toml::to_string(&manifest.training)?)?;
     }
     Ok(text)
 }
@@ -141,17 +119,11 @@ fn verify(args: &VerifyArgs) -> anyhow::Result<()> {
     let bytes = bundle.verify()?;
     let manifest = bundle.manifest();
     for &precision in &manifest.precisions {
-        let options = EngineOptions {
-            precision: Some(precision),
-            ..EngineOptions::default()
-        };
+        let options = EngineOptions { precision: Some(precision), ..EngineOptions::default() };
         let load = Model::open(&source, &options).and_then(|model| model.load(&GraphName::ALL));
         load.map_err(|error| anyhow::Error::new(error).context(format!("{source}, {precision}")))?;
     }
-    let (files, graphs) = (
-        manifest.files.len() + 1,
-        manifest.graphs.len() * manifest.precisions.len(),
-    );
+    let (files, graphs) = (manifest.files.len() + 1, manifest.graphs.len() * manifest.precisions.len());
     writeln!(
         io::stdout(),
         "{source}: {files} files of {bytes} bytes are as the manifest says, {graphs} graphs load on {}",

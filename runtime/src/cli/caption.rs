@@ -107,12 +107,7 @@ pub fn run(args: &CaptionArgs) -> anyhow::Result<ExitCode> {
                 }
             }
             Err(error) => {
-                let line = output.failure(
-                    Subject::Source(&source),
-                    &error.to_string(),
-                    args.json,
-                    args.jsonl,
-                )?;
+                let line = output.failure(Subject::Source(&source), &error.to_string(), args.json, args.jsonl)?;
                 document.extend(line);
             }
         }
@@ -133,9 +128,7 @@ fn decode_options(args: &CaptionArgs, model: &Model) -> Result<DecodeOptions, Us
     if let Some(words) = args.max_len {
         let most = model.manifest().model.max_text - 1;
         if !(1..=most).contains(&words) {
-            return Err(UsageError(format!(
-                "--max-len {words}: captions of this model have 1 to {most} tokens"
-            )));
+            return Err(UsageError(format!("--max-len {words}: captions of this model have 1 to {most} tokens")));
         }
         options.max_words = words;
     }

@@ -12,18 +12,14 @@ use super::Cli;
 
 /// Print a completion script for a shell
 #[derive(Debug, Args)]
-#[command(
-    after_help = "Example:\n  unimo completions bash > ~/.local/share/bash-completion/completions/unimo\n"
-)]
+#[command(after_help = "Example:\n  unimo completions bash > ~/.local/share/bash-completion/completions/unimo\n")]
 pub struct CompletionsArgs {
     shell: Shell,
 }
 
 /// Print the manual page, or write one for each command
 #[derive(Debug, Args)]
-#[command(
-    after_help = "Examples:\n  unimo man | man -l -\n  unimo man --out ~/.local/share/man/man1\n"
-)]
+#[command(after_help = "Examples:\n  unimo man | man -l -\n  unimo man --out ~/.local/share/man/man1\n")]
 pub struct ManArgs {
     /// Folder to write unimo.1, unimo-caption.1, … to
     #[arg(long, value_name = "FOLDER")]
@@ -40,8 +36,9 @@ pub fn run(args: &CompletionsArgs) -> anyhow::Result<ExitCode> {
 
 pub fn run_man(args: &ManArgs) -> anyhow::Result<ExitCode> {
     match &args.out {
-        Some(folder) => clap_mangen::generate_to(Cli::command(), folder)
-            .with_context(|| format!("cannot write to {}", folder.display()))?,
+        Some(folder) => {
+            clap_mangen::generate_to(Cli::command(), folder).with_context(|| format!("cannot write to {}", folder.display()))?
+        }
         None => {
             let mut page = Vec::new();
             clap_mangen::Man::new(Cli::command()).render(&mut page)?;

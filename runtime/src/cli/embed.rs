@@ -78,20 +78,12 @@ fn embed_pictures(args: &EmbedArgs, pictures: &[Picture]) -> anyhow::Result<Exit
     let mut output = Output::new(pictures.len());
     let work = |picture: &Picture| (picture.name(), embed_picture(&model, picture));
     ordered_map(pictures.iter(), workers, work, |(source, outcome)| {
-        print(
-            &mut output,
-            Subject::Source(&source),
-            outcome?.map_err(|error| error.to_string()),
-            args.jsonl,
-        )
+        print(&mut output, Subject::Source(&source), outcome?.map_err(|error| error.to_string()), args.jsonl)
     })?;
     Ok(output.finish())
 }
 
-fn embed_picture(
-    model: &Model,
-    picture: &Picture,
-) -> Result<Result<Vec<f32>, ImageError>, ModelError> {
+fn embed_picture(model: &Model, picture: &Picture) -> Result<Result<Vec<f32>, ImageError>, ModelError> {
     match pictures::load(picture) {
         Ok(image) => model.embed_image(&image).map(Ok),
         Err(error) => Ok(Err(error)),
@@ -107,28 +99,15 @@ fn embed_texts(args: &EmbedArgs, texts: &[String]) -> anyhow::Result<ExitCode> {
         if let Some(warning) = cut_warning(&model, &text) {
             output.complain(&warning);
         }
-        let embedding = if text.trim().is_empty() {
-            Err("the text is empty".to_owned())
-        } else {
-            Ok(embedding?)
-        };
+        let embedding = if text.trim().is_empty() { Err("the text is empty".to_owned()) } else { Ok(embedding?) };
         print(&mut output, Subject::Text(&text), embedding, args.jsonl)
     })?;
     Ok(output.finish())
 }
 
-fn print(
-    output: &mut Output,
-    of: Subject<'_>,
-    embedding: Result<Vec<f32>, String>,
-    jsonl: bool,
-) -> anyhow::Result<()> {
+fn print(output: &mut Output, of: Subject<'_>, embedding: Result<Vec<f32>, String>, jsonl: bool) -> anyhow::Result<()> {
     match embedding {
-        Ok(embedding) if jsonl => output.json(&EmbeddingLine {
-            schema: SCHEMA,
-            of,
-            embedding: &embedding,
-        })?,
+        Ok(embedding) if jsonl => output.json(&EmbeddingLine { schema: SCHEMA, of, embedding: &embedding })?,
         Ok(embedding) => {
             let numbers: Vec<String> = embedding.iter().map(ToString::to_string).collect();
             output.line(&numbers.join(" "))?;

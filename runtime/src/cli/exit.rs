@@ -14,6 +14,8 @@ pub const NOTHING_FOUND: u8 = 1;
 pub const USAGE: u8 = 2;
 /// A picture, a text or a bundle is bad; also where some of several are.
 pub const BAD_INPUT: u8 = 3;
+/// A device or camera is not available.
+pub const NO_DEVICE: u8 = 4;
 /// The engine or its provider is not available.
 pub const NO_ENGINE: u8 = 5;
 
@@ -24,6 +26,7 @@ Exit codes:
   1  nothing found
   2  wrong usage
   3  bad input or bundle (of several pictures, those that can be read are still worked on)
+  4  device or camera not available
   5  engine not available";
 
 /// A wish that the command line's grammar allows and its meaning does not.
@@ -82,12 +85,16 @@ pub fn code_of(error: &anyhow::Error) -> u8 {
 
 fn source_code(error: &SourceError) -> u8 {
     match error {
-        SourceError::UnsupportedScheme { .. }
-        | SourceError::OtherMachine { .. }
-        | SourceError::BadEscape { .. } => USAGE,
+        SourceError::UnsupportedScheme { scheme, .. } if is_camera(scheme) => NO_DEVICE,
+        SourceError::UnsupportedScheme { .. } | SourceError::OtherMachine { .. } | SourceError::BadEscape { .. } => USAGE,
         SourceError::EmptyFolder { .. } => NOTHING_FOUND,
         SourceError::Folder { .. } => BAD_INPUT,
     }
+}
+
+/// Whether a scheme stands for a device or stream, as opposed to a mistyped one.
+fn is_camera(scheme: &str) -> bool {
+    ["v4l2", "rpicam", "mjpeg", "pipe"].contains(&scheme.to_lowercase().as_str())
 }
 
 fn model_code(error: &ModelError) -> u8 {
@@ -100,9 +107,7 @@ fn model_code(error: &ModelError) -> u8 {
 
 fn engine_code(error: &EngineError) -> u8 {
     match error {
-        EngineError::NotBuilt(_) | EngineError::Provider { .. } | EngineError::Threads { .. } => {
-            NO_ENGINE
-        }
+        EngineError::NotBuilt(_) | EngineError::Provider { .. } | EngineError::Threads { .. } => NO_ENGINE,
         // The rest are faults of the graphs that the bundle brought.
         _ => BAD_INPUT,
     }
@@ -110,9 +115,7 @@ fn engine_code(error: &EngineError) -> u8 {
 
 fn is_broken_pipe(error: &anyhow::Error) -> bool {
     let is_pipe = |error: &io::Error| error.kind() == io::ErrorKind::BrokenPipe;
-    error
-        .chain()
-        .any(|cause| cause.downcast_ref::<io::Error>().is_some_and(is_pipe))
+    error.chain().any(|cause| cause.downcast_ref::<io::Error>().is_some_and(is_pipe))
 }
 
 #[cfg(test)]
@@ -124,31 +127,16 @@ mod tests {
 
     #[test]
     fn codes() {
-        let ort = EngineOptions {
-            engine: EngineKind::Ort,
-            ..EngineOptions::default()
-        };
+        let ort = EngineOptions { engine: EngineKind::Ort, ..EngineOptions::default() };
         let not_built = || unimo::engine::open(&ort).err().map(anyhow::Error::new);
         let model = |error: EngineError| anyhow::Error::new(ModelError::Engine(error));
-        let load = EngineError::Load {
-            graph: "text".to_owned(),
-            reason: "odd".to_owned(),
-        };
+        let load = EngineError::Load { graph: "text".to_owned(), reason: "odd".to_owned() };
         let cases = [
             (not_built(), NO_ENGINE),
             (unimo::engine::open(&ort).err().map(model), NO_ENGINE),
             (not_built().map(|error| error.context("opening")), NO_ENGINE),
             (Some(model(load)), BAD_INPUT),
-            (
-                Some(
-                    ModelError::TooManyWords {
-                        asked: 99,
-                        most: 31,
-                    }
-                    .into(),
-                ),
-                USAGE,
-            ),
+            (Some(ModelError::TooManyWords { asked: 99, most: 31 }.into()), USAGE),
             (Some(UsageError("no".to_owned()).into()), USAGE),
             (Some(SourceError::EmptyFolder { folder: "x".into() }.into()), NOTHING_FOUND),
             (Some(anyhow::anyhow!("what else")), BAD_INPUT),
@@ -162,13 +150,8 @@ mod tests {
     #[test]
     fn a_cause_is_said_once() {
         let cause = io::Error::other("disk on fire");
-        let error = Err::<(), _>(cause)
-            .context("cannot read x: disk on fire")
-            .context("while indexing");
+        let error = Err::<(), _>(cause).context("cannot read x: disk on fire").context("while indexing");
         let said = error.map_err(|error| sentence(&error));
-        assert_eq!(
-            said,
-            Err("while indexing: cannot read x: disk on fire".to_owned())
-        );
+        assert_eq!(said, Err("while indexing: cannot read x: disk on fire".to_owned()));
     }
 }

@@ -1,6 +1,7 @@
 //! `unimo index`.
 
-use std::io::{self, Write};
+use std::fs::File;
+use std::io::{self, Read, Write};
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
@@ -117,7 +118,8 @@ pub fn run(args: &IndexArgs) -> anyhow::Result<ExitCode> {
     match &args.command {
         IndexCommand::Add(args) => add(args),
         IndexCommand::Remove { gallery, sources } => {
-            let removed = Gallery::open(&gallery.gallery)?.remove(sources)?;
+            let sources = sources.iter().map(|source| stored_name(source)).collect::<io::Result<Vec<_>>>()?;
+            let removed = Gallery::open(&gallery.gallery)?.remove(&sources)?;
             writeln!(io::stdout(), "{removed} forgotten")?;
             Ok(ExitCode::from(if removed == 0 { NOTHING_FOUND } else { 0 }))
         }
@@ -131,9 +133,15 @@ pub fn run(args: &IndexArgs) -> anyhow::Result<ExitCode> {
     }
 }
 
+/// What a gallery calls a picture: its absolute path, so that it is found again from any folder, and equal names in two folders
+/// are two pictures.
+pub fn stored_name(path: &str) -> io::Result<String> {
+    Ok(std::path::absolute(path)?.display().to_string())
+}
+
 /// What became of a picture: nothing to do, an entry to store, or words on why not.
 enum Looked {
-    Unchanged,
+    Unchanged(Option<String>),
     Entry(Box<Entry>),
     Bad(String),
 }
@@ -148,9 +156,14 @@ fn survive_file_size_limit() -> io::Result<()> {
 fn add(args: &AddArgs) -> anyhow::Result<ExitCode> {
     #[cfg(unix)]
     survive_file_size_limit()?;
-    let pictures = pictures(&args.sources)?;
+    let mut pictures = pictures(&args.sources)?;
     if pictures.contains(&Picture::Stdin) {
         return Err(UsageError("a picture on standard input has no name to be found by again: index files".to_owned()).into());
+    }
+    for picture in &mut pictures {
+        if let Picture::File(path) = picture {
+            *path = std::path::absolute(&*path)?;
+        }
     }
     let (model, workers) = args.model.open_for(pictures.len())?;
     let path = &args.gallery.gallery;
@@ -161,14 +174,14 @@ fn add(args: &AddArgs) -> anyhow::Result<ExitCode> {
     let work = |picture: &Picture| (picture.name(), look(&model, picture, &known, !args.no_captions));
     ordered_map(pictures.iter(), workers, work, |(source, looked)| {
         match looked? {
-            Looked::Unchanged => report(&output, args.jsonl, &source, "unchanged", None)?,
+            Looked::Unchanged(caption) => report(&output, args.jsonl, &source, "unchanged", caption.as_deref())?,
             Looked::Bad(reason) => drop(output.failure(Subject::Source(&source), &reason, false, args.jsonl)?),
             Looked::Entry(entry) => {
                 // Asked again: the command line may name a picture twice, and a second worker then began before the first was done.
                 let status = match gallery.known(&source, &entry.hash)? {
                     Known::New => "added",
-                    Known::Changed => "updated",
-                    Known::Unchanged => "unchanged",
+                    Known::Unchanged(caption) if caption.is_some() || entry.caption.is_none() => "unchanged",
+                    Known::Changed | Known::Unchanged(_) => "updated",
                 };
                 if status != "unchanged" {
                     gallery.put(std::slice::from_ref(&*entry))?;
@@ -200,10 +213,15 @@ fn look(model: &Model, picture: &Picture, known: &std::sync::Mutex<Gallery>, cap
         Err(error) => return Ok(Looked::Bad(format!("cannot read {}: {error}", path.display()))),
     };
     let hash: [u8; 32] = Sha256::digest(&bytes).into();
-    let source = picture.name();
+    // The stored name is what the picture is read by again.
+    let Some(source) = path.to_str().map(str::to_owned) else {
+        return Ok(Looked::Bad("its name is not UTF-8".to_owned()));
+    };
     let stored = known.lock().unwrap_or_else(std::sync::PoisonError::into_inner).known(&source, &hash)?;
-    if stored == Known::Unchanged {
-        return Ok(Looked::Unchanged);
+    // One stored without a caption is looked at again where a caption is wanted.
+    match stored {
+        Known::Unchanged(caption) if caption.is_some() || !captions => return Ok(Looked::Unchanged(caption)),
+        _ => {}
     }
     let image = match decode(&bytes, &DecodeLimits::default()) {
         Ok(image) => image,
@@ -221,11 +239,15 @@ fn look(model: &Model, picture: &Picture, known: &std::sync::Mutex<Gallery>, cap
 
 fn read(path: &Path) -> std::io::Result<(Vec<u8>, Time)> {
     let limit = DecodeLimits::default().max_bytes;
-    let metadata = std::fs::metadata(path)?;
-    if metadata.len() > limit {
-        return Err(std::io::Error::other(format!("{} bytes are more than the {limit} allowed", metadata.len())));
+    let file = File::open(path)?;
+    let time = file.metadata()?.modified()?.into();
+    let mut bytes = Vec::new();
+    // Not by the length that the system tells: a device has none, and no end.
+    file.take(limit + 1).read_to_end(&mut bytes)?;
+    if bytes.len() as u64 > limit {
+        return Err(io::Error::other(format!("it has more than the {limit} bytes allowed")));
     }
-    Ok((std::fs::read(path)?, metadata.modified()?.into()))
+    Ok((bytes, time))
 }
 
 fn stats(path: &Path, json: bool) -> anyhow::Result<ExitCode> {
@@ -244,7 +266,11 @@ fn stats(path: &Path, json: bool) -> anyhow::Result<ExitCode> {
         writeln!(
             io::stdout(),
             "pictures   {} ({} with captions)\nembedding  {} values\nbundle     {}\nsize       {} bytes",
-            stats.images, stats.captions, stats.width, stats.bundle, stats.bytes
+            stats.images,
+            stats.captions,
+            stats.width,
+            stats.bundle,
+            stats.bytes
         )?;
     }
     Ok(ExitCode::SUCCESS)

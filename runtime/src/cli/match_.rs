@@ -47,12 +47,7 @@ struct MatchLine<'a> {
 pub fn run(args: &MatchArgs) -> anyhow::Result<ExitCode> {
     let pictures = pictures::find(std::slice::from_ref(&args.image))?;
     let [picture] = pictures.as_slice() else {
-        return Err(UsageError(format!(
-            "{} has {} pictures, match takes one",
-            args.image,
-            pictures.len()
-        ))
-        .into());
+        return Err(UsageError(format!("{} has {} pictures, match takes one", args.image, pictures.len())).into());
     };
     let model = args.model.open()?;
     model.load(&[GraphName::Vision, GraphName::Match])?;
@@ -61,12 +56,7 @@ pub fn run(args: &MatchArgs) -> anyhow::Result<ExitCode> {
     let image = match pictures::load(picture) {
         Ok(image) => image,
         Err(error) => {
-            output.failure(
-                Subject::Source(&source),
-                &error.to_string(),
-                false,
-                args.jsonl,
-            )?;
+            output.failure(Subject::Source(&source), &error.to_string(), false, args.jsonl)?;
             return Ok(output.finish());
         }
     };
@@ -77,12 +67,7 @@ pub fn run(args: &MatchArgs) -> anyhow::Result<ExitCode> {
         }
         let score = model.match_score(&vision, text)?;
         if args.jsonl {
-            output.json(&MatchLine {
-                schema: SCHEMA,
-                source: &source,
-                text,
-                score,
-            })?;
+            output.json(&MatchLine { schema: SCHEMA, source: &source, text, score })?;
         } else {
             output.line(&format!("{score:.4}  {text}"))?;
         }

@@ -42,21 +42,9 @@ impl ModelArgs {
         let cores = || thread::available_parallelism().map_or(1, NonZeroUsize::get);
         let threads = self.threads.map_or_else(cores, NonZeroUsize::get);
         // Pictures side by side keep all cores busy; one alone is faster with its matrix products split.
-        let (workers, threads) = if jobs > 1 {
-            (threads.min(jobs), 1)
-        } else {
-            (1, threads)
-        };
-        let options = EngineOptions {
-            engine: self.engine,
-            provider: self.provider,
-            precision: self.precision,
-            threads,
-        };
-        let source = self
-            .bundle
-            .clone()
-            .map_or(BundleSource::Embedded, BundleSource::Path);
+        let (workers, threads) = if jobs > 1 { (threads.min(jobs), 1) } else { (1, threads) };
+        let options = EngineOptions { engine: self.engine, provider: self.provider, precision: self.precision, threads };
+        let source = self.bundle.clone().map_or(BundleSource::Embedded, BundleSource::Path);
         Ok((Model::open(&source, &options)?, workers))
     }
 }

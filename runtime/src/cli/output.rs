@@ -44,8 +44,7 @@ impl Output {
     pub fn new(results: usize) -> Self {
         let bar = if results > 1 && io::stderr().is_terminal() {
             let style = ProgressStyle::with_template("{bar:32} {pos}/{len} {per_sec} {eta} left");
-            ProgressBar::new(results as u64)
-                .with_style(style.unwrap_or_else(|_| ProgressStyle::default_bar()))
+            ProgressBar::new(results as u64).with_style(style.unwrap_or_else(|_| ProgressStyle::default_bar()))
         } else {
             ProgressBar::hidden()
         };
@@ -72,11 +71,7 @@ impl Output {
         jsonl: bool,
     ) -> anyhow::Result<Option<serde_json::Value>> {
         self.failed = true;
-        let line = ErrorLine {
-            schema: SCHEMA,
-            of,
-            error,
-        };
+        let line = ErrorLine { schema: SCHEMA, of, error };
         if json {
             return Ok(Some(serde_json::to_value(line)?));
         }

@@ -11,7 +11,7 @@ use unimo::model::Model;
 
 use super::ModelArgs;
 use super::exit::{NOTHING_FOUND, UsageError};
-use super::index::GalleryArgs;
+use super::index::{GalleryArgs, stored_name};
 use super::output::SCHEMA;
 use super::pictures;
 use super::texts::cut_warning;
@@ -42,13 +42,13 @@ pub struct SearchArgs {
     /// Pictures to find
     #[arg(short = 'k', default_value_t = 5, value_name = "N", value_parser = clap::value_parser!(u16).range(1..))]
     count: u16,
-    /// Not before this time (2026-11-23, or 2026-11-23T14:05:00Z)
+    /// Not before this time (2026-11-23, a day in UTC, or 2026-11-23T14:05:00Z)
     #[arg(long, value_name = "TIME")]
     since: Option<Time>,
-    /// Not after this time
-    #[arg(long, value_name = "TIME")]
+    /// Not after this time, or this day
+    #[arg(long, value_name = "TIME", value_parser = Time::last_of)]
     until: Option<Time>,
-    /// Sources that begin with this
+    /// Pictures whose path begins with this one
     #[arg(long, value_name = "PREFIX")]
     source: Option<String>,
     /// Read the best pictures again, and order them by how well the words match each
@@ -75,7 +75,7 @@ pub fn run(args: &SearchArgs) -> anyhow::Result<ExitCode> {
     let model = args.model.open()?;
     gallery.require_bundle(model.bundle_id())?;
     let query = query(args, &model)?;
-    let filter = Filter { since: args.since, until: args.until, source: args.source.clone() };
+    let filter = Filter { since: args.since, until: args.until, source: args.source.as_deref().map(stored_name).transpose()? };
     let count = usize::from(args.count);
     let mut hits = match (&args.words, args.rerank) {
         (Some(words), true) => rerank(&model, words, gallery.search(&query, &filter, RERANKED * count)?)?,

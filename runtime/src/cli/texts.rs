@@ -6,10 +6,6 @@ use unimo::model::Model;
 pub fn cut_warning(model: &Model, text: &str) -> Option<String> {
     let cut = model.cut_off(text);
     (cut > 0).then(|| {
-        format!(
-            "warning: only the first {} of {} tokens are read of {text:?}",
-            model.text_room(),
-            model.text_room() + cut
-        )
+        format!("warning: only the first {} of {} tokens are read of {text:?}", model.text_room(), model.text_room() + cut)
     })
 }

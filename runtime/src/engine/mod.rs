@@ -88,12 +88,7 @@ pub struct EngineOptions {
 
 impl Default for EngineOptions {
     fn default() -> Self {
-        Self {
-            engine: EngineKind::default(),
-            provider: Provider::default(),
-            precision: None,
-            threads: 1,
-        }
+        Self { engine: EngineKind::default(), provider: Provider::default(), precision: None, threads: 1 }
     }
 }
 
@@ -168,11 +163,7 @@ pub enum EngineError {
 }
 
 fn built_in() -> &'static str {
-    if cfg!(feature = "tract") {
-        "tract"
-    } else {
-        "none"
-    }
+    if cfg!(feature = "tract") { "tract" } else { "none" }
 }
 
 /// A graph as it lies in a bundle.
@@ -210,34 +201,21 @@ pub trait Graph: Send + Sync {
 pub fn open(options: &EngineOptions) -> Result<Box<dyn Engine>, EngineError> {
     match options.engine {
         #[cfg(feature = "tract")]
-        EngineKind::Tract if options.provider == Provider::Cpu => {
-            Ok(Box::new(tract::Tract::new(options.threads)?))
+        EngineKind::Tract if options.provider == Provider::Cpu => Ok(Box::new(tract::Tract::new(options.threads)?)),
+        EngineKind::Tract if cfg!(feature = "tract") => {
+            Err(EngineError::Provider { engine: options.engine, provider: options.provider })
         }
-        EngineKind::Tract if cfg!(feature = "tract") => Err(EngineError::Provider {
-            engine: options.engine,
-            provider: options.provider,
-        }),
         engine => Err(EngineError::NotBuilt(engine)),
     }
 }
 
 /// Picks the inputs that a signature lists, in its order, and checks their types and shapes.
 #[cfg_attr(not(feature = "tract"), allow(dead_code))]
-fn ordered_inputs<'a>(
-    signature: &GraphSignature,
-    inputs: &[(&str, &'a Tensor)],
-) -> Result<Vec<&'a Tensor>, EngineError> {
+fn ordered_inputs<'a>(signature: &GraphSignature, inputs: &[(&str, &'a Tensor)]) -> Result<Vec<&'a Tensor>, EngineError> {
     let pick = |expected: &TensorSignature| {
-        let found = inputs
-            .iter()
-            .find(|(name, _)| *name == expected.name)
-            .map(|(_, tensor)| *tensor);
+        let found = inputs.iter().find(|(name, _)| *name == expected.name).map(|(_, tensor)| *tensor);
         match found {
-            Some(tensor)
-                if tensor.dtype() == expected.dtype && tensor.shape() == expected.shape =>
-            {
-                Ok(tensor)
-            }
+            Some(tensor) if tensor.dtype() == expected.dtype && tensor.shape() == expected.shape => Ok(tensor),
             found => Err(EngineError::Shape {
                 graph: signature.name.clone(),
                 tensor: format!("input {:?}", expected.name),
@@ -260,17 +238,10 @@ mod tests {
 
     #[test]
     fn engines_that_are_not_there() {
-        let options = |engine, provider| EngineOptions {
-            engine,
-            provider,
-            ..EngineOptions::default()
-        };
+        let options = |engine, provider| EngineOptions { engine, provider, ..EngineOptions::default() };
         let error = |options| open(&options).err().map(|error| error.to_string());
         let ort = error(options(EngineKind::Ort, Provider::Cpu)).unwrap();
-        assert!(
-            ort.starts_with("this build has no engine ort; built in: "),
-            "{ort}"
-        );
+        assert!(ort.starts_with("this build has no engine ort; built in: "), "{ort}");
         let cuda = error(options(EngineKind::Tract, Provider::Cuda)).unwrap();
         let expected = if cfg!(feature = "tract") {
             "engine tract cannot compute on cuda"
@@ -283,10 +254,7 @@ mod tests {
     #[test]
     fn names() {
         assert_eq!("tensorrt".parse(), Ok(Provider::Tensorrt));
-        assert_eq!(
-            "Tract".parse::<EngineKind>(),
-            Err("Tract is none of tract, ort".to_owned())
-        );
+        assert_eq!("Tract".parse::<EngineKind>(), Err("Tract is none of tract, ort".to_owned()));
         assert_eq!(EngineKind::Ort.to_string(), "ort");
     }
 }

@@ -24,23 +24,13 @@ struct Constant<'a> {
 
 /// Parses a graph, fetches its weights and folds the operators that only prepare them.
 pub(super) fn parse(source: &GraphSource<'_>) -> Result<ModelProto, EngineError> {
-    let load = |reason: String| EngineError::Load {
-        graph: source.signature.name.clone(),
-        reason,
-    };
+    let load = |reason: String| EngineError::Load { graph: source.signature.name.clone(), reason };
     let mut model = ModelProto::decode(source.onnx).map_err(|error| load(error.to_string()))?;
-    let graph = model
-        .graph
-        .as_mut()
-        .ok_or_else(|| load("the file holds no graph".to_owned()))?;
+    let graph = model.graph.as_mut().ok_or_else(|| load("the file holds no graph".to_owned()))?;
     let mut constants = BTreeMap::new();
     let mut inline = Vec::new();
     for mut tensor in std::mem::take(&mut graph.initializer) {
-        let weight = |reason| EngineError::Weight {
-            graph: source.signature.name.clone(),
-            tensor: tensor.name.clone(),
-            reason,
-        };
+        let weight = |reason| EngineError::Weight { graph: source.signature.name.clone(), tensor: tensor.name.clone(), reason };
         let external = tensor.data_location == Some(DataLocation::External as i32);
         if external || !tensor.raw_data.is_empty() {
             let raw = std::mem::take(&mut tensor.raw_data);
@@ -52,15 +42,13 @@ pub(super) fn parse(source: &GraphSource<'_>) -> Result<ModelProto, EngineError>
     }
     fold(graph, &mut constants);
     graph.initializer = inline;
-    graph
-        .initializer
-        .extend(constants.into_iter().map(|(name, constant)| TensorProto {
-            name,
-            dims: constant.dims,
-            data_type: constant.dtype as i32,
-            raw_data: constant.bytes.into_owned(),
-            ..TensorProto::default()
-        }));
+    graph.initializer.extend(constants.into_iter().map(|(name, constant)| TensorProto {
+        name,
+        dims: constant.dims,
+        data_type: constant.dtype as i32,
+        raw_data: constant.bytes.into_owned(),
+        ..TensorProto::default()
+    }));
     Ok(model)
 }
 
@@ -81,57 +69,30 @@ fn constant<'a>(
     let expected = tensor
         .dims
         .iter()
-        .try_fold(width, |size: usize, &dim| {
-            size.checked_mul(usize::try_from(dim).ok()?)
-        })
+        .try_fold(width, |size: usize, &dim| size.checked_mul(usize::try_from(dim).ok()?))
         .ok_or_else(|| format!("has the impossible shape {:?}", tensor.dims))?;
-    let bytes: Cow<'a, [u8]> = if external {
-        Cow::Borrowed(external_bytes(tensor, find)?)
-    } else {
-        Cow::Owned(raw)
-    };
+    let bytes: Cow<'a, [u8]> = if external { Cow::Borrowed(external_bytes(tensor, find)?) } else { Cow::Owned(raw) };
     if bytes.len() != expected {
-        return Err(format!(
-            "has {} bytes, its shape {:?} needs {expected}",
-            bytes.len(),
-            tensor.dims
-        ));
+        return Err(format!("has {} bytes, its shape {:?} needs {expected}", bytes.len(), tensor.dims));
     }
-    Ok(Constant {
-        dtype,
-        dims: tensor.dims.clone(),
-        bytes,
-    })
+    Ok(Constant { dtype, dims: tensor.dims.clone(), bytes })
 }
 
-fn external_bytes<'a>(
-    tensor: &TensorProto,
-    find: &dyn Fn(&str) -> Option<&'a [u8]>,
-) -> Result<&'a [u8], String> {
+fn external_bytes<'a>(tensor: &TensorProto, find: &dyn Fn(&str) -> Option<&'a [u8]>) -> Result<&'a [u8], String> {
     let entry = |key: &str| {
         let entry = tensor.external_data.iter().find(|entry| entry.key == key);
-        entry
-            .map(|entry| entry.value.as_str())
-            .ok_or_else(|| format!("is external but has no {key}"))
+        entry.map(|entry| entry.value.as_str()).ok_or_else(|| format!("is external but has no {key}"))
     };
     let number = |key: &str| {
         let value = entry(key)?;
-        value
-            .parse::<usize>()
-            .map_err(|_| format!("has the {key} {value:?}, which is no number"))
+        value.parse::<usize>().map_err(|_| format!("has the {key} {value:?}, which is no number"))
     };
     let (location, offset, length) = (entry("location")?, number("offset")?, number("length")?);
-    let file = find(location)
-        .ok_or_else(|| format!("lies in {location:?}, which the bundle does not hold"))?;
+    let file = find(location).ok_or_else(|| format!("lies in {location:?}, which the bundle does not hold"))?;
     offset
         .checked_add(length)
         .and_then(|end| file.get(offset..end))
-        .ok_or_else(|| {
-            format!(
-                "is out of range: {length} bytes at {offset} of {location}, which has {}",
-                file.len()
-            )
-        })
+        .ok_or_else(|| format!("is out of range: {length} bytes at {offset} of {location}, which has {}", file.len()))
 }
 
 /// Replaces operators over constants by constants, and forgets those that nothing reads any more.
@@ -144,43 +105,22 @@ fn fold(graph: &mut GraphProto, constants: &mut BTreeMap<String, Constant<'_>>) 
         }
         None => true,
     });
-    let read: BTreeSet<&String> = graph
-        .node
-        .iter()
-        .flat_map(|node| &node.input)
-        .chain(graph.output.iter().map(|output| &output.name))
-        .collect();
+    let read: BTreeSet<&String> =
+        graph.node.iter().flat_map(|node| &node.input).chain(graph.output.iter().map(|output| &output.name)).collect();
     constants.retain(|name, _| read.contains(name));
 }
 
-fn folded<'a>(
-    node: &NodeProto,
-    constants: &BTreeMap<String, Constant<'a>>,
-) -> Option<Constant<'a>> {
+fn folded<'a>(node: &NodeProto, constants: &BTreeMap<String, Constant<'a>>) -> Option<Constant<'a>> {
     let ([input], [_]) = (node.input.as_slice(), node.output.as_slice()) else {
         return None;
     };
     let constant = constants.get(input)?;
-    let attribute = |name: &str| {
-        node.attribute
-            .iter()
-            .find(|attribute| attribute.name == name)
-    };
+    let attribute = |name: &str| node.attribute.iter().find(|attribute| attribute.name == name);
     match node.op_type.as_str() {
-        "Cast"
-            if attribute("to")?.i == DataType::Float as i64
-                && constant.dtype == DataType::Float16 =>
-        {
-            Some(Constant {
-                dtype: DataType::Float,
-                dims: constant.dims.clone(),
-                bytes: Cow::Owned(expand(&constant.bytes)),
-            })
+        "Cast" if attribute("to")?.i == DataType::Float as i64 && constant.dtype == DataType::Float16 => {
+            Some(Constant { dtype: DataType::Float, dims: constant.dims.clone(), bytes: Cow::Owned(expand(&constant.bytes)) })
         }
-        "Transpose"
-            if constant.dtype == DataType::Float
-                && attribute("perm").is_none_or(|perm| perm.ints == [1, 0]) =>
-        {
+        "Transpose" if constant.dtype == DataType::Float && attribute("perm").is_none_or(|perm| perm.ints == [1, 0]) => {
             let &[rows, columns] = constant.dims.as_slice() else {
                 return None;
             };
@@ -196,12 +136,7 @@ fn folded<'a>(
 
 /// Little-endian 16-bit floats as 32-bit ones.
 fn expand(halves: &[u8]) -> Vec<u8> {
-    halves
-        .as_chunks::<2>()
-        .0
-        .iter()
-        .flat_map(|&half| f16::from_le_bytes(half).to_f32().to_le_bytes())
-        .collect()
+    halves.as_chunks::<2>().0.iter().flat_map(|&half| f16::from_le_bytes(half).to_f32().to_le_bytes()).collect()
 }
 
 /// A `[rows, columns]` matrix of 4-byte elements as `[columns, rows]`.

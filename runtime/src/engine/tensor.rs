@@ -42,11 +42,7 @@ impl Tensor {
     }
 
     fn new(shape: &[usize], data: Data) -> Self {
-        Self {
-            shape: shape.to_vec(),
-            data,
-            native: OnceLock::new(),
-        }
+        Self { shape: shape.to_vec(), data, native: OnceLock::new() }
     }
 
     /// Its shape.
@@ -104,10 +100,7 @@ impl Tensor {
     ///
     /// # Errors
     /// Those of `make`.
-    pub fn native<T: Any + Send + Sync, E>(
-        &self,
-        make: impl FnOnce(&Self) -> Result<T, E>,
-    ) -> Result<Arc<T>, E> {
+    pub fn native<T: Any + Send + Sync, E>(&self, make: impl FnOnce(&Self) -> Result<T, E>) -> Result<Arc<T>, E> {
         if let Some(native) = self.native.get()
             && let Ok(native) = native.clone().downcast::<T>()
         {
@@ -121,9 +114,7 @@ impl Tensor {
 }
 
 fn elements(shape: &[usize]) -> Option<usize> {
-    shape
-        .iter()
-        .try_fold(1usize, |product, &size| product.checked_mul(size))
+    shape.iter().try_fold(1usize, |product, &size| product.checked_mul(size))
 }
 
 #[cfg(test)]

@@ -5,9 +5,8 @@ use prost::Message;
 use tract_onnx::pb::tensor_proto::{DataLocation, DataType};
 use tract_onnx::pb::tensor_shape_proto::{Dimension, dimension::Value as Size};
 use tract_onnx::pb::{
-    AttributeProto, GraphProto, ModelProto, NodeProto, OperatorSetIdProto, StringStringEntryProto,
-    TensorProto, TensorShapeProto, TypeProto, ValueInfoProto, attribute_proto::AttributeType,
-    type_proto,
+    AttributeProto, GraphProto, ModelProto, NodeProto, OperatorSetIdProto, StringStringEntryProto, TensorProto, TensorShapeProto,
+    TypeProto, ValueInfoProto, attribute_proto::AttributeType, type_proto,
 };
 
 use crate::bundle::manifest::{Dtype, GraphSignature, ModelSizes};
@@ -19,10 +18,7 @@ pub(crate) struct Toy(GraphProto);
 impl Toy {
     pub(crate) fn new(signature: &GraphSignature) -> Self {
         let values = |tensors: &[crate::bundle::manifest::TensorSignature]| {
-            tensors
-                .iter()
-                .map(|tensor| value(&tensor.name, &tensor.shape, tensor.dtype))
-                .collect()
+            tensors.iter().map(|tensor| value(&tensor.name, &tensor.shape, tensor.dtype)).collect()
         };
         Self(GraphProto {
             name: signature.name.clone(),
@@ -44,15 +40,10 @@ impl Toy {
 
     /// Gives the last node an attribute.
     pub(crate) fn with(mut self, name: &str, attribute: Attribute) -> Self {
-        let mut proto = AttributeProto {
-            name: name.to_owned(),
-            ..AttributeProto::default()
-        };
+        let mut proto = AttributeProto { name: name.to_owned(), ..AttributeProto::default() };
         match attribute {
             Attribute::Int(value) => (proto.r#type, proto.i) = (AttributeType::Int as i32, value),
-            Attribute::Ints(values) => {
-                (proto.r#type, proto.ints) = (AttributeType::Ints as i32, values)
-            }
+            Attribute::Ints(values) => (proto.r#type, proto.ints) = (AttributeType::Ints as i32, values),
         }
         if let Some(node) = self.0.node.last_mut() {
             node.attribute.push(proto);
@@ -65,10 +56,7 @@ impl Toy {
             name: name.to_owned(),
             dims: dims.to_vec(),
             data_type: DataType::Float as i32,
-            raw_data: values
-                .iter()
-                .flat_map(|value| value.to_le_bytes())
-                .collect(),
+            raw_data: values.iter().flat_map(|value| value.to_le_bytes()).collect(),
             ..TensorProto::default()
         });
         self
@@ -88,38 +76,21 @@ impl Toy {
     /// A 16-bit weight at a byte of `weights.bin`.
     pub(crate) fn external(mut self, name: &str, dims: &[i64], offset: usize) -> Self {
         let length = 2 * dims.iter().product::<i64>();
-        let entries = [
-            ("location", "weights.bin".to_owned()),
-            ("offset", offset.to_string()),
-            ("length", length.to_string()),
-        ];
+        let entries = [("location", "weights.bin".to_owned()), ("offset", offset.to_string()), ("length", length.to_string())];
         self.0.initializer.push(TensorProto {
             name: name.to_owned(),
             dims: dims.to_vec(),
             data_type: DataType::Float16 as i32,
             data_location: Some(DataLocation::External as i32),
-            external_data: entries
-                .map(|(key, value)| StringStringEntryProto {
-                    key: key.to_owned(),
-                    value,
-                })
-                .to_vec(),
+            external_data: entries.map(|(key, value)| StringStringEntryProto { key: key.to_owned(), value }).to_vec(),
             ..TensorProto::default()
         });
         self
     }
 
     pub(crate) fn model(self) -> ModelProto {
-        let opset = OperatorSetIdProto {
-            version: 17,
-            ..OperatorSetIdProto::default()
-        };
-        ModelProto {
-            ir_version: 8,
-            opset_import: vec![opset],
-            graph: Some(self.0),
-            ..ModelProto::default()
-        }
+        let opset = OperatorSetIdProto { version: 17, ..OperatorSetIdProto::default() };
+        ModelProto { ir_version: 8, opset_import: vec![opset], graph: Some(self.0), ..ModelProto::default() }
     }
 
     fn bytes(self) -> Vec<u8> {
@@ -142,34 +113,23 @@ pub(crate) enum Attribute {
 }
 
 fn value(name: &str, shape: &[usize], dtype: Dtype) -> ValueInfoProto {
-    let dims = shape.iter().map(|&size| Dimension {
-        value: Some(Size::DimValue(size as i64)),
-        ..Dimension::default()
-    });
+    let dims = shape.iter().map(|&size| Dimension { value: Some(Size::DimValue(size as i64)), ..Dimension::default() });
     let tensor = type_proto::Tensor {
         elem_type: match dtype {
             Dtype::F32 => DataType::Float as i32,
             Dtype::I64 => DataType::Int64 as i32,
         },
-        shape: Some(TensorShapeProto {
-            dim: dims.collect(),
-        }),
+        shape: Some(TensorShapeProto { dim: dims.collect() }),
     };
     ValueInfoProto {
         name: name.to_owned(),
-        r#type: Some(TypeProto {
-            value: Some(type_proto::Value::TensorType(tensor)),
-            ..TypeProto::default()
-        }),
+        r#type: Some(TypeProto { value: Some(type_proto::Value::TensorType(tensor)), ..TypeProto::default() }),
         ..ValueInfoProto::default()
     }
 }
 
 pub(crate) fn halves(numbers: &[f32]) -> Vec<u8> {
-    numbers
-        .iter()
-        .flat_map(|&x| f16::from_f32(x).to_le_bytes())
-        .collect()
+    numbers.iter().flat_map(|&x| f16::from_f32(x).to_le_bytes()).collect()
 }
 
 /// The four graphs of a toy model and their `weights.bin`.
@@ -180,21 +140,12 @@ pub(crate) fn halves(numbers: &[f32]) -> Vec<u8> {
 /// - `decode`: the likeliest ids are `64 + 16 m + n` with n the number of words before, and `[SEP]` from the fourth place on;
 /// - `text`: the embedding is the mean over its ids of `[1, id, 0, …]`, of unit length;
 /// - `match`: the logit is `m` times the number of ids.
-pub(crate) fn graphs(
-    model: &ModelSizes,
-    signatures: &[GraphSignature],
-) -> (Vec<(String, Vec<u8>)>, Vec<u8>) {
+pub(crate) fn graphs(model: &ModelSizes, signatures: &[GraphSignature]) -> (Vec<(String, Vec<u8>)>, Vec<u8>) {
     let shape = |signature: usize, output: usize| -> Vec<i64> {
-        signatures[signature].outputs[output]
-            .shape
-            .iter()
-            .map(|&size| size as i64)
-            .collect()
+        signatures[signature].outputs[output].shape.iter().map(|&size| size as i64).collect()
     };
     let (vocabulary, width) = (model.vocabulary, model.embedding);
-    let colours: Vec<f32> = (0..3 * width)
-        .map(|i| if i % width == i / width { 1.0 } else { 0.25 })
-        .collect();
+    let colours: Vec<f32> = (0..3 * width).map(|i| if i % width == i / width { 1.0 } else { 0.25 }).collect();
 
     let (keys, regions) = (shape(0, 1), shape(0, 3));
     let vision = Toy::new(&signatures[0])
@@ -217,9 +168,7 @@ pub(crate) fn graphs(
 
     let new = shape(1, 1);
     let ids: Vec<f32> = (0..vocabulary).map(|id| id as f32).collect();
-    let ends: Vec<f32> = (0..vocabulary)
-        .map(|id| if id == SEP as usize { 1e5 } else { 0.0 })
-        .collect();
+    let ends: Vec<f32> = (0..vocabulary).map(|id| if id == SEP as usize { 1e5 } else { 0.0 }).collect();
     let decode = Toy::new(&signatures[1])
         .node("ReduceMean", &["prefix_keys"], "key4")
         .integers("one", &[1], &[1])
@@ -266,10 +215,11 @@ pub(crate) fn graphs(
         })
         .collect();
     let weights_of_places = |toy: Toy| {
-        toy.floats("scale", &[1], &[1e-4])
-            .floats("whole", &[1], &[1.0])
-            .node("Mul", &["mask", "scale"], "minus")
-            .node("Add", &["minus", "whole"], "real")
+        toy.floats("scale", &[1], &[1e-4]).floats("whole", &[1], &[1.0]).node("Mul", &["mask", "scale"], "minus").node(
+            "Add",
+            &["minus", "whole"],
+            "real",
+        )
     };
     let text = weights_of_places(Toy::new(&signatures[2]))
         .floats("table", &[vocabulary as i64, width as i64], &table)
@@ -289,10 +239,5 @@ pub(crate) fn graphs(
         .node("Mul", &["m", "count"], "score");
 
     let graphs = [vision, decode, text, match_].into_iter().zip(signatures);
-    (
-        graphs
-            .map(|(toy, signature)| (signature.name.clone(), toy.bytes()))
-            .collect(),
-        halves(&colours),
-    )
+    (graphs.map(|(toy, signature)| (signature.name.clone(), toy.bytes())).collect(), halves(&colours))
 }

@@ -4,8 +4,7 @@ use std::sync::Arc;
 
 use tract_linalg::multithread::{Executor, multithread_tract_scope};
 use tract_onnx::prelude::{
-    DatumType, Framework, InferenceModelExt, IntoRunnable, TValue, TVec, Tensor as TractTensor,
-    TractResult, TypedRunnableModel,
+    DatumType, Framework, InferenceModelExt, IntoRunnable, TValue, TVec, Tensor as TractTensor, TractResult, TypedRunnableModel,
 };
 
 use super::{Engine, EngineError, Graph, GraphSource, Tensor, onnx, ordered_inputs, typed};
@@ -26,10 +25,7 @@ impl Tract {
                 .num_threads(threads)
                 .thread_name(|i| format!("tract-{i}"))
                 .build()
-                .map_err(|error| EngineError::Threads {
-                    threads,
-                    reason: error.to_string(),
-                })?;
+                .map_err(|error| EngineError::Threads { threads, reason: error.to_string() })?;
             Executor::MultiThread(Arc::new(pool))
         };
         Ok(Self { executor })
@@ -41,41 +37,23 @@ impl Engine for Tract {
         let proto = onnx::parse(source)?;
         let signature = source.signature.clone();
         check_names(&proto, &signature)?;
-        let plan = prepare(&proto).map_err(|error| EngineError::Load {
-            graph: signature.name.clone(),
-            reason: format!("{error:#}"),
-        })?;
-        let graph = TractGraph {
-            plan,
-            signature,
-            executor: self.executor.clone(),
-        };
+        let plan =
+            prepare(&proto).map_err(|error| EngineError::Load { graph: signature.name.clone(), reason: format!("{error:#}") })?;
+        let graph = TractGraph { plan, signature, executor: self.executor.clone() };
         graph.check_facts()?;
         Ok(Box::new(graph))
     }
 }
 
 fn prepare(proto: &tract_onnx::pb::ModelProto) -> TractResult<Arc<TypedRunnableModel>> {
-    tract_onnx::onnx()
-        .model_for_proto_model(proto)?
-        .into_optimized()?
-        .into_runnable()
+    tract_onnx::onnx().model_for_proto_model(proto)?.into_optimized()?.into_runnable()
 }
 
 /// Inputs and outputs must be the signature's, in its order.
-fn check_names(
-    proto: &tract_onnx::pb::ModelProto,
-    signature: &GraphSignature,
-) -> Result<(), EngineError> {
-    let graph = proto
-        .graph
-        .as_ref()
-        .map(|graph| (&graph.input, &graph.output));
+fn check_names(proto: &tract_onnx::pb::ModelProto, signature: &GraphSignature) -> Result<(), EngineError> {
+    let graph = proto.graph.as_ref().map(|graph| (&graph.input, &graph.output));
     let (inputs, outputs) = graph.map_or((&[][..], &[][..]), |(i, o)| (i.as_slice(), o.as_slice()));
-    for (kind, found, expected) in [
-        ("inputs", inputs, &signature.inputs),
-        ("outputs", outputs, &signature.outputs),
-    ] {
+    for (kind, found, expected) in [("inputs", inputs, &signature.inputs), ("outputs", outputs, &signature.outputs)] {
         let found: Vec<&str> = found.iter().map(|value| value.name.as_str()).collect();
         let expected: Vec<&str> = expected.iter().map(|tensor| tensor.name.as_str()).collect();
         if found != expected {
@@ -99,9 +77,7 @@ impl TractGraph {
     fn check_facts(&self) -> Result<(), EngineError> {
         let model = self.plan.model();
         let facts = |kind: &'static str, count: usize| (0..count).map(move |index| (kind, index));
-        for (kind, index) in facts("input", self.signature.inputs.len())
-            .chain(facts("output", self.signature.outputs.len()))
-        {
+        for (kind, index) in facts("input", self.signature.inputs.len()).chain(facts("output", self.signature.outputs.len())) {
             let (fact, expected) = if kind == "input" {
                 (model.input_fact(index), &self.signature.inputs[index])
             } else {
@@ -109,9 +85,7 @@ impl TractGraph {
             };
             let fact = fact.map_err(|error| self.failed(&error))?;
             let shape = fact.shape.as_concrete();
-            if datum_type(expected.dtype) != fact.datum_type
-                || shape != Some(expected.shape.as_slice())
-            {
+            if datum_type(expected.dtype) != fact.datum_type || shape != Some(expected.shape.as_slice()) {
                 return Err(EngineError::Shape {
                     graph: self.signature.name.clone(),
                     tensor: format!("{kind} {:?}", expected.name),
@@ -124,10 +98,7 @@ impl TractGraph {
     }
 
     fn failed(&self, error: &tract_onnx::prelude::TractError) -> EngineError {
-        EngineError::Run {
-            graph: self.signature.name.clone(),
-            reason: format!("{error:#}"),
-        }
+        EngineError::Run { graph: self.signature.name.clone(), reason: format!("{error:#}") }
     }
 
     fn output(&self, index: usize, value: &TractTensor) -> Result<Tensor, EngineError> {
@@ -137,19 +108,14 @@ impl TractGraph {
             Dtype::I64 => integers(value).map(|data| Tensor::i64(value.shape(), data)),
         };
         let tensor = tensor.map_err(|error| self.failed(&error))?;
-        let tensor = tensor
-            .filter(|tensor| tensor.shape() == expected.shape)
-            .ok_or_else(|| EngineError::Shape {
-                graph: self.signature.name.clone(),
-                tensor: format!("output {:?}", expected.name),
-                found: format!("{:?}", value.shape()),
-                expected: typed(expected.dtype, &expected.shape),
-            })?;
+        let tensor = tensor.filter(|tensor| tensor.shape() == expected.shape).ok_or_else(|| EngineError::Shape {
+            graph: self.signature.name.clone(),
+            tensor: format!("output {:?}", expected.name),
+            found: format!("{:?}", value.shape()),
+            expected: typed(expected.dtype, &expected.shape),
+        })?;
         if tensor.floats().iter().any(|value| !value.is_finite()) {
-            return Err(EngineError::NotFinite {
-                graph: self.signature.name.clone(),
-                tensor: expected.name.clone(),
-            });
+            return Err(EngineError::NotFinite { graph: self.signature.name.clone(), tensor: expected.name.clone() });
         }
         Ok(tensor)
     }
@@ -159,18 +125,12 @@ impl Graph for TractGraph {
     fn run(&self, inputs: &[(&str, &Tensor)]) -> Result<Vec<Tensor>, EngineError> {
         let mut values: TVec<TValue> = TVec::new();
         for tensor in ordered_inputs(&self.signature, inputs)? {
-            let native = tensor
-                .native(to_tract)
-                .map_err(|error| self.failed(&error))?;
+            let native = tensor.native(to_tract).map_err(|error| self.failed(&error))?;
             values.push(TValue::from_const(native));
         }
         let outputs = multithread_tract_scope(self.executor.clone(), || self.plan.run(values));
         let outputs = outputs.map_err(|error| self.failed(&error))?;
-        outputs
-            .iter()
-            .enumerate()
-            .map(|(index, value)| self.output(index, value))
-            .collect()
+        outputs.iter().enumerate().map(|(index, value)| self.output(index, value)).collect()
     }
 }
 
@@ -208,16 +168,8 @@ mod tests {
     use crate::bundle::manifest::TensorSignature;
 
     fn signature() -> GraphSignature {
-        let tensor = |name: &str| TensorSignature {
-            name: name.to_owned(),
-            shape: vec![1, 2],
-            dtype: Dtype::F32,
-        };
-        GraphSignature {
-            name: "toy".to_owned(),
-            inputs: vec![tensor("x")],
-            outputs: vec![tensor("y")],
-        }
+        let tensor = |name: &str| TensorSignature { name: name.to_owned(), shape: vec![1, 2], dtype: Dtype::F32 };
+        GraphSignature { name: "toy".to_owned(), inputs: vec![tensor("x")], outputs: vec![tensor("y")] }
     }
 
     /// `y = x · W + x · Wᵀ` for one `W` `[2, 2]`, stored in 16 bits outside of the file at byte 2.
@@ -234,40 +186,19 @@ mod tests {
             .model()
     }
 
-    fn load(
-        model: &ModelProto,
-        signature: &GraphSignature,
-        threads: usize,
-    ) -> Result<Box<dyn Graph>, EngineError> {
+    fn load(model: &ModelProto, signature: &GraphSignature, threads: usize) -> Result<Box<dyn Graph>, EngineError> {
         let (onnx, weights) = (model.encode_to_vec(), halves(&[9.0, 1.0, 2.0, 3.0, 4.0]));
         let external = |location: &str| (location == "weights.bin").then_some(weights.as_slice());
-        Tract::new(threads)?.load(&GraphSource {
-            signature,
-            onnx: &onnx,
-            external: &external,
-        })
+        Tract::new(threads)?.load(&GraphSource { signature, onnx: &onnx, external: &external })
     }
 
     #[test]
     fn sixteen_bit_weights_are_folded_and_run() {
         let (onnx, weights) = (model().encode_to_vec(), halves(&[9.0, 1.0, 2.0, 3.0, 4.0]));
-        let source = GraphSource {
-            signature: &signature(),
-            onnx: &onnx,
-            external: &|_| Some(weights.as_slice()),
-        };
+        let source = GraphSource { signature: &signature(), onnx: &onnx, external: &|_| Some(weights.as_slice()) };
         let parsed = onnx::parse(&source).unwrap().graph.unwrap();
-        assert!(
-            parsed
-                .node
-                .iter()
-                .all(|node| node.op_type != "Cast" && node.op_type != "Transpose")
-        );
-        let names: Vec<&str> = parsed
-            .initializer
-            .iter()
-            .map(|tensor| tensor.name.as_str())
-            .collect();
+        assert!(parsed.node.iter().all(|node| node.op_type != "Cast" && node.op_type != "Transpose"));
+        let names: Vec<&str> = parsed.initializer.iter().map(|tensor| tensor.name.as_str()).collect();
         assert_eq!(names, ["w", "wt"]);
         for threads in [1, 2] {
             let graph = load(&model(), &signature(), threads).unwrap();
@@ -281,23 +212,11 @@ mod tests {
     #[test]
     fn bad_inputs_are_refused() {
         let graph = load(&model(), &signature(), 1).unwrap();
-        let (flat, nan) = (
-            Tensor::zeros(&[2]),
-            Tensor::f32(&[1, 2], vec![f32::NAN, 0.0]).unwrap(),
-        );
+        let (flat, nan) = (Tensor::zeros(&[2]), Tensor::f32(&[1, 2], vec![f32::NAN, 0.0]).unwrap());
         let error = |inputs: &[(&str, &Tensor)]| graph.run(inputs).unwrap_err().to_string();
-        assert_eq!(
-            error(&[("z", &flat)]),
-            "graph \"toy\": input \"x\" is missing, expected F32 [1, 2]"
-        );
-        assert_eq!(
-            error(&[("x", &flat)]),
-            "graph \"toy\": input \"x\" is F32 [2], expected F32 [1, 2]"
-        );
-        assert_eq!(
-            error(&[("x", &nan)]),
-            "graph \"toy\" gave a value that is no number in \"y\""
-        );
+        assert_eq!(error(&[("z", &flat)]), "graph \"toy\": input \"x\" is missing, expected F32 [1, 2]");
+        assert_eq!(error(&[("x", &flat)]), "graph \"toy\": input \"x\" is F32 [2], expected F32 [1, 2]");
+        assert_eq!(error(&[("x", &nan)]), "graph \"toy\" gave a value that is no number in \"y\"");
     }
 
     #[test]
@@ -307,43 +226,16 @@ mod tests {
             graph.initializer[0].external_data[key].value = value.to_owned();
         }
         let cases: [(Break, &str); 11] = [
-            (
-                |g| entry(g, 1, "4"),
-                "tensor \"w16\" is out of range: 8 bytes at 4 of weights.bin, which has 10",
-            ),
+            (|g| entry(g, 1, "4"), "tensor \"w16\" is out of range: 8 bytes at 4 of weights.bin, which has 10"),
             (|g| entry(g, 1, "18446744073709551615"), "is out of range"),
-            (
-                |g| entry(g, 1, "-1"),
-                "has the offset \"-1\", which is no number",
-            ),
-            (
-                |g| entry(g, 2, "6"),
-                "has 6 bytes, its shape [2, 2] needs 8",
-            ),
-            (
-                |g| entry(g, 0, "../secret"),
-                "lies in \"../secret\", which the bundle does not hold",
-            ),
-            (
-                |g| drop(g.initializer[0].external_data.pop()),
-                "is external but has no length",
-            ),
-            (
-                |g| g.initializer[0].dims = vec![i64::MAX, 4],
-                "has the impossible shape",
-            ),
-            (
-                |g| g.initializer[0].dims = vec![-2, -2],
-                "has the impossible shape",
-            ),
-            (
-                |g| g.initializer[0].data_type = 77,
-                "has the unsupported type 77",
-            ),
-            (
-                |g| g.output[0].name = "z".to_owned(),
-                "its outputs are [\"z\"], expected [\"y\"]",
-            ),
+            (|g| entry(g, 1, "-1"), "has the offset \"-1\", which is no number"),
+            (|g| entry(g, 2, "6"), "has 6 bytes, its shape [2, 2] needs 8"),
+            (|g| entry(g, 0, "../secret"), "lies in \"../secret\", which the bundle does not hold"),
+            (|g| drop(g.initializer[0].external_data.pop()), "is external but has no length"),
+            (|g| g.initializer[0].dims = vec![i64::MAX, 4], "has the impossible shape"),
+            (|g| g.initializer[0].dims = vec![-2, -2], "has the impossible shape"),
+            (|g| g.initializer[0].data_type = 77, "has the unsupported type 77"),
+            (|g| g.output[0].name = "z".to_owned(), "its outputs are [\"z\"], expected [\"y\"]"),
             (|g| g.node[2].op_type = "Teleport".to_owned(), "Teleport"),
         ];
         for (break_it, message) in cases {
@@ -355,15 +247,8 @@ mod tests {
         let mut wide = signature();
         wide.outputs[0].shape = vec![1, 3];
         let error = load(&model(), &wide, 1).err().unwrap().to_string();
-        assert!(
-            error.contains("output \"y\" is F32") && error.ends_with("expected F32 [1, 3]"),
-            "{error}"
-        );
-        let garbage = GraphSource {
-            signature: &signature(),
-            onnx: b"\xff\xff",
-            external: &|_| None,
-        };
+        assert!(error.contains("output \"y\" is F32") && error.ends_with("expected F32 [1, 3]"), "{error}");
+        let garbage = GraphSource { signature: &signature(), onnx: b"\xff\xff", external: &|_| None };
         assert!(Tract::new(1).unwrap().load(&garbage).is_err());
     }
 }

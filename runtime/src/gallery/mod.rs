@@ -7,7 +7,8 @@ mod search;
 mod time;
 
 use std::path::{Path, PathBuf};
-use std::time::Duration;
+use std::thread;
+use std::time::{Duration, Instant};
 
 use rusqlite::{Connection, ErrorCode, OpenFlags, OptionalExtension, TransactionBehavior, params};
 
@@ -31,6 +32,14 @@ pub enum GalleryError {
     NotFound {
         /// The file.
         path: PathBuf,
+    },
+    /// There is no such folder.
+    #[error("gallery {} cannot be made: there is no folder {}", path.display(), folder.display())]
+    NoFolder {
+        /// The file.
+        path: PathBuf,
+        /// Where it would lie.
+        folder: PathBuf,
     },
     /// A file of another kind.
     #[error("{} is not a gallery", path.display())]
@@ -126,14 +135,14 @@ pub struct Entry {
 }
 
 /// What a gallery knows of a picture.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Known {
     /// Nothing.
     New,
     /// The source, with other content.
     Changed,
-    /// The source with this content.
-    Unchanged,
+    /// The source with this content, and its caption where one was made.
+    Unchanged(Option<String>),
 }
 
 /// Figures of a gallery.
@@ -165,6 +174,12 @@ impl Gallery {
     /// # Errors
     /// A gallery of another model, a newer one, or a file that is none.
     pub fn open_or_create(path: &Path, bundle: &str, width: usize) -> Result<Self, GalleryError> {
+        if let Some(folder) = path.parent().filter(|folder| !folder.as_os_str().is_empty() && !folder.is_dir()) {
+            return Err(GalleryError::NoFolder { path: path.to_path_buf(), folder: folder.to_path_buf() });
+        }
+        if path.is_dir() {
+            return Err(GalleryError::NotAGallery { path: path.to_path_buf() });
+        }
         let mut connection = connect(path, OpenFlags::SQLITE_OPEN_READ_WRITE | OpenFlags::SQLITE_OPEN_CREATE)?;
         create(&mut connection, bundle, width).map_err(|source| fault(path, source))?;
         let gallery = Self::checked(path, connection)?;
@@ -177,7 +192,10 @@ impl Gallery {
     /// # Errors
     /// No such gallery, a newer one, or a file that is none.
     pub fn open(path: &Path) -> Result<Self, GalleryError> {
-        if !path.is_file() {
+        if path.is_dir() {
+            return Err(GalleryError::NotAGallery { path: path.to_path_buf() });
+        }
+        if !path.exists() {
             return Err(GalleryError::NotFound { path: path.to_path_buf() });
         }
         Self::checked(path, connect(path, OpenFlags::SQLITE_OPEN_READ_WRITE)?)
@@ -194,9 +212,9 @@ impl Gallery {
             return Err(GalleryError::NewerSchema { path: path.to_path_buf(), found: schema, supported: SCHEMA });
         }
         // Only now that the file is known to be ours: the mode is written into it.
-        for (name, value) in [("journal_mode", "WAL"), ("synchronous", "FULL")] {
-            connection.pragma_update(None, name, value).map_err(|source| fault(path, source))?;
-        }
+        write_ahead(&connection)
+            .and_then(|()| connection.pragma_update(None, "synchronous", "FULL"))
+            .map_err(|source| fault(path, source))?;
         let (bundle, width) = connection
             .query_row("SELECT bundle, width FROM gallery", [], |row| Ok((row.get(0)?, row.get::<_, i64>(1)?)))
             .map_err(|source| fault(path, source))?;
@@ -224,14 +242,14 @@ impl Gallery {
     /// # Errors
     /// A damaged file.
     pub fn known(&self, source: &str, hash: &[u8; 32]) -> Result<Known, GalleryError> {
-        let stored: Option<Vec<u8>> = self
+        let stored: Option<(Vec<u8>, Option<String>)> = self
             .connection
-            .prepare_cached("SELECT hash FROM pictures WHERE source = ?1")
-            .and_then(|mut statement| statement.query_row([source], |row| row.get(0)).optional())
+            .prepare_cached("SELECT hash, caption FROM pictures WHERE source = ?1")
+            .and_then(|mut statement| statement.query_row([source], |row| Ok((row.get(0)?, row.get(1)?))).optional())
             .map_err(|e| self.fault(e))?;
         Ok(match stored {
             None => Known::New,
-            Some(stored) if stored == hash => Known::Unchanged,
+            Some((stored, caption)) if stored == hash => Known::Unchanged(caption),
             Some(_) => Known::Changed,
         })
     }
@@ -293,7 +311,9 @@ impl Gallery {
     pub fn stats(&self) -> Result<Stats, GalleryError> {
         let (images, captions) = self
             .connection
-            .query_row("SELECT count(*), count(caption) FROM pictures", [], |row| Ok((row.get::<_, i64>(0)?, row.get::<_, i64>(1)?)))
+            .query_row("SELECT count(*), count(caption) FROM pictures", [], |row| {
+                Ok((row.get::<_, i64>(0)?, row.get::<_, i64>(1)?))
+            })
             .map_err(|e| self.fault(e))?;
         let size = |suffix: &str| {
             let mut name = self.path.as_os_str().to_owned();
@@ -315,10 +335,8 @@ impl Gallery {
     /// The first damage found.
     pub fn verify(&self) -> Result<u64, GalleryError> {
         let damaged = |reason: String| GalleryError::Damaged { path: self.path.clone(), reason };
-        let report: String = self
-            .connection
-            .query_row("PRAGMA integrity_check(1)", [], |row| row.get(0))
-            .map_err(|e| self.fault(e))?;
+        let report: String =
+            self.connection.query_row("PRAGMA integrity_check(1)", [], |row| row.get(0)).map_err(|e| self.fault(e))?;
         if report != "ok" {
             return Err(damaged(report));
         }
@@ -352,6 +370,24 @@ fn connect(path: &Path, flags: OpenFlags) -> Result<Connection, GalleryError> {
         Ok(connection)
     };
     open().map_err(|source| fault(path, source))
+}
+
+/// Switches to a write-ahead log, where readers and a writer do not wait for each other.
+fn write_ahead(connection: &Connection) -> rusqlite::Result<()> {
+    let begun = Instant::now();
+    loop {
+        let mode: String = connection.pragma_query_value(None, "journal_mode", |row| row.get(0))?;
+        if mode == "wal" {
+            return Ok(());
+        }
+        // While another process creates the gallery, SQLite refuses this at once instead of waiting.
+        match connection.pragma_update(None, "journal_mode", "WAL") {
+            Err(error) if error.sqlite_error_code() == Some(ErrorCode::DatabaseBusy) && begun.elapsed() < BUSY => {
+                thread::sleep(Duration::from_millis(5));
+            }
+            result => return result,
+        }
+    }
 }
 
 /// Makes a gallery of a file that is empty, as SQLite sees it. All or nothing, so that a creation cut short is begun again, and
@@ -394,5 +430,38 @@ fn fault(path: &Path, source: rusqlite::Error) -> GalleryError {
         Some(ErrorCode::NotADatabase) => GalleryError::NotAGallery { path },
         Some(ErrorCode::DatabaseCorrupt) => GalleryError::Damaged { path, reason: source.to_string() },
         _ => GalleryError::Sqlite { path, source },
+    }
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_full_disk_is_called_so_and_loses_nothing() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("g");
+        let entry = |i: u8| Entry {
+            source: i.to_string(),
+            hash: [i; 32],
+            embedding: [1.0].into_iter().chain([0.0; 255]).collect(),
+            caption: None,
+            time: Time::now(),
+        };
+        let mut gallery = Gallery::open_or_create(&path, "b", 256).unwrap();
+        gallery.connection.pragma_update(None, "max_page_count", 12).unwrap();
+        let mut stored = 0;
+        let error = loop {
+            match gallery.put(&[entry(stored)]) {
+                Ok(()) => stored += 1,
+                Err(error) => break error,
+            }
+        };
+        assert!(matches!(error, GalleryError::Full { .. }), "{error}");
+        assert!(error.to_string().contains("the disk is full"), "{error}");
+        assert!(stored > 3);
+        drop(gallery);
+        assert_eq!(Gallery::open(&path).unwrap().verify().unwrap(), u64::from(stored));
     }
 }

@@ -91,20 +91,23 @@ impl Gallery {
         let mut rows = statement.query(&parameters[..]).map_err(|e| self.fault(e))?;
         while let Some(row) = rows.next().map_err(|e| self.fault(e))? {
             let embedding = row.get_ref(2).map_err(|e| self.fault(e))?;
-            let bytes = embedding.as_blob().map_err(|_| GalleryError::Damaged {
-                path: self.path.clone(),
-                reason: "an embedding is no blob".to_owned(),
-            })?;
+            let bytes = embedding
+                .as_blob()
+                .map_err(|_| GalleryError::Damaged { path: self.path.clone(), reason: "an embedding is no blob".to_owned() })?;
             if bytes.len() != 4 * self.width {
                 let source: String = row.get(1).map_err(|e| self.fault(e))?;
-                return Err(GalleryError::Damaged {
-                    path: self.path.clone(),
-                    reason: format!("the embedding of {source} has {} bytes, not {}", bytes.len(), 4 * self.width),
-                });
+                return Err(self.cut_embedding(&source, bytes.len()));
             }
             visit(row, bytes)?;
         }
         Ok(())
+    }
+
+    fn cut_embedding(&self, source: &str, bytes: usize) -> GalleryError {
+        GalleryError::Damaged {
+            path: self.path.clone(),
+            reason: format!("the embedding of {source} has {bytes} bytes, not {}", 4 * self.width),
+        }
     }
 
     /// The `count` pictures most similar to a unit vector, best first.
@@ -118,7 +121,16 @@ impl Gallery {
         let mut best: BinaryHeap<Reverse<Candidate>> = BinaryHeap::new();
         self.each_embedding(filter, |row, embedding| {
             let id = row.get(0).map_err(|e| self.fault(e))?;
-            best.push(Reverse(Candidate { score: dot(query, embedding), id }));
+            let score = dot(query, embedding);
+            // A NaN would rank above all.
+            if !score.is_finite() {
+                let source: String = row.get(1).map_err(|e| self.fault(e))?;
+                return Err(GalleryError::Damaged {
+                    path: self.path.clone(),
+                    reason: format!("the embedding of {source} holds values that are no numbers"),
+                });
+            }
+            best.push(Reverse(Candidate { score, id }));
             if best.len() > count {
                 best.pop();
             }
@@ -158,6 +170,9 @@ impl Gallery {
                 Ok((Hit { source: row.get(0)?, score: 1.0, caption: row.get(1)?, time }, values(&bytes).collect()))
             };
             let (hit, embedding) = read().map_err(|e| self.fault(e))?;
+            if embedding.len() != self.width {
+                return Err(self.cut_embedding(&hit.source, 4 * embedding.len()).into());
+            }
             visit(hit, embedding)?;
         }
         Ok(())

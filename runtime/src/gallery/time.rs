@@ -28,6 +28,16 @@ impl Time {
         self.0
     }
 
+    /// The last moment that a text names: the end of the day, where it is a date.
+    ///
+    /// # Errors
+    /// Those of reading a time.
+    pub fn last_of(text: &str) -> Result<Self, TimeError> {
+        const DAY: i64 = 24 * 60 * 60 * 1000;
+        let first: Self = text.parse()?;
+        Ok(if text.parse::<Timestamp>().is_ok() { first } else { Self(first.0 + DAY - 1) })
+    }
+
     /// From milliseconds since 1970-01-01T00:00:00Z.
     #[must_use]
     pub fn from_milliseconds(milliseconds: i64) -> Self {
@@ -83,6 +93,9 @@ mod tests {
         ] {
             let time: Time = text.parse().unwrap();
             assert_eq!((time.milliseconds(), time.to_string().as_str()), (milliseconds, written));
+        }
+        for (text, milliseconds) in [("1970-01-01", 86_399_999), ("1970-01-01T00:00:01Z", 1000)] {
+            assert_eq!(Time::last_of(text).map(Time::milliseconds), Ok(milliseconds));
         }
         for text in ["yesterday", "2026-13-01", ""] {
             assert!(text.parse::<Time>().is_err(), "{text}");

@@ -18,10 +18,7 @@ pub struct DecodeLimits {
 impl Default for DecodeLimits {
     /// 64 million pixels and 64 MiB: any phone's or camera's picture, within the memory of a small board.
     fn default() -> Self {
-        Self {
-            max_pixels: 64_000_000,
-            max_bytes: 64 << 20,
-        }
+        Self { max_pixels: 64_000_000, max_bytes: 64 << 20 }
     }
 }
 
@@ -87,25 +84,16 @@ pub fn read(path: &Path, limits: &DecodeLimits) -> Result<RgbImage, ImageError> 
 ///
 /// # Errors
 /// Those of [`read`].
-pub fn read_from(
-    stream: impl Read,
-    name: &Path,
-    limits: &DecodeLimits,
-) -> Result<RgbImage, ImageError> {
+pub fn read_from(stream: impl Read, name: &Path, limits: &DecodeLimits) -> Result<RgbImage, ImageError> {
     let mut bytes = Vec::new();
     // One byte more than allowed: a device or pipe may never end, and has no size to ask for.
     let mut stream = stream.take(limits.max_bytes.saturating_add(1));
-    stream
-        .read_to_end(&mut bytes)
-        .map_err(|source| unreadable(name, source))?;
+    stream.read_to_end(&mut bytes).map_err(|source| unreadable(name, source))?;
     decode(&bytes, limits)
 }
 
 fn unreadable(path: &Path, source: io::Error) -> ImageError {
-    ImageError::Unreadable {
-        path: path.to_path_buf(),
-        source,
-    }
+    ImageError::Unreadable { path: path.to_path_buf(), source }
 }
 
 /// Decodes a JPEG, PNG or WebP, told apart by content: upright (EXIF orientation applied), transparency over white, 8-bit RGB.
@@ -119,9 +107,7 @@ pub fn decode(bytes: &[u8], limits: &DecodeLimits) -> Result<RgbImage, ImageErro
         return Err(ImageError::Empty);
     }
     if bytes.len() as u64 > limits.max_bytes {
-        return Err(ImageError::FileTooLarge {
-            limit: limits.max_bytes,
-        });
+        return Err(ImageError::FileTooLarge { limit: limits.max_bytes });
     }
     let kind = ::image::guess_format(bytes).map_err(|_| ImageError::UnknownFormat)?;
     let (format, complete) = match kind {
@@ -134,16 +120,10 @@ pub fn decode(bytes: &[u8], limits: &DecodeLimits) -> Result<RgbImage, ImageErro
         return Err(ImageError::Truncated { format });
     }
     let damaged = |source| ImageError::Damaged { format, source };
-    let mut decoder = ImageReader::with_format(Cursor::new(bytes), kind)
-        .into_decoder()
-        .map_err(damaged)?;
+    let mut decoder = ImageReader::with_format(Cursor::new(bytes), kind).into_decoder().map_err(damaged)?;
     let (width, height) = decoder.dimensions();
     if u64::from(width) * u64::from(height) > limits.max_pixels {
-        return Err(ImageError::TooManyPixels {
-            width,
-            height,
-            limit: limits.max_pixels,
-        });
+        return Err(ImageError::TooManyPixels { width, height, limit: limits.max_pixels });
     }
     // The header has been believed as far as the pixel limit; metadata and scratch buffers get room in proportion.
     let mut allocation = Limits::no_limits();
@@ -223,9 +203,7 @@ fn png_is_complete(bytes: &[u8]) -> bool {
 /// Whether the RIFF container has as many bytes as it declares.
 fn webp_is_complete(bytes: &[u8]) -> bool {
     match bytes.get(4..8) {
-        Some(&[a, b, c, d]) => {
-            u64::from(u32::from_le_bytes([a, b, c, d])) + 8 <= bytes.len() as u64
-        }
+        Some(&[a, b, c, d]) => u64::from(u32::from_le_bytes([a, b, c, d])) + 8 <= bytes.len() as u64,
         _ => false,
     }
 }
@@ -242,19 +220,13 @@ mod tests {
     fn picture(width: u32, height: u32) -> RgbImage {
         RgbImage::from_fn(width, height, |x, y| {
             let noise = (x * 7 + y * 13) as u8 % 24;
-            if x < width / 2 {
-                Rgb([220, noise, noise])
-            } else {
-                Rgb([noise, noise, 220])
-            }
+            if x < width / 2 { Rgb([220, noise, noise]) } else { Rgb([noise, noise, 220]) }
         })
     }
 
     fn encode(image: &RgbImage, format: ImageFormat) -> Vec<u8> {
         let mut bytes = Vec::new();
-        image
-            .write_to(&mut Cursor::new(&mut bytes), format)
-            .unwrap();
+        image.write_to(&mut Cursor::new(&mut bytes), format).unwrap();
         bytes
     }
 
@@ -268,8 +240,7 @@ mod tests {
     #[test]
     fn decodes_each_format() {
         for format in [ImageFormat::Jpeg, ImageFormat::Png, ImageFormat::WebP] {
-            let image =
-                decode(&encode(&picture(40, 20), format), &DecodeLimits::default()).unwrap();
+            let image = decode(&encode(&picture(40, 20), format), &DecodeLimits::default()).unwrap();
             assert_eq!(image.dimensions(), (40, 20), "{format:?}");
             let Rgb([r, _, b]) = *image.get_pixel(5, 10);
             assert!(r > 180 && b < 70, "{format:?}: left is ({r}, {b})");
@@ -303,9 +274,7 @@ mod tests {
         let mut image = RgbaImage::from_pixel(2, 1, Rgba([10, 20, 30, 0]));
         image.put_pixel(1, 0, Rgba([0, 0, 0, 128]));
         let mut bytes = Vec::new();
-        image
-            .write_to(&mut Cursor::new(&mut bytes), ImageFormat::Png)
-            .unwrap();
+        image.write_to(&mut Cursor::new(&mut bytes), ImageFormat::Png).unwrap();
         let image = decode(&bytes, &DecodeLimits::default()).unwrap();
         assert_eq!(image.get_pixel(0, 0).0, [255; 3]);
         assert_eq!(image.get_pixel(1, 0).0, [127; 3]);
@@ -318,10 +287,7 @@ mod tests {
             for percent in [10, 30, 50, 70, 90, 99] {
                 let cut = &bytes[..bytes.len() * percent / 100];
                 let error = decode(cut, &DecodeLimits::default());
-                assert!(
-                    matches!(error, Err(ImageError::Truncated { .. })),
-                    "{format:?} at {percent} %: {error:?}"
-                );
+                assert!(matches!(error, Err(ImageError::Truncated { .. })), "{format:?} at {percent} %: {error:?}");
             }
             decode(&bytes[..bytes.len() - 1], &DecodeLimits::default()).unwrap_err();
         }
@@ -329,75 +295,29 @@ mod tests {
 
     #[test]
     fn refusals() {
-        let small = DecodeLimits {
-            max_pixels: 100,
-            max_bytes: 1 << 20,
-        };
-        let tiny_file = DecodeLimits {
-            max_bytes: 10,
-            ..DecodeLimits::default()
-        };
+        let small = DecodeLimits { max_pixels: 100, max_bytes: 1 << 20 };
+        let tiny_file = DecodeLimits { max_bytes: 10, ..DecodeLimits::default() };
         // A PNG header that declares 60,000 × 60,000 pixels over no data.
         let mut bomb = encode(&picture(8, 8), ImageFormat::Png);
         bomb[16..24].copy_from_slice(&[0, 0, 0xEA, 0x60, 0, 0, 0xEA, 0x60]);
         let crc = crc32(&bomb[12..29]);
         bomb[29..33].copy_from_slice(&crc.to_be_bytes());
         let cases: [(&str, Vec<u8>, DecodeLimits, &str); 6] = [
-            (
-                "empty",
-                Vec::new(),
-                DecodeLimits::default(),
-                "the file is empty",
-            ),
-            (
-                "text",
-                b"hello, world".to_vec(),
-                DecodeLimits::default(),
-                "not a JPEG, PNG or WebP picture",
-            ),
-            (
-                "gif",
-                b"GIF89a\x01\0\x01\0\0\0\0".to_vec(),
-                DecodeLimits::default(),
-                "not a JPEG, PNG or WebP picture",
-            ),
-            (
-                "pixels",
-                encode(&picture(11, 10), ImageFormat::Jpeg),
-                small,
-                "11x10 pixels are more than the limit of 100",
-            ),
-            (
-                "bomb",
-                bomb,
-                DecodeLimits::default(),
-                "60000x60000 pixels are more than the limit of 64000000",
-            ),
-            (
-                "bytes",
-                vec![0; 11],
-                tiny_file,
-                "the file has more than the 10 bytes allowed",
-            ),
+            ("empty", Vec::new(), DecodeLimits::default(), "the file is empty"),
+            ("text", b"hello, world".to_vec(), DecodeLimits::default(), "not a JPEG, PNG or WebP picture"),
+            ("gif", b"GIF89a\x01\0\x01\0\0\0\0".to_vec(), DecodeLimits::default(), "not a JPEG, PNG or WebP picture"),
+            ("pixels", encode(&picture(11, 10), ImageFormat::Jpeg), small, "11x10 pixels are more than the limit of 100"),
+            ("bomb", bomb, DecodeLimits::default(), "60000x60000 pixels are more than the limit of 64000000"),
+            ("bytes", vec![0; 11], tiny_file, "the file has more than the 10 bytes allowed"),
         ];
         for (name, bytes, limits, message) in cases {
-            assert_eq!(
-                decode(&bytes, &limits).unwrap_err().to_string(),
-                message,
-                "{name}"
-            );
+            assert_eq!(decode(&bytes, &limits).unwrap_err().to_string(), message, "{name}");
         }
     }
 
     fn crc32(bytes: &[u8]) -> u32 {
         !bytes.iter().fold(u32::MAX, |crc, &byte| {
-            (0..8).fold(crc ^ u32::from(byte), |c, _| {
-                if c & 1 == 1 {
-                    (c >> 1) ^ 0xEDB8_8320
-                } else {
-                    c >> 1
-                }
-            })
+            (0..8).fold(crc ^ u32::from(byte), |c, _| if c & 1 == 1 { (c >> 1) ^ 0xEDB8_8320 } else { c >> 1 })
         })
     }
 
@@ -409,9 +329,7 @@ mod tests {
             for _ in 0..200 {
                 let mut bytes = clean.clone();
                 for _ in 0..4 {
-                    state = state
-                        .wrapping_mul(6_364_136_223_846_793_005)
-                        .wrapping_add(1);
+                    state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1);
                     let at = (state >> 33) as usize % bytes.len();
                     bytes[at] = (state >> 25) as u8;
                 }

@@ -49,13 +49,7 @@ pub struct ImagePreparation {
 impl Default for ImagePreparation {
     /// 224×224, triangle filter, values in [−1, 1]: what the MobileNetV2 backbone was trained on.
     fn default() -> Self {
-        Self {
-            width: 224,
-            height: 224,
-            filter: ResizeFilter::Triangle,
-            mean: [127.5; 3],
-            std: [127.5; 3],
-        }
+        Self { width: 224, height: 224, filter: ResizeFilter::Triangle, mean: [127.5; 3], std: [127.5; 3] }
     }
 }
 
@@ -86,13 +80,7 @@ impl ImagePreparation {
 
     /// RGB bytes at the model's size; `None` where either picture has no pixels.
     fn resize(&self, image: &RgbImage) -> Option<Vec<u8>> {
-        let source = ImageRef::new(
-            image.width(),
-            image.height(),
-            image.as_raw(),
-            PixelType::U8x3,
-        )
-        .ok()?;
+        let source = ImageRef::new(image.width(), image.height(), image.as_raw(), PixelType::U8x3).ok()?;
         let mut target = Image::new(self.width, self.height, PixelType::U8x3);
         let options = ResizeOptions::new().resize_alg(self.filter.algorithm());
         Resizer::new().resize(&source, &mut target, &options).ok()?;
@@ -110,24 +98,15 @@ mod tests {
     fn picture(width: u32, height: u32) -> RgbImage {
         RgbImage::from_fn(width, height, |x, y| {
             let noise = (x * 7 + y * 13) as u8 % 24;
-            if x < width / 2 {
-                Rgb([220, noise, noise])
-            } else {
-                Rgb([noise, noise, 220])
-            }
+            if x < width / 2 { Rgb([220, noise, noise]) } else { Rgb([noise, noise, 220]) }
         })
     }
 
     #[test]
     fn exact_size_is_not_resampled() {
         let image = picture(16, 8);
-        let preparation = ImagePreparation {
-            width: 16,
-            height: 8,
-            filter: ResizeFilter::Lanczos3,
-            mean: [0.0; 3],
-            std: [1.0; 3],
-        };
+        let preparation =
+            ImagePreparation { width: 16, height: 8, filter: ResizeFilter::Lanczos3, mean: [0.0; 3], std: [1.0; 3] };
         let tensor = preparation.tensor(&image);
         for (x, y, pixel) in image.enumerate_pixels() {
             for c in 0..3 {
@@ -154,20 +133,9 @@ mod tests {
     #[test]
     fn averages_when_shrinking() {
         // A one-pixel checkerboard becomes mid-grey under every filter with support, not one of its two colours.
-        let board = RgbImage::from_fn(64, 64, |x, y| {
-            Rgb([if (x + y) % 2 == 0 { 255 } else { 0 }; 3])
-        });
-        for filter in [
-            ResizeFilter::Triangle,
-            ResizeFilter::CatmullRom,
-            ResizeFilter::Lanczos3,
-        ] {
-            let preparation = ImagePreparation {
-                width: 8,
-                height: 8,
-                filter,
-                ..ImagePreparation::default()
-            };
+        let board = RgbImage::from_fn(64, 64, |x, y| Rgb([if (x + y) % 2 == 0 { 255 } else { 0 }; 3]));
+        for filter in [ResizeFilter::Triangle, ResizeFilter::CatmullRom, ResizeFilter::Lanczos3] {
+            let preparation = ImagePreparation { width: 8, height: 8, filter, ..ImagePreparation::default() };
             for value in preparation.tensor(&board) {
                 assert!(value.abs() < 0.02, "{filter:?}: {value}");
             }

@@ -35,21 +35,15 @@ pub struct CaptionScores {
 pub fn caption_scores(candidates: &[String], references: &[Vec<String>]) -> CaptionScores {
     assert_eq!(candidates.len(), references.len(), "one set of references for each candidate");
     let candidates: Vec<Vec<String>> = candidates.par_iter().map(|c| tokenise(c)).collect();
-    let references: Vec<Vec<Vec<String>>> =
-        references.par_iter().map(|set| set.iter().map(|r| tokenise(r)).collect()).collect();
+    let references: Vec<Vec<Vec<String>>> = references.par_iter().map(|set| set.iter().map(|r| tokenise(r)).collect()).collect();
     let mut words = WordIds::default();
     let candidates: Vec<Vec<u32>> = candidates.iter().map(|c| words.ids(c)).collect();
-    let references: Vec<Vec<Vec<u32>>> =
-        references.iter().map(|set| set.iter().map(|r| words.ids(r)).collect()).collect();
+    let references: Vec<Vec<Vec<u32>>> = references.iter().map(|set| set.iter().map(|r| words.ids(r)).collect()).collect();
     let rouge_l = rouge::rouge_l(&candidates, &references);
     let candidates: Vec<NgramCounts> = candidates.iter().map(|c| NgramCounts::new(c)).collect();
     let references: Vec<Vec<NgramCounts>> =
         references.iter().map(|set| set.iter().map(|r| NgramCounts::new(r)).collect()).collect();
-    CaptionScores {
-        bleu: bleu::bleu(&candidates, &references),
-        rouge_l,
-        cider: cider::cider(&candidates, &references),
-    }
+    CaptionScores { bleu: bleu::bleu(&candidates, &references), rouge_l, cider: cider::cider(&candidates, &references) }
 }
 
 #[cfg(test)]

@@ -242,6 +242,7 @@ const ASSIMILATED: [(&str, usize); 7] =
 /// Abbreviations that keep their dot.
 const ABBREVIATIONS: &[&str] = &[
     "mr", "mrs", "ms", "dr", "drs", "prof", "sen", "rep", "gov", "rev", "gen", "col", "lt", "sgt", "capt", "st", "ste", "mt",
-    "ft", "jr", "sr", "ave", "blvd", "rd", "inc", "co", "corp", "ltd", "dept", "bros", "etc", "vs", "univ", "cos", "pres", "maj", "hon", "det", "esq", "ph.d", "jan", "feb", "mar", "apr",
-    "jun", "jul", "aug", "sep", "sept", "oct", "nov", "dec", "mon", "tue", "tues", "wed", "thu", "thurs", "fri",
+    "ft", "jr", "sr", "ave", "blvd", "rd", "inc", "co", "corp", "ltd", "dept", "bros", "etc", "vs", "univ", "cos", "pres", "maj",
+    "hon", "det", "esq", "ph.d", "jan", "feb", "mar", "apr", "jun", "jul", "aug", "sep", "sept", "oct", "nov", "dec", "mon",
+    "tue", "tues", "wed", "thu", "thurs", "fri",
 ];

@@ -32,7 +32,10 @@ impl Unimo {
         let (batch, rows, width) = qkv.dims3()?;
         let (hidden, heads) = (width / 3, self.config.heads);
         let part = |i: usize| -> Result<Tensor> {
-            qkv.narrow(D::Minus1, i * hidden, hidden)?.reshape((batch, rows, heads, hidden / heads))?.transpose(1, 2)?.contiguous()
+            qkv.narrow(D::Minus1, i * hidden, hidden)?
+                .reshape((batch, rows, heads, hidden / heads))?
+                .transpose(1, 2)?
+                .contiguous()
         };
         Ok([part(0)?, part(1)?, part(2)?])
     }

@@ -84,7 +84,8 @@ impl Unimo {
     }
 
     fn from_tensors(config: ModelConfig, path: &Path, device: &Device) -> Result<Self> {
-        let mut tensors = candle_core::safetensors::load(path, device).with_context(|| format!("cannot read {}", path.display()))?;
+        let mut tensors =
+            candle_core::safetensors::load(path, device).with_context(|| format!("cannot read {}", path.display()))?;
         let mut weights = BTreeMap::new();
         for (name, shape) in config.weights() {
             let Some(tensor) = tensors.remove(&name) else { bail!("{} lacks `{name}`", path.display()) };

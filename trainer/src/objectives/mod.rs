@@ -147,8 +147,18 @@ impl StepBatch {
             let features = source.corpus.image_features(image, rng.random_range(0..2));
             draft.masked_image(&features, &mut rng);
         }
-        let Parts { captions, texts, masked_words, regions, image_rows, text_rows, image_of_text, match_images, match_texts, match_labels } =
-            draft.parts;
+        let Parts {
+            captions,
+            texts,
+            masked_words,
+            regions,
+            image_rows,
+            text_rows,
+            image_of_text,
+            match_images,
+            match_texts,
+            match_labels,
+        } = draft.parts;
         Ok(Self {
             packed: draft.packer.finish(model.device())?,
             captions,
@@ -175,7 +185,13 @@ impl StepBatch {
     ///
     /// # Errors
     /// Those of candle.
-    pub fn losses(&self, model: &Unimo, recipe: &Recipe, source: &Source, dropout: Dropout) -> Result<Vec<(&'static str, f64, Tensor)>> {
+    pub fn losses(
+        &self,
+        model: &Unimo,
+        recipe: &Recipe,
+        source: &Source,
+        dropout: Dropout,
+    ) -> Result<Vec<(&'static str, f64, Tensor)>> {
         let hidden = model.forward(&self.packed, dropout)?;
         let w = &recipe.weights;
         let smoothing = w.label_smoothing as f32;
@@ -196,7 +212,8 @@ impl StepBatch {
             losses.push(("contrast", w.contrast, contrastive_loss(&images, &texts, &self.image_of_text, &model.temperature()?)?));
         }
         if !self.match_labels.is_empty() {
-            let logits = model.match_logits(&model.rows(&hidden, &self.match_images)?, &model.rows(&hidden, &self.match_texts)?)?;
+            let logits =
+                model.match_logits(&model.rows(&hidden, &self.match_images)?, &model.rows(&hidden, &self.match_texts)?)?;
             losses.push(("matching", w.matching, matching_loss(&logits, &self.match_labels)?));
         }
         if !self.regions.rows.is_empty() {
@@ -256,10 +273,18 @@ impl Draft<'_> {
         let pair = &corpus.pairs[picture.pair];
         let own = rng.random_range(0..pair.captions.len());
         let mut candidates = vec![(pair.captions_for(picture.view)[own].clone(), 1.0)];
-        let near = self.source.tfidf.map(|index| index.hard_negatives(self.source.first_text[picture.pair] + own, 24)).unwrap_or_default();
+        let near = self
+            .source
+            .tfidf
+            .map(|index| index.hard_negatives(self.source.first_text[picture.pair] + own, 24))
+            .unwrap_or_default();
         for k in 0..negatives {
             // Every other negative is any caption at all: with near ones alone the head never learns what is far.
-            let text = if k % 2 == 0 && !near.is_empty() { near[rng.random_range(0..near.len())] } else { self.any_other_text(picture.pair, rng) };
+            let text = if k % 2 == 0 && !near.is_empty() {
+                near[rng.random_range(0..near.len())]
+            } else {
+                self.any_other_text(picture.pair, rng)
+            };
             let other = self.source.first_text.partition_point(|&first| first <= text) - 1;
             candidates.push((corpus.pairs[other].captions_for(picture.view)[text - self.source.first_text[other]].clone(), 0.0));
         }

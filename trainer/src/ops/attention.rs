@@ -128,7 +128,9 @@ impl Attention {
     /// Every (group, block, head) has draws of its own: a block's are numbered from its first row, head by head.
     fn drop(&self, p: &mut [f32], block: &QueryBlock, group: &AttentionGroup, head: usize) {
         if self.keep < 1.0 {
-            let stream = self.seed ^ ((group.start + block.rows.start) as u32).wrapping_mul(0x85eb_ca6b) ^ (head as u32).wrapping_mul(0xc2b2_ae35);
+            let stream = self.seed
+                ^ ((group.start + block.rows.start) as u32).wrapping_mul(0x85eb_ca6b)
+                ^ (head as u32).wrapping_mul(0xc2b2_ae35);
             kernels::dropout_mask(p, stream, 0, self.keep);
         }
     }
@@ -142,15 +144,35 @@ impl Attention {
                 self.drop(p, block, group, head);
                 let out = &mut y[block.rows.start * view.width + head * view.depth..];
                 let product = |k, accumulate| Product { m: n, n: view.depth, k, accumulate, parallel: false };
-                sgemm(product(n, false), Matrix::rows(&p[c..], c + n), view.at(qkv, view.value, block.rows.start), out, view.width);
+                sgemm(
+                    product(n, false),
+                    Matrix::rows(&p[c..], c + n),
+                    view.at(qkv, view.value, block.rows.start),
+                    out,
+                    view.width,
+                );
                 if c > 0 {
-                    sgemm(product(c, true), Matrix::rows(p, c + n), view.at(qkv, view.value, block.context.start), out, view.width);
+                    sgemm(
+                        product(c, true),
+                        Matrix::rows(p, c + n),
+                        view.at(qkv, view.value, block.context.start),
+                        out,
+                        view.width,
+                    );
                 }
             }
         }
     }
 
-    fn backward_group(&self, group: &AttentionGroup, qkv: &[f32], dy: &[f32], hidden: usize, dx: &mut [f32], scratch: &mut [Vec<f32>; 3]) {
+    fn backward_group(
+        &self,
+        group: &AttentionGroup,
+        qkv: &[f32],
+        dy: &[f32],
+        hidden: usize,
+        dx: &mut [f32],
+        scratch: &mut [Vec<f32>; 3],
+    ) {
         let [p, dropped, dp] = scratch;
         for block in &group.blocks {
             let (n, c) = (block.rows.len(), block.context.len());

@@ -59,7 +59,13 @@ impl CustomOp3 for TiedCrossEntropy {
             let logits = &mut logits[..n * classes];
             let x = &hidden[start * width..(start + n) * width];
             let product = |m, n, k, accumulate| Product { m, n, k, accumulate, parallel: true };
-            sgemm(product(n, classes, width, false), Matrix::rows(x, width), Matrix::rows(weight, width).transposed(), logits, classes);
+            sgemm(
+                product(n, classes, width, false),
+                Matrix::rows(x, width),
+                Matrix::rows(weight, width).transposed(),
+                logits,
+                classes,
+            );
             loss += logits
                 .par_chunks_mut(classes)
                 .zip(&self.targets[start..start + n])
@@ -70,7 +76,13 @@ impl CustomOp3 for TiedCrossEntropy {
             let dx = &mut gradients.hidden[start * width..(start + n) * width];
             sgemm(product(n, width, classes, false), Matrix::rows(logits, classes), Matrix::rows(weight, width), dx, width);
             let dw = &mut gradients.weight;
-            sgemm(product(classes, width, n, true), Matrix::rows(logits, classes).transposed(), Matrix::rows(x, width), dw, width);
+            sgemm(
+                product(classes, width, n, true),
+                Matrix::rows(logits, classes).transposed(),
+                Matrix::rows(x, width),
+                dw,
+                width,
+            );
             add_assign(&mut gradients.bias, &linear::column_sums(logits, classes));
         }
         *self.gradients.lock().map_err(|_| Error::Msg(format!("{name}: poisoned")))? = Some(gradients);

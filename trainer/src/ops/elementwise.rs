@@ -27,9 +27,7 @@ impl CustomOp3 for LayerNorm {
         let (weight, bias) = (f32_slice(self.name(), s2, l2)?, f32_slice(self.name(), s3, l3)?);
         let chunk = rows_per_task(weight.len()) * weight.len();
         let mut y = vec![0f32; x.len()];
-        y.par_chunks_mut(chunk)
-            .zip(x.par_chunks(chunk))
-            .for_each(|(y, x)| kernels::layer_norm(x, weight, bias, self.eps, y));
+        y.par_chunks_mut(chunk).zip(x.par_chunks(chunk)).for_each(|(y, x)| kernels::layer_norm(x, weight, bias, self.eps, y));
         Ok((CpuStorage::F32(y), l1.shape().clone()))
     }
 
@@ -149,7 +147,13 @@ impl CustomOp2 for DropoutAdd {
         Ok((CpuStorage::F32(y), l2.shape().clone()))
     }
 
-    fn bwd(&self, _residual: &Tensor, x: &Tensor, _result: &Tensor, gradient: &Tensor) -> Result<(Option<Tensor>, Option<Tensor>)> {
+    fn bwd(
+        &self,
+        _residual: &Tensor,
+        x: &Tensor,
+        _result: &Tensor,
+        gradient: &Tensor,
+    ) -> Result<(Option<Tensor>, Option<Tensor>)> {
         let dx = with_values(self.name(), gradient, |dy| {
             let mut dx = dy.to_vec();
             dx.par_chunks_mut(TASK_VALUES)

@@ -344,7 +344,9 @@ mod tests {
             assert!(((f64::from(exp(x)) - expected) / expected).abs() < 3e-7, "exp({x})");
         }
         // Values of scipy.special.erf.
-        for (x, expected) in [(0.0, 0.0), (0.5, 0.520_499_877_8), (1.0, 0.842_700_792_9), (-2.0, -0.995_322_265), (3.5, 0.999_999_256_9)] {
+        for (x, expected) in
+            [(0.0, 0.0), (0.5, 0.520_499_877_8), (1.0, 0.842_700_792_9), (-2.0, -0.995_322_265), (3.5, 0.999_999_256_9)]
+        {
             assert!((f64::from(erf(x)) - expected).abs() < 3e-7, "erf({x})");
         }
     }

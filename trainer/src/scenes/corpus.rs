@@ -44,12 +44,9 @@ impl PictureFormat {
         let mut bytes = Cursor::new(Vec::new());
         let colour = image::ExtendedColorType::Rgb8;
         match self {
-            Self::Jpg => JpegEncoder::new_with_quality(&mut bytes, JPEG_QUALITY).write_image(
-                image,
-                image.width(),
-                image.height(),
-                colour,
-            ),
+            Self::Jpg => {
+                JpegEncoder::new_with_quality(&mut bytes, JPEG_QUALITY).write_image(image, image.width(), image.height(), colour)
+            }
             Self::Png => PngEncoder::new(&mut bytes).write_image(image, image.width(), image.height(), colour),
         }
         .with_context(|| format!("cannot encode a picture of {}×{}", image.width(), image.height()))?;
@@ -226,8 +223,7 @@ mod tests {
         let folder = tempfile::tempdir().unwrap();
         let options = CorpusOptions { count: 50_000, max_objects: 1, distinct: true, ..CorpusOptions::default() };
         // Counting is enough here: nothing needs to be drawn to find that the world is exhausted.
-        let world: HashSet<String> =
-            (0..60_000).map(|index| generate_up_to(0, index, 1).graph.signature()).collect();
+        let world: HashSet<String> = (0..60_000).map(|index| generate_up_to(0, index, 1).graph.signature()).collect();
         let options = CorpusOptions { count: 10, exclude: world, ..options };
         let error = write_corpus(folder.path(), &options).unwrap_err().to_string();
         assert!(error.contains("of 10 scenes"), "{error}");

@@ -173,9 +173,8 @@ mod tests {
             for object in &scene.graph.objects {
                 let at = object.centre.map(|c| (c * SIDE as f32) as u32);
                 let pixel = image.get_pixel(at[0], at[1]).0;
-                let distance = |c: Colour| -> i32 {
-                    pixel.iter().zip(c.rgb()).map(|(&a, b)| (i32::from(a) - i32::from(b)).pow(2)).sum()
-                };
+                let distance =
+                    |c: Colour| -> i32 { pixel.iter().zip(c.rgb()).map(|(&a, b)| (i32::from(a) - i32::from(b)).pow(2)).sum() };
                 let nearest = Colour::ALL.iter().copied().min_by_key(|&c| distance(c));
                 assert_eq!(nearest, Some(object.colour), "{object:?} drawn as {pixel:?}");
             }

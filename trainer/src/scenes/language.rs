@@ -77,9 +77,8 @@ fn write(graph: &Graph, form: Form, rng: &mut ChaCha8Rng) -> String {
             format!("{list} {link} a {} background", graph.background.colour.word())
         }
         Form::Related => related(graph, true, rng).unwrap_or_else(|| write(graph, Form::Placed, rng)),
-        Form::Terse => related(graph, false, rng).unwrap_or_else(|| {
-            join(objects.iter().map(|o| noun_phrase(o, false, rng) + " " + place(o, rng)).collect())
-        }),
+        Form::Terse => related(graph, false, rng)
+            .unwrap_or_else(|| join(objects.iter().map(|o| noun_phrase(o, false, rng) + " " + place(o, rng)).collect())),
     }
 }
 
@@ -131,9 +130,7 @@ fn place(object: &Object, rng: &mut ChaCha8Rng) -> &'static str {
         Position::Right => pick(rng, &["on the right", "on the right", "on the right side"]),
         Position::BottomLeft => pick(rng, &["in the bottom left corner", "in the bottom left corner", "at the bottom left"]),
         Position::Bottom => "at the bottom",
-        Position::BottomRight => {
-            pick(rng, &["in the bottom right corner", "in the bottom right corner", "at the bottom right"])
-        }
+        Position::BottomRight => pick(rng, &["in the bottom right corner", "in the bottom right corner", "at the bottom right"]),
     }
 }
 

@@ -22,7 +22,7 @@ mod scene;
 pub use check::{CaptionCheck, Mention, caption_is_right, check_caption};
 pub use corpus::{CorpusOptions, CorpusReport, PictureFormat, SceneRecord, read_records, signatures, write_corpus};
 pub use language::Question;
-pub use scene::{Background, Colour, Ground, Graph, Object, Position, Predicate, Relation, Shape, Size};
+pub use scene::{Background, Colour, Graph, Ground, Object, Position, Predicate, Relation, Shape, Size};
 
 use image::RgbImage;
 use rand::SeedableRng;

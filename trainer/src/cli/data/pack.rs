@@ -101,8 +101,7 @@ pub(super) fn run(args: &PackArgs) -> Result<ExitCode> {
     }
     let mut writer = ShardWriter::create(&args.out, &args.prefix, args.shard_size)?;
     for batch in chosen.chunks(BATCH) {
-        let loaded: Vec<Result<Picture>> =
-            batch.par_iter().map(|c| load(&args.pictures.join(&c.name), args.size)).collect();
+        let loaded: Vec<Result<Picture>> = batch.par_iter().map(|c| load(&args.pictures.join(&c.name), args.size)).collect();
         for (Chosen { name, key, captions }, picture) in batch.iter().zip(loaded) {
             match picture {
                 Ok(picture) => {
