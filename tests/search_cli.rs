@@ -314,7 +314,7 @@ fn refusals_have_their_sentence_and_exit_code() {
         (&["index", "add", "--gallery", &missing, "--bundle", &BUNDLE, &empty], 1, "holds no pictures"),
         (
             &["index", "add", "--gallery", &missing, "--bundle", &BUNDLE, "v4l2:///dev/video0"],
-            2,
+            4,
             "files, folders and standard input",
         ),
         (&["index", "add", "--gallery", &missing, "--bundle", &BUNDLE, "-"], 2, "standard input"),
