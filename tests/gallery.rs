@@ -227,7 +227,7 @@ fn damage_is_found() {
     let cases = [
         (bytes(&unit(1)[1..]), "a/1 has 156 bytes, not 160", true),
         (bytes(&holed), "a/1 has length NaN", true),
-        (bytes(&vec![0.0; WIDTH]), "a/1 has length 0", false),
+        (bytes(&[0.0; WIDTH]), "a/1 has length 0", false),
     ];
     for (index, (blob, part, search_sees_it)) in cases.into_iter().enumerate() {
         let inner = folder.path().join(index.to_string());

@@ -25,8 +25,11 @@ fn largest_difference(a: &Tensor, b: &Tensor) -> f32 {
     (a - b).unwrap().abs().unwrap().flatten_all().unwrap().max(0).unwrap().to_scalar().unwrap()
 }
 
+/// An operator composed of candle's differentiable ones.
+type Composed<'a> = dyn Fn(&[Tensor]) -> Result<Tensor> + 'a;
+
 /// Checks gradients of `f` by its inputs against central differences and against `g`, the composed form.
-fn check(name: &str, inputs: &[Var], f: impl Fn(&[Tensor]) -> Result<Tensor>, g: Option<&dyn Fn(&[Tensor]) -> Result<Tensor>>) {
+fn check(name: &str, inputs: &[Var], f: impl Fn(&[Tensor]) -> Result<Tensor>, g: Option<&Composed>) {
     let tensors: Vec<Tensor> = inputs.iter().map(|v| v.as_tensor().clone()).collect();
     let y = f(&tensors).unwrap();
     let gradients = weigh(&y).unwrap().backward().unwrap();

@@ -280,13 +280,7 @@ fn depthwise_3x3(x: &[f32], weight: &[f32], bias: &[f32], plane: Plane, y: &mut 
             }
         }
         for v in y.iter_mut() {
-            *v = if *v < 0.0 {
-                0.0
-            } else if *v > 6.0 {
-                6.0
-            } else {
-                *v
-            };
+            *v = v.clamp(0.0, 6.0);
         }
     }
 }

@@ -230,7 +230,7 @@ mod tests {
         }
     }
 
-    const ADAMW_EXPECTED: [f32; 3] = [0.967_052_55, -2.023_981_9, 0.468_573_17];
+    const ADAMW_EXPECTED: [f32; 3] = [0.967_052_5, -2.023_982, 0.468_573_2];
 
     #[test]
     fn a_gradient_that_is_not_finite_changes_nothing() {

@@ -55,8 +55,8 @@ mod tests {
             image_to_text -= (positive / (0..m).map(|t| d(i, t)).sum::<f64>()).ln() / n as f64;
         }
         let mut text_to_image = 0.0;
-        for t in 0..m {
-            text_to_image -= (d(image_of_text[t], t) / (0..n).map(|i| d(i, t)).sum::<f64>()).ln() / m as f64;
+        for (t, &own) in image_of_text.iter().enumerate() {
+            text_to_image -= (d(own, t) / (0..n).map(|i| d(i, t)).sum::<f64>()).ln() / m as f64;
         }
         let expected = 0.5 * (image_to_text + text_to_image);
         let tensor = |rows: &[Vec<f64>]| {
