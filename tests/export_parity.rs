@@ -83,7 +83,9 @@ fn model_weights(sizes: &ModelConfig) -> HashMap<String, Candle> {
         let tensor = scattered(&name, &shape, bound, centre);
         (name, tensor)
     };
-    sizes.weights().into_iter().map(weight).collect()
+    let statistics = [("image.mean", 0.0), ("image.deviation", 1.0)]
+        .map(|(name, centre)| (name.to_owned(), scattered(name, &[sizes.region_feature], 0.5, centre)));
+    sizes.weights().into_iter().map(weight).chain(statistics).collect()
 }
 
 fn backbone_weights() -> HashMap<String, Candle> {

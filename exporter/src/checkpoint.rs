@@ -1,4 +1,5 @@
-//! A trainer's checkpoint with all its weights as plain f32 values.
+//! A trainer's checkpoint with all its weights as plain f32 values. The standardisation of region features is folded into
+//! `image.feature`: the bundle's graphs take features as the backbone gives them.
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
@@ -33,7 +34,8 @@ impl Checkpoint {
     /// Missing files; tensors that are missing, superfluous or misshapen; a tokenizer of another size.
     pub fn open(path: &Path) -> Result<Self> {
         let folder = unimo_train::checkpoint::resolve(path)?;
-        let model = Unimo::load(&folder, &Device::Cpu)?;
+        let mut model = Unimo::load(&folder, &Device::Cpu)?;
+        model.fold_statistics()?;
         let backbone = Backbone::load(&folder.join("backbone.safetensors"))?;
         let tokenizer = Tokenizer::from_file(&folder.join("tokenizer.json"))?;
         if tokenizer.vocabulary_size() != model.config().vocabulary {

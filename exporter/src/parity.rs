@@ -16,7 +16,7 @@ use unimo_train::model::{Packer, Regions};
 use crate::checkpoint::Checkpoint;
 
 /// Largest error allowed, as a share of the output's largest magnitude. Both sides compute in f32 from equal weights; they
-/// differ in the order of sums of up to 1280 products over up to 70 layers (measured: up to 4.5e-5), while one bias element
+/// differ in the order of sums of up to 1292 products over up to 70 layers (measured: up to 4.5e-5), while one bias element
 /// changed by 0.05 gives 8e-4, and a wrong operator, padding or mask 1e-1 and more.
 pub const TOLERANCE: f64 = 2e-4;
 /// Tokens decoded for each picture.
@@ -217,7 +217,7 @@ impl Session<'_> {
     fn text_and_match(&mut self, ids: &[u32], regions: &[f32]) -> Result<()> {
         let m = &self.manifest.model;
         let model = &self.checkpoint.model;
-        let mut packer = Packer::new(model.config());
+        let mut packer = Packer::new(model);
         let alone = packer.text(ids, false);
         let pair = packer.pair(Regions::visible(regions), ids);
         let hidden = model.evaluate(&packer.finish(&Device::Cpu)?)?;

@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 use anyhow::{Context, Result};
 use candle_core::Device;
 use unimo_train::checkpoint::{self, Companions, RunState};
-use unimo_train::model::{ModelConfig, Unimo};
+use unimo_train::model::{ModelConfig, RegionStatistics, Unimo};
 use unimo_train::optimizer::{AdamW, OptimizerConfig};
 use unimo_train::{backbone, scenes, tokenizer_training};
 
@@ -37,7 +37,11 @@ pub fn random_checkpoint(folder: &Path, size: &str, seed: u64) -> Result<PathBuf
     std::fs::write(&weights, backbone::random_file(seed)?)?;
     let vocabulary = unimo::tokenizer::Tokenizer::from_bytes(json.as_bytes())?.vocabulary_size();
     let config = ModelConfig { vocabulary, ..ModelConfig::named(size)? };
-    let model = Unimo::new(config, seed, &Device::Cpu)?;
+    let mut model = Unimo::new(config, seed, &Device::Cpu)?;
+    let width = model.config().region_feature;
+    let weights_of = backbone::Backbone::load(&weights)?;
+    let scene = unimo::image::ImagePreparation::default().tensor(&scenes::generate(seed, 0).draw());
+    model.set_statistics(RegionStatistics::of(width, std::iter::once(weights_of.forward(&scene)?)))?;
     let optimizer = AdamW::new(OptimizerConfig::default(), model.weights());
     let state = RunState { step: 0, updates: 0, fingerprint: "random".into() };
     let training = "data = \"none: random weights\"\n".to_owned();

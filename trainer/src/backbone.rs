@@ -1,6 +1,7 @@
-//! MobileNetV2 1.0 as a frozen feature extractor: pixels to 7×7 cells of 1280 features, and the classifier on a cell.
+//! MobileNetV2 1.0 as a frozen feature extractor: pixels to 7×7 regions of 1292 features, and the classifier on a region.
 //!
-//! Inference only, with batch norm folded into the convolutions. Activations are kept as `[pixels, channels]`, so that
+//! A region's feature is the network's last 1280 channels at that cell, and then the mean colours of the cell's four quarters,
+//! which a classifier's last layer has mostly forgotten. Inference only, with batch norm folded into the convolutions. Activations are kept as `[pixels, channels]`, so that
 //! pointwise convolutions are matrix products and depthwise ones run over contiguous channels.
 
 use std::collections::HashMap;
@@ -18,8 +19,12 @@ use crate::ops::kernels::{Matrix, Product, sgemm};
 pub const INPUT: usize = 224;
 /// Cells along a side of the output grid.
 pub const GRID: usize = 7;
-/// Features of a cell.
-pub const FEATURES: usize = 1280;
+/// Channels of the last layer.
+pub const CHANNELS: usize = 1280;
+/// Mean red, green and blue of a cell's four quarters.
+pub const COLOURS: usize = 12;
+/// Features of a region: [`CHANNELS`], then [`COLOURS`].
+pub const FEATURES: usize = CHANNELS + COLOURS;
 /// Classes of the classifier.
 pub const CLASSES: usize = 1000;
 
@@ -95,7 +100,7 @@ impl Backbone {
         &self.layers[name]
     }
 
-    /// Region features of one prepared image: `[3, 224, 224]` in [−1, 1] → `[49, 1280]`.
+    /// Region features of one prepared image: `[3, 224, 224]` in [−1, 1] → `[49, 1292]`.
     ///
     /// # Errors
     /// Another number of values.
@@ -120,7 +125,9 @@ impl Backbone {
             }
             (x, channels, side) = (y, out, next);
         }
-        Ok(self.pointwise("head", &x, channels, true))
+        let x = self.pointwise("head", &x, channels, true);
+        let colours = quarter_colours(pixels);
+        Ok(x.chunks_exact(CHANNELS).zip(colours.chunks_exact(COLOURS)).flat_map(|(x, c)| x.iter().chain(c)).copied().collect())
     }
 
     fn stem(&self, pixels: &[f32]) -> Vec<f32> {
@@ -174,7 +181,7 @@ impl Backbone {
         self.layers.contains_key("classifier")
     }
 
-    /// Class logits of feature vectors `[n, 1280]` → `[n, 1000]`.
+    /// Class logits of region features `[n, 1292]` → `[n, 1000]`.
     ///
     /// # Errors
     /// A backbone without a classifier.
@@ -182,8 +189,23 @@ impl Backbone {
         if !self.has_classifier() {
             bail!("this backbone file has no classifier: set the recipe's weight `region_classes` to 0");
         }
-        Ok(self.pointwise("classifier", features, FEATURES, false))
+        let channels: Vec<f32> = features.chunks_exact(FEATURES).flat_map(|f| &f[..CHANNELS]).copied().collect();
+        Ok(self.pointwise("classifier", &channels, CHANNELS, false))
     }
+}
+
+/// Mean colours of each cell's quarters, `[49, 12]`: upper left, upper right, lower left, lower right, each red, green, blue.
+fn quarter_colours(pixels: &[f32]) -> Vec<f32> {
+    const QUARTER: usize = INPUT / (2 * GRID);
+    let mut sums = vec![0f32; GRID * GRID * COLOURS];
+    for (i, value) in pixels.iter().enumerate() {
+        let (channel, row, column) = (i / (INPUT * INPUT), i / INPUT % INPUT, i % INPUT);
+        let (row, column) = (row / QUARTER, column / QUARTER);
+        let cell = row / 2 * GRID + column / 2;
+        sums[cell * COLOURS + (row % 2 * 2 + column % 2) * 3 + channel] += value;
+    }
+    sums.iter_mut().for_each(|sum| *sum /= (QUARTER * QUARTER) as f32);
+    sums
 }
 
 /// Names and weight shapes of the layers, in order; each has a bias of its first dimension.
@@ -200,8 +222,8 @@ pub fn layer_shapes() -> Vec<(String, Vec<usize>)> {
         list.push((format!("block{i}.project"), vec![out, inner, 1, 1]));
         channels = out;
     }
-    list.push(("head".to_owned(), vec![FEATURES, channels, 1, 1]));
-    list.push(("classifier".to_owned(), vec![CLASSES, FEATURES]));
+    list.push(("head".to_owned(), vec![CHANNELS, channels, 1, 1]));
+    list.push(("classifier".to_owned(), vec![CLASSES, CHANNELS]));
     list
 }
 

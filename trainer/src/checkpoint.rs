@@ -4,7 +4,7 @@ use std::fs::{self, File};
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, bail};
-use candle_core::{Device, Tensor};
+use candle_core::Device;
 use serde::{Deserialize, Serialize};
 
 use crate::model::Unimo;
@@ -49,9 +49,7 @@ pub fn save(folder: &Path, model: &Unimo, optimizer: &AdamW, state: &RunState, c
         }
         fs::create_dir_all(&partial)?;
         fs::write(partial.join("model.toml"), toml::to_string(model.config())?)?;
-        let weights: std::collections::HashMap<String, Tensor> =
-            model.weights().iter().map(|(name, var)| (name.clone(), var.as_tensor().clone())).collect();
-        candle_core::safetensors::save(&weights, partial.join("model.safetensors"))?;
+        candle_core::safetensors::save(&model.tensors()?, partial.join("model.safetensors"))?;
         candle_core::safetensors::save(&optimizer.state()?.0, partial.join("optimizer.safetensors"))?;
         fs::copy(&companions.tokenizer, partial.join("tokenizer.json"))?;
         fs::copy(&companions.backbone, partial.join("backbone.safetensors"))?;

@@ -167,7 +167,7 @@ impl Corpus {
         self.images.len()
     }
 
-    /// Features of pair `pair` in a view, `[49 · 1280]`.
+    /// Features of pair `pair` in a view, `[49 · 1292]`.
     #[must_use]
     pub fn pair_features(&self, pair: usize, view: usize) -> Vec<f32> {
         self.features(self.pairs[pair].picture, view)
@@ -177,6 +177,15 @@ impl Corpus {
     #[must_use]
     pub fn image_features(&self, image: usize, view: usize) -> Vec<f32> {
         self.features(self.images[image], view)
+    }
+
+    /// Features of about `limit` pictures, evenly spread over those with and those without captions.
+    pub fn sampled_features(&self, limit: usize) -> impl Iterator<Item = Vec<f32>> {
+        let (pairs, count) = (self.pairs.len(), self.pairs.len() + self.images.len());
+        (0..count).step_by(count.div_ceil(limit).max(1)).map(move |i| match i.checked_sub(pairs) {
+            None => self.pair_features(i, 0),
+            Some(image) => self.image_features(image, 0),
+        })
     }
 
     fn features(&self, picture: PictureRef, view: usize) -> Vec<f32> {

@@ -89,7 +89,7 @@ fn embed_texts(model: &Unimo, corpus: &Corpus, count: usize) -> Result<(Vec<Vec<
     let all: Vec<(usize, &Vec<u32>)> =
         corpus.pairs[..count].iter().enumerate().flat_map(|(i, p)| p.captions.iter().map(move |c| (i, c))).collect();
     for chunk in all.chunks(4 * BATCH) {
-        let mut packer = Packer::new(model.config());
+        let mut packer = Packer::new(model);
         let rows: Vec<usize> = chunk.iter().map(|(_, ids)| packer.text(ids, false)).collect();
         let hidden = model.evaluate(&packer.finish(model.device())?)?;
         texts.extend(model.text_embedding(&model.rows(&hidden, &rows)?)?.to_vec2::<f32>()?);
@@ -103,7 +103,7 @@ fn embed_texts(model: &Unimo, corpus: &Corpus, count: usize) -> Result<(Vec<Vec<
 /// # Errors
 /// Those of candle.
 pub fn match_probability(model: &Unimo, features: &[f32], ids: &[u32]) -> Result<f32> {
-    let mut packer = Packer::new(model.config());
+    let mut packer = Packer::new(model);
     let rows = packer.pair(Regions::visible(features), ids);
     let hidden = model.evaluate(&packer.finish(model.device())?)?;
     let logit =

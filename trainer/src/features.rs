@@ -1,6 +1,6 @@
 //! Cached region features: the frozen backbone runs once over every picture and view, not once a pass.
 //!
-//! One safetensors file a shard: `features`, f16, `[pictures, views, 49, 1280]`; the metadata hold the pictures' keys and a
+//! One safetensors file a shard: `features`, f16, `[pictures, views, 49, 1292]`; the metadata hold the pictures' keys and a
 //! stamp of what the features were made from (backbone, shard, views), so that a stale cache is rebuilt, not used.
 
 use std::collections::HashMap;
@@ -81,7 +81,7 @@ impl FeatureFile {
         Ok(Some(Self { map, offset, keys, views }))
     }
 
-    /// Features of picture `index`, `[49 · 1280]`, in one of its views (taken modulo the number of views).
+    /// Features of picture `index`, `[49 · 1292]`, in one of its views (taken modulo the number of views).
     #[must_use]
     pub fn get(&self, index: usize, view: usize) -> Vec<f32> {
         let start = self.offset + (index * self.views + view % self.views) * VALUES * 2;
@@ -116,8 +116,9 @@ impl FeatureCache<'_> {
         for shard in shards::expand(shards)? {
             let size = std::fs::metadata(&shard)?.len();
             let name = shard.file_stem().unwrap_or_default().to_string_lossy().into_owned();
-            let digest =
-                Sha256::digest(format!("{} {size} {} views {}", shard.display(), self.backbone_hash, self.views).as_bytes());
+            let digest = Sha256::digest(
+                format!("{} {size} {} views {} of {FEATURES}", shard.display(), self.backbone_hash, self.views).as_bytes(),
+            );
             let stamp = hex(&digest[..8]);
             let path = self.folder.join(format!("{name}-{stamp}.safetensors"));
             let file = match FeatureFile::open(&path, &stamp)? {

@@ -253,6 +253,20 @@ impl GraphBuilder<'_> {
         Ok(self.node("Gather", &[table, indices], &[("axis", Attribute::Int(0))], shape, table.dtype))
     }
 
+    /// Means of the tiles of `side` by `side` values of `[1, channels, height, width]`.
+    ///
+    /// # Errors
+    /// Sides that are no multiples of the tile's.
+    pub fn average_pool(&mut self, x: &Value, side: usize) -> Built {
+        let [1, channels, height, width] = x.shape[..] else { return refuse("AveragePool", format!("{:?}", x.shape)) };
+        if side == 0 || !height.is_multiple_of(side) || !width.is_multiple_of(side) {
+            return refuse("AveragePool", format!("{:?} in tiles of {side}", x.shape));
+        }
+        let tile = || Attribute::Ints(vec![side as i64; 2]);
+        let shape = vec![1, channels, height / side, width / side];
+        Ok(self.node("AveragePool", &[x], &[("kernel_shape", tile()), ("strides", tile())], shape, Dtype::F32))
+    }
+
     /// Two-dimensional convolution of `[1, channels, height, width]` with `<name>.weight` and `<name>.bias`.
     ///
     /// # Errors
@@ -308,6 +322,7 @@ mod tests {
         assert_eq!(says(b.transpose(&x, &[0, 0])), "Transpose: [0, 0] of [2, 3]");
         assert_eq!(says(b.slice(&x, 1, 2, 4)), "Slice: 2..4 of axis 1 of [2, 3]");
         assert_eq!(says(b.concat(&[&x, &i], 0)), "Concat: [4] beside [2, 3] along 0");
+        assert_eq!(says(b.average_pool(&x, 2)), "AveragePool: [2, 3]");
         assert_eq!(says(b.gather(&x, &x)), "Gather: [2, 3] by F32 [2, 3]");
         assert!(says(b.input("z")).contains("`z` is not an input"));
         let error = b.finish(&[x]).unwrap_err().to_string();

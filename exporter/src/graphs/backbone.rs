@@ -1,6 +1,6 @@
 //! MobileNetV2 from pixels to region features, as the trainer's `backbone` computes it.
 
-use unimo_train::backbone::{BLOCKS, FEATURES, GRID, layer_shapes};
+use unimo_train::backbone::{BLOCKS, CHANNELS, COLOURS, GRID, INPUT, layer_shapes};
 
 use super::Builder;
 use crate::checkpoint::Checkpoint;
@@ -25,7 +25,7 @@ fn padded(stride: usize, groups: usize) -> Convolution {
 const POINTWISE: Convolution = Convolution { stride: 1, pads: [0; 4], groups: 1 };
 
 impl Builder<'_> {
-    /// Pixels `[1, 3, 224, 224]` → region features `[1, 49, 1280]`.
+    /// Pixels `[1, 3, 224, 224]` → region features `[1, 49, 1292]`.
     pub(super) fn backbone(&mut self, pixels: &Value) -> Result<Value, GraphError> {
         let x = self.graph.convolution("backbone.stem", pixels, padded(2, 1))?;
         let mut x = self.graph.relu6(&x);
@@ -44,7 +44,17 @@ impl Builder<'_> {
         }
         let x = self.graph.convolution("backbone.head", &x, POINTWISE)?;
         let x = self.graph.relu6(&x);
-        let x = self.graph.reshape(&x, &[1, FEATURES, GRID * GRID])?;
-        self.graph.transpose(&x, &[0, 2, 1])
+        let x = self.graph.reshape(&x, &[1, CHANNELS, GRID * GRID])?;
+        let x = self.graph.transpose(&x, &[0, 2, 1])?;
+        let colours = self.quarter_colours(pixels)?;
+        self.graph.concat(&[&x, &colours], 2)
+    }
+
+    /// Mean colours of each cell's four quarters, `[1, 49, 12]`.
+    fn quarter_colours(&mut self, pixels: &Value) -> Result<Value, GraphError> {
+        let x = self.graph.average_pool(pixels, INPUT / (2 * GRID))?;
+        let x = self.graph.reshape(&x, &[3, GRID, 2, GRID, 2])?;
+        let x = self.graph.transpose(&x, &[1, 3, 2, 4, 0])?;
+        self.graph.reshape(&x, &[1, GRID * GRID, COLOURS])
     }
 }

@@ -58,13 +58,16 @@ impl Unimo {
         Ok((x, keys, values))
     }
 
-    /// Encodes images alone: `regions` is `[batch, regions, region_feature]`.
+    /// Encodes images alone: `regions` is `[batch, regions, region_feature]`, as the backbone gives them.
     ///
     /// # Errors
     /// A shape that does not fit the model.
     pub fn encode_image(&self, regions: &Tensor) -> Result<ImageCache> {
         let (batch, _, width) = regions.dims3()?;
         let tokens = self.config.image_tokens();
+        let mean = Tensor::new(self.statistics.mean.as_slice(), regions.device())?;
+        let deviation = Tensor::new(self.statistics.deviation.as_slice(), regions.device())?;
+        let regions = regions.broadcast_sub(&mean)?.broadcast_div(&deviation)?;
         let features = Tensor::cat(&[regions.mean_keepdim(1)?, regions.clone()], 1)?;
         let boxes = Tensor::from_vec(region_boxes(self.config.grid).repeat(batch), (batch * tokens, 5), regions.device())?;
         let x = self.embed_regions(&features.reshape((batch * tokens, width))?, &boxes)?;

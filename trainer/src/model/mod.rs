@@ -4,8 +4,9 @@ mod config;
 mod generate;
 mod heads;
 mod packing;
+mod statistics;
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, HashMap};
 use std::path::Path;
 
 use anyhow::{Context, Result, bail};
@@ -15,6 +16,7 @@ use rand::Rng;
 pub use config::ModelConfig;
 pub use generate::{ImageCache, Step};
 pub use packing::{ImageRows, PackedBatch, Packer, Regions, region_boxes};
+pub use statistics::RegionStatistics;
 
 use crate::ops;
 
@@ -46,10 +48,15 @@ pub struct Unimo {
     config: ModelConfig,
     device: Device,
     weights: BTreeMap<String, Var>,
+    statistics: RegionStatistics,
 }
 
+/// Names under which a checkpoint holds the region statistics, beside the weights.
+const STATISTICS: [&str; 2] = ["image.mean", "image.deviation"];
+
 impl Unimo {
-    /// Fresh weights: normal(0, 0.02) truncated at two deviations for matrices, ones for LayerNorm weights, zeros for
+    /// Fresh weights: normal(0, `initial_deviation`) truncated at two deviations for matrices (wider for
+    /// the boxes', so that both parts of a region's embedding start alike), ones for LayerNorm weights, zeros for
     /// biases, log 0.07 for the temperature.
     ///
     /// # Errors
@@ -65,11 +72,17 @@ impl Unimo {
             } else if name.ends_with("norm.weight") {
                 vec![1.0; count]
             } else {
-                truncated_normal(crate::seed::mix(seed, i as u64), count, 0.02)
+                let mut deviation = config.initial_deviation;
+                if name == "image.box.weight" {
+                    // Five numbers beside a thousand features: from equal weights, places would drown in what is seen there.
+                    deviation *= (config.region_feature as f64 / 5.0).sqrt();
+                }
+                truncated_normal(crate::seed::mix(seed, i as u64), count, deviation as f32)
             };
             weights.insert(name, Var::from_vec(values, shape, device)?);
         }
-        Ok(Self { config, device: device.clone(), weights })
+        let statistics = RegionStatistics::identity(config.region_feature);
+        Ok(Self { config, device: device.clone(), weights, statistics })
     }
 
     /// Reads `model.toml` and `model.safetensors` of a checkpoint folder.
@@ -86,18 +99,72 @@ impl Unimo {
     fn from_tensors(config: ModelConfig, path: &Path, device: &Device) -> Result<Self> {
         let mut tensors =
             candle_core::safetensors::load(path, device).with_context(|| format!("cannot read {}", path.display()))?;
-        let mut weights = BTreeMap::new();
-        for (name, shape) in config.weights() {
-            let Some(tensor) = tensors.remove(&name) else { bail!("{} lacks `{name}`", path.display()) };
+        let mut take = |name: &str, shape: &[usize]| {
+            let Some(tensor) = tensors.remove(name) else { bail!("{} lacks `{name}`", path.display()) };
             if tensor.dims() != shape {
                 bail!("{}: `{name}` is {:?}, the sizes ask for {shape:?}", path.display(), tensor.dims());
             }
-            weights.insert(name, Var::from_tensor(&tensor.to_dtype(DType::F32)?)?);
+            Ok(tensor.to_dtype(DType::F32)?)
+        };
+        let mut weights = BTreeMap::new();
+        for (name, shape) in config.weights() {
+            let tensor = take(&name, &shape)?;
+            weights.insert(name, Var::from_tensor(&tensor)?);
         }
+        let [mean, deviation] =
+            STATISTICS.map(|name| take(name, &[config.region_feature])?.to_vec1().map_err(anyhow::Error::from));
+        let statistics = RegionStatistics { mean: mean?, deviation: deviation? };
         if let Some(extra) = tensors.keys().next() {
             bail!("{} holds `{extra}`, which this model does not have", path.display());
         }
-        Ok(Self { config, device: device.clone(), weights })
+        Ok(Self { config, device: device.clone(), weights, statistics })
+    }
+
+    /// Everything that `model.safetensors` holds, by name.
+    ///
+    /// # Errors
+    /// Those of candle.
+    pub fn tensors(&self) -> Result<HashMap<String, Tensor>> {
+        let mut tensors: HashMap<String, Tensor> =
+            self.weights.iter().map(|(name, var)| (name.clone(), var.as_tensor().clone())).collect();
+        for (name, values) in STATISTICS.into_iter().zip([&self.statistics.mean, &self.statistics.deviation]) {
+            tensors.insert(name.to_owned(), Tensor::new(values.as_slice(), &self.device)?);
+        }
+        Ok(tensors)
+    }
+
+    /// How region features are standardised.
+    #[must_use]
+    pub fn statistics(&self) -> &RegionStatistics {
+        &self.statistics
+    }
+
+    /// Standardises by other statistics from now on; what has been learnt does not fit them.
+    ///
+    /// # Errors
+    /// Statistics of another width.
+    pub fn set_statistics(&mut self, statistics: RegionStatistics) -> Result<()> {
+        let width = self.config.region_feature;
+        if statistics.mean.len() != width || statistics.deviation.len() != width {
+            bail!("statistics of {} features for a model of {width}", statistics.mean.len());
+        }
+        self.statistics = statistics;
+        Ok(())
+    }
+
+    /// Moves the standardisation into `image.feature`, so that the model takes features as they are and computes the same.
+    ///
+    /// # Errors
+    /// Those of candle.
+    pub fn fold_statistics(&mut self) -> Result<()> {
+        let width = self.config.region_feature;
+        let mean = Tensor::new(self.statistics.mean.as_slice(), &self.device)?.reshape((width, 1))?;
+        let deviation = Tensor::new(self.statistics.deviation.as_slice(), &self.device)?;
+        let (weight, bias) = (&self.weights["image.feature.weight"], &self.weights["image.feature.bias"]);
+        weight.set(&weight.as_tensor().broadcast_div(&deviation)?)?;
+        bias.set(&(bias.as_tensor() - weight.as_tensor().matmul(&mean)?.squeeze(1)?)?)?;
+        self.statistics = RegionStatistics::identity(width);
+        Ok(())
     }
 
     /// Sizes.
@@ -140,7 +207,7 @@ impl Unimo {
         self.norm("text.norm", &(tokens + places)?)
     }
 
-    /// Embeddings of image rows: `features` `[rows, region_feature]`, `boxes` `[rows, 5]`.
+    /// Embeddings of image rows: standardised `features` `[rows, region_feature]`, `boxes` `[rows, 5]`.
     fn embed_regions(&self, features: &Tensor, boxes: &Tensor) -> candle_core::Result<Tensor> {
         let sum = (self.linear("image.feature", features)? + self.linear("image.box", boxes)?)?;
         self.norm("image.norm", &sum)

@@ -2,15 +2,15 @@
 
 use candle_core::{Device, Result, Tensor};
 
-use super::ModelConfig;
+use super::{ModelConfig, RegionStatistics, Unimo};
 use crate::ops::{AttentionGroup, AttentionPlan, QueryBlock};
 
 /// Region features of one image, `[regions · region_feature]`, and which regions are hidden from the model.
 #[derive(Clone, Copy)]
 pub struct Regions<'a> {
-    /// Row-major features.
+    /// Row-major features, as the backbone gives them.
     pub features: &'a [f32],
-    /// Regions whose features are zeroed and left out of the mean that makes `[IMG]`.
+    /// Regions whose features are zeroed (after standardisation) and left out of the mean that makes `[IMG]`.
     pub masked: &'a [usize],
 }
 
@@ -37,7 +37,7 @@ pub struct PackedBatch {
     pub(super) ids: Tensor,
     /// Position of each text row inside its text.
     pub(super) positions: Tensor,
-    /// `[images · image_tokens, region_feature]`, `[IMG]`'s mean included; absent without images.
+    /// Standardised, `[images · image_tokens, region_feature]`, `[IMG]`'s mean included; absent without images.
     pub(super) features: Option<Tensor>,
     /// `[images · image_tokens, 5]`.
     pub(super) boxes: Option<Tensor>,
@@ -64,6 +64,7 @@ enum Origin {
 /// Collects groups of rows; see [`PackedBatch`].
 pub struct Packer<'a> {
     config: &'a ModelConfig,
+    statistics: &'a RegionStatistics,
     ids: Vec<u32>,
     positions: Vec<u32>,
     features: Vec<f32>,
@@ -75,9 +76,10 @@ pub struct Packer<'a> {
 impl<'a> Packer<'a> {
     /// An empty batch.
     #[must_use]
-    pub fn new(config: &'a ModelConfig) -> Self {
+    pub fn new(model: &'a Unimo) -> Self {
         Self {
-            config,
+            config: model.config(),
+            statistics: model.statistics(),
             ids: Vec::new(),
             positions: Vec::new(),
             features: Vec::new(),
@@ -138,7 +140,8 @@ impl<'a> Packer<'a> {
         let mean_at = self.features.len();
         self.features.resize(mean_at + width, 0.0);
         let share = 1.0 / (count - regions.masked.len()).max(1) as f32;
-        for (r, feature) in regions.features.chunks_exact(width).enumerate() {
+        let standard = self.statistics.standardise(regions.features);
+        for (r, feature) in standard.chunks_exact(width).enumerate() {
             if regions.masked.contains(&r) {
                 self.features.resize(self.features.len() + width, 0.0);
             } else {

@@ -119,7 +119,7 @@ impl StepBatch {
     pub fn build(model: &Unimo, recipe: &Recipe, source: &Source, orders: &mut Orders, step: u64) -> Result<Self> {
         let b = &recipe.batch;
         let mut rng = seed::rng(seed::mix(recipe.seed ^ 0x5eed_0001, step));
-        let mut draft = Draft { packer: Packer::new(model.config()), grid: model.config().grid, source, parts: Parts::default() };
+        let mut draft = Draft { packer: Packer::new(model), grid: model.config().grid, source, parts: Parts::default() };
         let pictures: Vec<Picture> = (0..b.images)
             .map(|i| {
                 let pair = shuffled(recipe.seed, source.corpus.pairs.len(), step * b.images as u64 + i as u64, &mut orders.pairs);
@@ -355,9 +355,10 @@ pub fn matching_loss(logits: &Tensor, labels: &[f32]) -> candle_core::Result<Ten
     (logits.relu()? - (logits * labels)? + softplus)?.mean_all()
 }
 
-/// Mean squared error of the masked regions' predicted features; `rows` is `[n, hidden]`, `features` `[n · 1280]`.
+/// Mean squared error of the masked regions' predicted features, standardised; `rows` is `[n, hidden]`, `features` `[n · 1292]`.
 fn region_regression(model: &Unimo, rows: &Tensor, features: &[f32]) -> Result<Tensor> {
-    let target = Tensor::from_slice(features, (features.len() / FEATURES, FEATURES), rows.device())?;
+    let target = model.statistics().standardise(features);
+    let target = Tensor::from_vec(target, (features.len() / FEATURES, FEATURES), rows.device())?;
     Ok((model.region_features(rows)? - target)?.sqr()?.mean_all()?)
 }
 
