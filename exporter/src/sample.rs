@@ -23,12 +23,16 @@ pub fn drawn_samples(count: u64) -> Vec<Sample> {
         .collect()
 }
 
-/// Writes a checkpoint of random weights into `folder` and returns its path.
+/// Writes a checkpoint of random weights into `folder`, in place of any that is there, and returns its path.
 ///
 /// # Errors
 /// An unknown size, or failed writes.
 pub fn random_checkpoint(folder: &Path, size: &str, seed: u64) -> Result<PathBuf> {
     std::fs::create_dir_all(folder).with_context(|| format!("cannot create {}", folder.display()))?;
+    // A checkpoint that is there would be kept, and may be one of another version.
+    for old in checkpoint::list(folder)? {
+        std::fs::remove_dir_all(&old).with_context(|| format!("cannot remove {}", old.display()))?;
+    }
     let captions: Vec<String> = (0..60).flat_map(|i| scenes::generate(seed, i).captions).collect();
     let json = tokenizer_training::train(captions.iter().map(String::as_str), 400)?;
     let tokenizer = folder.join("tokenizer.json");
