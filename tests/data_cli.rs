@@ -1,8 +1,6 @@
 //! `unimo-train data` and `eval`: scenes are the same for the same seed, what is packed is unpacked again, damaged records are
 //! counted, listed and skipped, and scores are only given for files that belong together.
 
-#![allow(clippy::unwrap_used)]
-
 use std::path::{Path, PathBuf};
 
 use serde_json::{Value, json};

@@ -3,8 +3,6 @@
 //! The golden values come from a NumPy forward that shares no code with this project, `exporter/tests/reference/reference.py`;
 //! that script also checks the files with `onnx.checker` and runs them in ONNX Runtime.
 
-#![allow(clippy::unwrap_used)]
-
 use std::collections::{BTreeMap, HashMap};
 use std::fs;
 use std::path::{Path, PathBuf};

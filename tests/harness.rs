@@ -1,7 +1,5 @@
 //! What the end-to-end tests share: the programs, built once, and how to run them.
 
-#![allow(clippy::unwrap_used, clippy::expect_used)]
-
 use std::env;
 use std::io::Write;
 use std::path::PathBuf;

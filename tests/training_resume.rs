@@ -119,3 +119,12 @@ fn a_run_is_not_overwritten_nor_mixed_with_another() {
     let mixed = training::run(&other).unwrap_err().to_string();
     assert!(mixed.contains("another recipe"), "{mixed}");
 }
+
+#[test]
+fn a_size_for_other_regions_than_the_backbones_is_refused_before_any_work() {
+    let folder = tempfile::tempdir().unwrap();
+    let job = TrainingJob { size: ModelConfig::named("base").unwrap(), ..job(folder.path(), "run") };
+    let error = training::run(&job).unwrap_err().to_string();
+    assert!(error.contains("1292 features") && error.contains("2048"), "{error}");
+    assert!(!job.features.exists());
+}

@@ -310,8 +310,8 @@ fn tensor(name: GraphName, input: &str, tensor: Option<Tensor>) -> Result<Tensor
     })
 }
 
-#[cfg(all(test, feature = "tract"))]
-#[allow(clippy::unwrap_used)]
+#[cfg(test)]
+#[cfg(feature = "tract")]
 mod tests {
     use std::fs;
 

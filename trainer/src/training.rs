@@ -24,7 +24,7 @@ use crate::recipe::Recipe;
 use crate::seed;
 use crate::tfidf::TfIdfIndex;
 
-/// Checkpoints kept beside the newest evaluation's best.
+/// Newest checkpoints that a run keeps.
 const KEPT_CHECKPOINTS: usize = 2;
 
 /// Pictures from which the statistics of the region features are taken.
@@ -142,10 +142,10 @@ pub fn run(job: &TrainingJob) -> Result<PathBuf> {
     let backbone = Backbone::load(&job.backbone)?;
 
     let mut model = initial_model(job, existing.last(), &tokenizer, &device)?;
-    let (corpus, development) = load_corpus(job, &tokenizer, &backbone, model.config().positions.min(48))?;
     if model.config().region_feature != FEATURES {
         bail!("the backbone makes {FEATURES} features of a region, the model takes {}", model.config().region_feature);
     }
+    let (corpus, development) = load_corpus(job, &tokenizer, &backbone, model.config().positions.min(48))?;
     if existing.is_empty() && job.init.is_none() {
         let mut statistics = RegionStatistics::of(FEATURES, corpus.sampled_features(STATISTICS_PICTURES));
         statistics.emphasise(CHANNELS..FEATURES, COLOUR_EMPHASIS);

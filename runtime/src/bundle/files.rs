@@ -101,7 +101,6 @@ fn members(bytes: &[u8]) -> io::Result<BTreeMap<String, Range<usize>>> {
 }
 
 #[cfg(test)]
-#[allow(clippy::unwrap_used)]
 mod tests {
     use super::*;
 

@@ -344,7 +344,6 @@ fn difference(expected: &GraphSignature, found: &GraphSignature) -> String {
 }
 
 #[cfg(test)]
-#[allow(clippy::unwrap_used)]
 pub(crate) mod tests {
     use super::*;
 

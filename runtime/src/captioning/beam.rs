@@ -150,7 +150,6 @@ fn likeliest(logits: &[f32], count: usize, allowed: impl Fn(u32) -> bool) -> Vec
 }
 
 #[cfg(test)]
-#[allow(clippy::unwrap_used)]
 mod tests {
     use std::cell::Cell;
     use std::convert::Infallible;

@@ -71,7 +71,6 @@ fn store(past: &mut Tensor, new: &Tensor, slot: usize) {
 }
 
 #[cfg(test)]
-#[allow(clippy::unwrap_used)]
 mod tests {
     use super::*;
 

@@ -232,7 +232,6 @@ fn typed(dtype: Dtype, shape: &[usize]) -> String {
 }
 
 #[cfg(test)]
-#[allow(clippy::unwrap_used)]
 mod tests {
     use super::*;
 

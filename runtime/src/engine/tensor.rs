@@ -118,7 +118,6 @@ fn elements(shape: &[usize]) -> Option<usize> {
 }
 
 #[cfg(test)]
-#[allow(clippy::unwrap_used)]
 mod tests {
     use super::*;
 

@@ -157,7 +157,6 @@ fn integers(value: &TractTensor) -> TractResult<Vec<i64>> {
 }
 
 #[cfg(test)]
-#[allow(clippy::unwrap_used)]
 mod tests {
     use prost::Message;
     use tract_onnx::pb::tensor_proto::DataType;

@@ -434,7 +434,6 @@ fn fault(path: &Path, source: rusqlite::Error) -> GalleryError {
 }
 
 #[cfg(test)]
-#[allow(clippy::unwrap_used)]
 mod tests {
     use super::*;
 

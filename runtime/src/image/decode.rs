@@ -209,7 +209,6 @@ fn webp_is_complete(bytes: &[u8]) -> bool {
 }
 
 #[cfg(test)]
-#[allow(clippy::unwrap_used)]
 mod tests {
     use ::image::codecs::jpeg::JpegEncoder;
     use ::image::{ImageEncoder, Rgb, Rgba, RgbaImage};

@@ -47,7 +47,6 @@ pub fn caption_scores(candidates: &[String], references: &[Vec<String>]) -> Capt
 }
 
 #[cfg(test)]
-#[allow(clippy::unwrap_used)]
 mod tests {
     use serde::Deserialize;
 

@@ -206,3 +206,34 @@ pub fn region_boxes(grid: usize) -> Vec<f32> {
     }
     boxes
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Standardised rows of one packed image.
+    fn rows(model: &Unimo, features: &[f32], masked: &[usize]) -> Vec<Vec<f32>> {
+        let mut packer = Packer::new(model);
+        packer.image_with_captions(Regions { features, masked }, &[]);
+        packer.finish(&Device::Cpu).unwrap().features.unwrap().to_vec2().unwrap()
+    }
+
+    #[test]
+    fn what_a_masked_region_holds_reaches_no_row() {
+        let config = ModelConfig { grid: 2, region_feature: 3, ..ModelConfig::named("pico").unwrap() };
+        let mut model = Unimo::new(config, 1, &Device::Cpu).unwrap();
+        model.set_statistics(RegionStatistics { mean: vec![1.0, 2.0, 3.0], deviation: vec![0.5, 1.0, 2.0] }).unwrap();
+        let features: Vec<f32> = (0..12).map(|v| v as f32).collect();
+        let mut changed = features.clone();
+        changed[3..6].fill(1e3);
+
+        let seen = rows(&model, &features, &[1]);
+        assert_eq!(seen, rows(&model, &changed, &[1]));
+        assert_ne!(rows(&model, &features, &[]), rows(&model, &changed, &[]));
+        assert_eq!(seen[2], [0.0; 3]);
+        // Regions 0, 2 and 3 are visible: [IMG] is their mean, and theirs alone.
+        assert_eq!(seen[1], [-2.0, -1.0, -0.5]);
+        let mean: Vec<f32> = (0..3).map(|i| (seen[1][i] + seen[3][i] + seen[4][i]) / 3.0).collect();
+        assert!(seen[0].iter().zip(&mean).all(|(a, b)| (a - b).abs() < 1e-5), "{:?} is not {mean:?}", seen[0]);
+    }
+}

@@ -22,11 +22,13 @@ impl RegionStatistics {
     /// Statistics over regions: each item is row-major `[n, width]`. Without regions, the identity.
     pub fn of(width: usize, pictures: impl Iterator<Item = Vec<f32>>) -> Self {
         let (mut count, mut sums, mut squares) = (0usize, vec![0f64; width], vec![0f64; width]);
-        for region in pictures.flat_map(|p| p.chunks_exact(width).map(<[f32]>::to_vec).collect::<Vec<_>>()) {
-            count += 1;
-            for ((sum, square), &value) in sums.iter_mut().zip(&mut squares).zip(&region) {
-                *sum += f64::from(value);
-                *square += f64::from(value) * f64::from(value);
+        for picture in pictures {
+            for region in picture.chunks_exact(width) {
+                count += 1;
+                for ((sum, square), &value) in sums.iter_mut().zip(&mut squares).zip(region) {
+                    *sum += f64::from(value);
+                    *square += f64::from(value) * f64::from(value);
+                }
             }
         }
         if count == 0 {
@@ -73,5 +75,11 @@ mod tests {
         }
         // The third never changes: it becomes zero, not infinite.
         assert!(standard.iter().skip(2).step_by(3).all(|&v| v == 0.0));
+
+        let mut loud = statistics.clone();
+        loud.emphasise(1..2, 4.0);
+        for (quiet, loud) in standard.chunks_exact(3).zip(loud.standardise(&pictures[0]).chunks_exact(3)) {
+            assert_eq!(loud, [quiet[0], 4.0 * quiet[1], quiet[2]]);
+        }
     }
 }

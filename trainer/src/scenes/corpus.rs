@@ -197,7 +197,6 @@ pub fn signatures(shards: &[PathBuf]) -> Result<HashSet<String>> {
 }
 
 #[cfg(test)]
-#[allow(clippy::unwrap_used)]
 mod tests {
     use super::*;
 

@@ -76,7 +76,6 @@ pub fn generate_up_to(seed: u64, index: u64, max_objects: usize) -> Scene {
 }
 
 #[cfg(test)]
-#[allow(clippy::unwrap_used)]
 mod tests {
     use std::collections::HashSet;
 

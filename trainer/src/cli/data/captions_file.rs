@@ -67,7 +67,6 @@ fn read_table(mut reader: csv::Reader<File>) -> Result<Vec<(String, String)>> {
 }
 
 #[cfg(test)]
-#[allow(clippy::unwrap_used)]
 mod tests {
     use super::*;
 

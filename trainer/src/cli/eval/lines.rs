@@ -156,7 +156,6 @@ pub(super) fn references(shards: &[PathBuf]) -> Result<(Vec<String>, Vec<Vec<Str
 }
 
 #[cfg(test)]
-#[allow(clippy::unwrap_used)]
 mod tests {
     use super::*;
 
