@@ -264,3 +264,37 @@ fn truncated_normal(seed: u64, count: usize, deviation: f32) -> Vec<f32> {
     }
     values
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Hidden states of one image, `[image_tokens · hidden]`: packed as in training, and as inference encodes it.
+    fn both_ways(model: &Unimo, features: &[f32]) -> [Vec<f32>; 2] {
+        let flat = |t: Tensor| t.flatten_all().unwrap().to_vec1::<f32>().unwrap();
+        let mut packer = Packer::new(model);
+        packer.image_with_captions(Regions::visible(features), &[]);
+        let packed = model.evaluate(&packer.finish(&Device::Cpu).unwrap()).unwrap();
+        let shape = (1, model.config().regions(), model.config().region_feature);
+        let regions = Tensor::from_slice(features, shape, &Device::Cpu).unwrap();
+        [flat(packed), flat(model.encode_image(&regions).unwrap().hidden)]
+    }
+
+    #[test]
+    fn training_inference_and_the_folded_model_standardise_alike() {
+        let config = ModelConfig { grid: 2, region_feature: 3, ..ModelConfig::named("pico").unwrap() };
+        let features: Vec<f32> = (0..12).map(|v| (v as f32 * 0.7).sin() * 3.0).collect();
+        let mut model = Unimo::new(config, 1, &Device::Cpu).unwrap();
+        let [plain, _] = both_ways(&model, &features);
+        model.set_statistics(RegionStatistics { mean: vec![1.0, -2.0, 0.3], deviation: vec![0.5, 1.5, 2.0] }).unwrap();
+        let [packed, encoded] = both_ways(&model, &features);
+        model.fold_statistics().unwrap();
+        let [folded, folded_encoded] = both_ways(&model, &features);
+        // Sums of products of order 1 in f32, in another order, through two layers.
+        let near = |a: &[f32], b: &[f32]| a.iter().zip(b).all(|(a, b)| (a - b).abs() < 1e-4);
+        assert!(!near(&plain, &packed), "the statistics do nothing");
+        for (other, what) in [(encoded, "inference"), (folded, "folded"), (folded_encoded, "folded inference")] {
+            assert!(near(&packed, &other), "{what} differs from training");
+        }
+    }
+}
