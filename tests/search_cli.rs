@@ -216,6 +216,24 @@ fn adding_again_changes_only_what_changed() {
     assert_eq!(unimo(&["index", "remove", "--gallery", &gallery, names[1]]).code, 1);
 }
 
+#[test]
+fn relative_names_mean_the_same_picture_from_any_folder() {
+    let (folder, pictures, gallery) = scratch(2);
+    let inside = |arguments: &[&str]| {
+        let mut command = Command::new(path("unimo"));
+        command.args(arguments).current_dir(folder.path().join("p")).stdin(Stdio::null());
+        command.output().unwrap().status.code()
+    };
+    let add_inside = ["index", "add", "--no-captions", "--gallery", &gallery, "--bundle", &BUNDLE, "00.png", "01.png"];
+    assert_eq!(inside(&add_inside), Some(0));
+    assert_eq!(exported(&gallery), pictures);
+    assert_eq!(statuses(&add(&gallery, &["--no-captions", &pictures[0]])), all(&pictures[..1], "unchanged"));
+    let search_inside = |prefix| inside(&["search", "words", "--source", prefix, "--gallery", &gallery, "--bundle", &BUNDLE]);
+    assert_eq!((search_inside("01"), search_inside("02")), (Some(0), Some(1)));
+    assert_eq!(inside(&["index", "remove", "--gallery", &gallery, "00.png"]), Some(0));
+    assert_eq!(exported(&gallery), pictures[1..]);
+}
+
 /// Where a bundle's manifest lies in what a .tar held.
 fn blind_root(folder: &Path) -> PathBuf {
     if folder.join("manifest.toml").is_file() {
