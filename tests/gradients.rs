@@ -124,8 +124,13 @@ fn tied_cross_entropy() {
     let rows = 300;
     let targets: Vec<u32> = (0..rows as u32).map(|i| i * 7 % 13).collect();
     let inputs = [var(1, &[rows, 6]), var(2, &[13, 6]), var(3, &[13])];
-    let f = |t: &[Tensor]| ops::tied_cross_entropy(&t[0], &t[1], &t[2], targets.clone(), 0.1);
-    check("tied_cross_entropy", &inputs, f, Some(&|t| reference::tied_cross_entropy(&t[0], &t[1], &t[2], &targets, 0.1)));
+    // Weights of both signs, and every seventh row without any: what self-critical training asks for.
+    let signed: Vec<f32> = (0..rows).map(|i| if i % 7 == 0 { 0.0 } else { (i as f32 * 0.37).sin() * 2.0 }).collect();
+    for (name, weights) in [("tied_cross_entropy", None), ("weighted tied_cross_entropy", Some(signed))] {
+        let f = |t: &[Tensor]| ops::tied_cross_entropy(&t[0], &t[1], &t[2], targets.clone(), weights.clone(), 0.1);
+        let g = |t: &[Tensor]| reference::tied_cross_entropy(&t[0], &t[1], &t[2], &targets, weights.as_deref(), 0.1);
+        check(name, &inputs, f, Some(&g));
+    }
 }
 
 #[test]

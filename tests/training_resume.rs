@@ -16,6 +16,7 @@ evaluate_every = 100
 [batch]
 images = 4
 captions = 2
+sampled_captions = 2
 contrast_captions = 2
 match_images = 2
 match_negatives = 2
@@ -40,7 +41,7 @@ fn job(folder: &Path, run: &str) -> TrainingJob {
     }
     TrainingJob {
         recipe: Recipe::from_toml(RECIPE).unwrap(),
-        size: ModelConfig::named("pico").unwrap(),
+        size: ModelConfig { dropout: 0.1, ..ModelConfig::named("pico").unwrap() },
         init: None,
         tokenizer,
         backbone,

@@ -57,6 +57,9 @@ pub struct BatchConfig {
     pub images: usize,
     /// Captions of each picture that the language model learns to write; they share one image prefix.
     pub captions: usize,
+    /// Captions of each picture drawn from the model itself and rewarded by CIDEr-D (self-critical training).
+    #[serde(default)]
+    pub sampled_captions: usize,
     /// Captions of each picture encoded alone for the contrast.
     #[serde(default)]
     pub contrast_captions: usize,
@@ -83,6 +86,8 @@ pub struct BatchConfig {
 pub struct LossWeights {
     /// Caption generation.
     pub caption: f64,
+    /// Reward of sampled captions.
+    pub self_critical: f64,
     /// Generation of texts alone.
     pub text: f64,
     /// Contrast of separately encoded images and texts.
@@ -103,6 +108,7 @@ impl Default for LossWeights {
     fn default() -> Self {
         Self {
             caption: 1.0,
+            self_critical: 1.0,
             text: 0.5,
             contrast: 1.0,
             matching: 0.5,
@@ -134,6 +140,9 @@ impl Recipe {
         if b.contrast_captions > 0 && b.images < 2 {
             bail!("a contrast needs at least 2 images in a step");
         }
+        if b.sampled_captions == 1 {
+            bail!("sampled_captions are judged against each other: at least 2 are needed, or 0");
+        }
         if !(0.0..1.0).contains(&recipe.weights.label_smoothing) {
             bail!("label_smoothing is not in [0, 1)");
         }
@@ -158,9 +167,12 @@ mod tests {
     fn nonsense_is_refused_with_its_reason() {
         let good = "steps = 10\n[batch]\nimages = 4\ncaptions = 5\n";
         assert_eq!(Recipe::from_toml(good).unwrap().weights, LossWeights::default());
-        for (change, says) in
-            [("match_images = 5", "taken from"), ("wings = 2", "wings"), ("[weights]\nlabel_smoothing = 1.5", "label_smoothing")]
-        {
+        for (change, says) in [
+            ("match_images = 5", "taken from"),
+            ("sampled_captions = 1", "against each other"),
+            ("wings = 2", "wings"),
+            ("[weights]\nlabel_smoothing = 1.5", "label_smoothing"),
+        ] {
             let error = format!("{:#}", Recipe::from_toml(&format!("{good}{change}\n")).unwrap_err());
             assert!(error.contains(says), "{error}");
         }

@@ -1,4 +1,4 @@
-//! `unimo-train finetune caption|retrieval`
+//! `unimo-train finetune caption|self-critical|retrieval`
 
 use std::path::PathBuf;
 use std::process::ExitCode;
@@ -12,9 +12,11 @@ use unimo_train::model::ModelConfig;
 use unimo_train::recipe::Recipe;
 use unimo_train::training;
 
-const EXAMPLES: &str = "Example:
+const EXAMPLES: &str = "Examples:
   unimo-train finetune caption --init runs/edge-s --tokenizer tokenizer.json --backbone mobilenetv2.safetensors \\
-      --pairs flickr8k/train --dev flickr8k/dev-0000.tar --out runs/edge-s-caption";
+      --pairs flickr8k/train --dev flickr8k/dev-0000.tar --out runs/edge-s-caption
+  unimo-train finetune self-critical --init runs/edge-s-caption --tokenizer tokenizer.json \\
+      --backbone mobilenetv2.safetensors --pairs flickr8k/train --dev flickr8k/dev-0000.tar --out runs/edge-s-final";
 
 /// Adapt a pretrained checkpoint.
 #[derive(Debug, clap::Args)]
@@ -27,6 +29,8 @@ pub struct Args {
 enum Task {
     /// Captioning with label smoothing; the contrast goes on, so that one model captions and searches
     Caption(TaskArgs),
+    /// Captioning by its metric, after `caption`: captions drawn from the model are rewarded by CIDEr-D
+    SelfCritical(TaskArgs),
     /// Retrieval: contrast of separate encodings, and matching with TF-IDF hard negatives
     Retrieval(TaskArgs),
 }
@@ -45,6 +49,7 @@ struct TaskArgs {
 }
 
 const CAPTION: &str = include_str!("../../recipes/finetune-caption.toml");
+const SELF_CRITICAL: &str = include_str!("../../recipes/finetune-self-critical.toml");
 const RETRIEVAL: &str = include_str!("../../recipes/finetune-retrieval.toml");
 
 /// Runs the subcommand.
@@ -54,6 +59,7 @@ const RETRIEVAL: &str = include_str!("../../recipes/finetune-retrieval.toml");
 pub fn run(args: &Args) -> Result<ExitCode> {
     let (task, default) = match &args.task {
         Task::Caption(task) => (task, CAPTION),
+        Task::SelfCritical(task) => (task, SELF_CRITICAL),
         Task::Retrieval(task) => (task, RETRIEVAL),
     };
     let recipe = match &task.recipe {

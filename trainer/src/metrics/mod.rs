@@ -9,6 +9,7 @@ mod recall;
 mod rouge;
 mod tokenise;
 
+pub use cider::CiderReward;
 pub use recall::{RECALL_AT, RecallScores, recall_at_k};
 pub use tokenise::tokenise;
 

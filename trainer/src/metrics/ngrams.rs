@@ -55,4 +55,17 @@ impl WordIds {
         };
         words.iter().map(number).collect()
     }
+
+    /// As [`Self::ids`], without learning new words: those get numbers from the top, which no known word has.
+    pub(super) fn known_ids(&self, words: &[String]) -> Vec<u32> {
+        let mut unknown: Vec<&String> = Vec::new();
+        let mut number = |word| {
+            let seen = unknown.iter().position(|other| *other == word).unwrap_or_else(|| {
+                unknown.push(word);
+                unknown.len() - 1
+            });
+            u32::MAX - seen as u32
+        };
+        words.iter().map(|word| self.0.get(word).copied().unwrap_or_else(|| number(word))).collect()
+    }
 }

@@ -43,8 +43,7 @@ impl Unimo {
     /// One layer over `x` `[batch, rows, hidden]`, whose rows see `past` (if any) and all rows of `x`.
     fn cached_layer(&self, layer: usize, x: &Tensor, past: Option<(&Tensor, &Tensor)>) -> Result<(Tensor, Tensor, Tensor)> {
         let (batch, rows, hidden) = x.dims3()?;
-        let name = |part: &str| format!("layers.{layer}.{part}");
-        let [query, mut keys, mut values] = self.split_heads(&self.linear(&name("attention.qkv"), x)?)?;
+        let [query, mut keys, mut values] = self.split_heads(&self.linear(&format!("layers.{layer}.attention.qkv"), x)?)?;
         if let Some((past_keys, past_values)) = past {
             keys = Tensor::cat(&[past_keys, &keys], 2)?;
             values = Tensor::cat(&[past_values, &values], 2)?;
@@ -52,10 +51,7 @@ impl Unimo {
         let depth = hidden / self.config.heads;
         let scores = (query.matmul(&keys.t()?.contiguous()?)? / (depth as f64).sqrt())?;
         let attended = ops::reference::softmax(&scores)?.matmul(&values)?.transpose(1, 2)?.reshape((batch, rows, hidden))?;
-        let x = self.norm(&name("attention.norm"), &(x + self.linear(&name("attention.output"), &attended)?)?)?;
-        let inner = ops::gelu(&self.linear(&name("ffn.up"), &x)?)?;
-        let x = self.norm(&name("ffn.norm"), &(&x + self.linear(&name("ffn.down"), &inner)?)?)?;
-        Ok((x, keys, values))
+        Ok((self.after_attention(layer, x, &attended)?, keys, values))
     }
 
     /// Encodes images alone: `regions` is `[batch, regions, region_feature]`, as the backbone gives them.

@@ -56,13 +56,14 @@ impl Unimo {
         self.norm("lm.norm", &ops::gelu(&self.linear("lm.transform", hidden)?)?)
     }
 
-    /// Mean cross-entropy of the language model at the given hidden states `[n, hidden]`.
+    /// Mean cross-entropy of the language model at the given hidden states `[n, hidden]`, each row's term times its weight
+    /// where weights are given.
     ///
     /// # Errors
-    /// As many targets as rows are needed, inside the vocabulary.
-    pub fn language_loss(&self, hidden: &Tensor, targets: Vec<u32>, smoothing: f32) -> Result<Tensor> {
+    /// As many targets (and weights) as rows are needed, targets inside the vocabulary.
+    pub fn language_loss(&self, hidden: &Tensor, targets: Vec<u32>, weights: Option<Vec<f32>>, smoothing: f32) -> Result<Tensor> {
         let x = self.lm_transform(hidden)?;
-        ops::tied_cross_entropy(&x, self.weight("text.token.weight")?, self.weight("lm.bias")?, targets, smoothing)
+        ops::tied_cross_entropy(&x, self.weight("text.token.weight")?, self.weight("lm.bias")?, targets, weights, smoothing)
     }
 
     /// Logits of the language model, `[n, hidden]` → `[n, vocabulary]`.

@@ -4,6 +4,7 @@ mod config;
 mod generate;
 mod heads;
 mod packing;
+mod sample;
 mod statistics;
 
 use std::collections::{BTreeMap, HashMap};

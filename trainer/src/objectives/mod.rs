@@ -5,6 +5,7 @@
 
 mod contrastive;
 mod masking;
+mod self_critical;
 
 use anyhow::Result;
 use candle_core::{D, Tensor};
@@ -14,17 +15,20 @@ use rand_chacha::ChaCha8Rng;
 
 pub use contrastive::contrastive_loss;
 pub use masking::{MaskedText, mask_regions, mask_text};
+pub use self_critical::Critic;
 
 use crate::backbone::{Backbone, CLASSES, FEATURES};
 use crate::corpus::Corpus;
 use crate::model::{Dropout, PackedBatch, Packer, Regions, Unimo};
 use crate::ops::reference::log_softmax;
-use crate::recipe::Recipe;
+use crate::recipe::{BatchConfig, Recipe};
 use crate::seed;
 use crate::tfidf::TfIdfIndex;
 
 /// Share of the regions that is masked.
 const MASKED_REGIONS: f64 = 0.15;
+/// Tokens after which a sampled caption is cut off.
+const SAMPLED_TOKENS: usize = 20;
 
 /// Rows that predict tokens.
 #[derive(Default)]
@@ -48,6 +52,14 @@ impl Predictions {
     }
 }
 
+/// Rows that predict sampled tokens, and how much better than its siblings each row's caption was.
+#[derive(Default)]
+struct Sampled {
+    predictions: Predictions,
+    advantages: Vec<f32>,
+    rewards: Vec<f64>,
+}
+
 /// Masked regions: where they are and what they were.
 #[derive(Default)]
 struct RegionTargets {
@@ -59,6 +71,7 @@ struct RegionTargets {
 pub struct StepBatch {
     packed: PackedBatch,
     captions: Predictions,
+    sampled: Sampled,
     texts: Predictions,
     masked_words: Predictions,
     regions: RegionTargets,
@@ -84,6 +97,8 @@ pub struct Source<'a> {
     pub backbone: &'a Backbone,
     /// `[MASK]`.
     pub mask_token: u32,
+    /// Rewards sampled captions.
+    pub critic: Option<&'a Critic>,
 }
 
 /// Draws without replacement inside a pass: position `at` of the endless sequence of seeded permutations of `count` items.
@@ -127,8 +142,10 @@ impl StepBatch {
                 Picture { pair, view, features: source.corpus.pair_features(pair, view) }
             })
             .collect();
+        let samples = sample(model, recipe, &pictures, step)?;
         for (i, picture) in pictures.iter().enumerate() {
-            draft.generate_and_contrast(i, picture, b.captions, b.contrast_captions, &mut rng);
+            let samples = &samples[i * b.sampled_captions..(i + 1) * b.sampled_captions];
+            draft.generate_and_contrast(i, picture, samples, b, &mut rng);
         }
         for picture in pictures.iter().take(b.match_images) {
             draft.match_pairs(picture, b.match_negatives, &mut rng);
@@ -149,6 +166,7 @@ impl StepBatch {
         }
         let Parts {
             captions,
+            sampled,
             texts,
             masked_words,
             regions,
@@ -162,6 +180,7 @@ impl StepBatch {
         Ok(Self {
             packed: draft.packer.finish(model.device())?,
             captions,
+            sampled,
             texts,
             masked_words,
             regions,
@@ -179,6 +198,13 @@ impl StepBatch {
     #[must_use]
     pub fn rows(&self) -> usize {
         self.packed.rows()
+    }
+
+    /// Mean reward of the step's sampled captions, if there are any.
+    #[must_use]
+    pub fn reward(&self) -> Option<f64> {
+        let rewards = &self.sampled.rewards;
+        (!rewards.is_empty()).then(|| rewards.iter().sum::<f64>() / rewards.len() as f64)
     }
 
     /// The losses of this step, unweighted, by name. Objectives without samples are absent.
@@ -203,8 +229,14 @@ impl StepBatch {
         ] {
             if !predictions.rows.is_empty() {
                 let rows = model.rows(&hidden, &predictions.rows)?;
-                losses.push((name, weight, model.language_loss(&rows, predictions.targets.clone(), smoothing)?));
+                losses.push((name, weight, model.language_loss(&rows, predictions.targets.clone(), None, smoothing)?));
             }
+        }
+        if !self.sampled.advantages.is_empty() {
+            let Predictions { rows, targets } = &self.sampled.predictions;
+            let rows = model.rows(&hidden, rows)?;
+            let loss = model.language_loss(&rows, targets.clone(), Some(self.sampled.advantages.clone()), 0.0)?;
+            losses.push(("self_critical", w.self_critical, loss));
         }
         if !self.text_rows.is_empty() {
             let images = model.image_embedding(&model.rows(&hidden, &self.image_rows)?)?;
@@ -228,9 +260,21 @@ impl StepBatch {
     }
 }
 
+/// Captions drawn from the model as it is, without dropout, `sampled_captions` of each picture.
+fn sample(model: &Unimo, recipe: &Recipe, pictures: &[Picture], step: u64) -> Result<Vec<Vec<u32>>> {
+    let each = recipe.batch.sampled_captions;
+    if each == 0 || pictures.is_empty() {
+        return Ok(Vec::new());
+    }
+    let features: Vec<f32> = pictures.iter().flat_map(|p| p.features.iter().copied()).collect();
+    let regions = Tensor::from_vec(features, (pictures.len(), model.config().regions(), FEATURES), model.device())?;
+    Ok(model.sample_captions(&regions, each, SAMPLED_TOKENS, seed::mix(recipe.seed ^ 0x5a3b_1e00, step))?)
+}
+
 #[derive(Default)]
 struct Parts {
     captions: Predictions,
+    sampled: Sampled,
     texts: Predictions,
     masked_words: Predictions,
     regions: RegionTargets,
@@ -250,19 +294,37 @@ struct Draft<'a> {
 }
 
 impl Draft<'_> {
-    fn generate_and_contrast(&mut self, image: usize, picture: &Picture, captions: usize, contrast: usize, rng: &mut ChaCha8Rng) {
+    fn generate_and_contrast(
+        &mut self,
+        image: usize,
+        picture: &Picture,
+        samples: &[Vec<u32>],
+        batch: &BatchConfig,
+        rng: &mut ChaCha8Rng,
+    ) {
         let pair = &self.source.corpus.pairs[picture.pair];
         let mut order: Vec<usize> = (0..pair.captions.len()).collect();
         order.shuffle(rng);
         let all = pair.captions_for(picture.view);
-        let chosen: Vec<&[u32]> = order.iter().take(captions).map(|&c| all[c].as_slice()).collect();
-        let inputs: Vec<&[u32]> = chosen.iter().map(|ids| &ids[..ids.len() - 1]).collect();
+        let chosen: Vec<&[u32]> = order.iter().take(batch.captions).map(|&c| all[c].as_slice()).collect();
+        let inputs: Vec<&[u32]> =
+            chosen.iter().copied().chain(samples.iter().map(Vec::as_slice)).map(|ids| &ids[..ids.len() - 1]).collect();
         let rows = self.packer.image_with_captions(Regions::visible(&picture.features), &inputs);
-        for (&first, ids) in rows.texts.iter().zip(&chosen) {
+        let (written, sampled) = rows.texts.split_at(chosen.len());
+        for (&first, ids) in written.iter().zip(&chosen) {
             self.parts.captions.next_tokens(first, ids);
         }
+        if let Some(critic) = self.source.critic {
+            let parts = &mut self.parts.sampled;
+            let rewards = critic.rewards(picture.pair, picture.view, samples);
+            for ((&first, ids), advantage) in sampled.iter().zip(samples).zip(self_critical::advantages(&rewards)) {
+                parts.predictions.next_tokens(first, ids);
+                parts.advantages.resize(parts.predictions.rows.len(), advantage as f32);
+            }
+            parts.rewards.extend(rewards);
+        }
         self.parts.image_rows.push(rows.image);
-        for &c in order.iter().rev().take(contrast) {
+        for &c in order.iter().rev().take(batch.contrast_captions) {
             self.parts.text_rows.push(self.packer.text(&all[c], false));
             self.parts.image_of_text.push(image);
         }

@@ -21,6 +21,8 @@ struct Gradients {
 /// The forward pass has the logits at hand, so it makes the gradients too: the projection is computed once, not twice.
 struct TiedCrossEntropy {
     targets: Vec<u32>,
+    /// Of each row; absent where all are 1.
+    weights: Option<Vec<f32>>,
     smoothing: f32,
     gradients: Mutex<Option<Gradients>>,
 }
@@ -49,9 +51,12 @@ impl CustomOp3 for TiedCrossEntropy {
         if let Some(bad) = self.targets.iter().find(|&&t| t as usize >= classes) {
             candle_core::bail!("{name}: target {bad} outside {classes} classes");
         }
+        if self.weights.as_ref().is_some_and(|w| w.len() != rows) {
+            candle_core::bail!("{name}: one weight a row is needed for {rows} rows");
+        }
         let mut gradients =
             Gradients { hidden: vec![0f32; hidden.len()], weight: vec![0f32; weight.len()], bias: vec![0f32; classes] };
-        let share = 1.0 / rows as f32;
+        let weight_of = |row: usize| self.weights.as_ref().map_or(1.0, |w| w[row]);
         let mut logits = vec![0f32; CHUNK_ROWS.min(rows) * classes];
         let mut loss = 0f64;
         for start in (0..rows).step_by(CHUNK_ROWS) {
@@ -69,7 +74,12 @@ impl CustomOp3 for TiedCrossEntropy {
             loss += logits
                 .par_chunks_mut(classes)
                 .zip(&self.targets[start..start + n])
-                .map(|(row, &target)| f64::from(cross_entropy_row(row, bias, target as usize, self.smoothing, share)))
+                .enumerate()
+                .map(|(i, (row, &target))| {
+                    let weight = weight_of(start + i);
+                    let loss = cross_entropy_row(row, bias, target as usize, self.smoothing, weight / rows as f32);
+                    f64::from(weight) * f64::from(loss)
+                })
                 .collect::<Vec<_>>()
                 .iter()
                 .sum::<f64>();
@@ -112,18 +122,26 @@ impl CustomOp3 for TiedCrossEntropy {
 
 /// Mean cross-entropy of `hidden · weightᵀ + bias` with `targets`; `smoothing` spreads that share over all classes.
 ///
-/// `hidden` is `[rows, width]`, `weight` `[classes, width]`, `bias` `[classes]`, `targets` one class a row. The result is a
-/// scalar. No `[rows, classes]` tensor is kept.
+/// `hidden` is `[rows, width]`, `weight` `[classes, width]`, `bias` `[classes]`, `targets` one class a row. With `weights`, one
+/// number of any sign a row, each row's term counts that many times (the mean still divides by the number of rows). The result
+/// is a scalar. No `[rows, classes]` tensor is kept.
 ///
 /// # Errors
 /// Shapes that do not fit, no rows, a target outside the classes.
-pub fn tied_cross_entropy(hidden: &Tensor, weight: &Tensor, bias: &Tensor, targets: Vec<u32>, smoothing: f32) -> Result<Tensor> {
+pub fn tied_cross_entropy(
+    hidden: &Tensor,
+    weight: &Tensor,
+    bias: &Tensor,
+    targets: Vec<u32>,
+    weights: Option<Vec<f32>>,
+    smoothing: f32,
+) -> Result<Tensor> {
     if targets.is_empty() {
         candle_core::bail!("tied_cross_entropy: no rows");
     }
     if !hidden.device().is_cpu() {
-        return reference::tied_cross_entropy(hidden, weight, bias, &targets, smoothing);
+        return reference::tied_cross_entropy(hidden, weight, bias, &targets, weights.as_deref(), smoothing);
     }
-    let op = TiedCrossEntropy { targets, smoothing, gradients: Mutex::new(None) };
+    let op = TiedCrossEntropy { targets, weights, smoothing, gradients: Mutex::new(None) };
     hidden.contiguous()?.apply_op3(weight, bias, op)
 }

@@ -45,12 +45,23 @@ pub fn log_softmax(x: &Tensor) -> Result<Tensor> {
 ///
 /// # Errors
 /// Shapes that do not fit.
-pub fn tied_cross_entropy(hidden: &Tensor, weight: &Tensor, bias: &Tensor, targets: &[u32], smoothing: f32) -> Result<Tensor> {
+pub fn tied_cross_entropy(
+    hidden: &Tensor,
+    weight: &Tensor,
+    bias: &Tensor,
+    targets: &[u32],
+    weights: Option<&[f32]>,
+    smoothing: f32,
+) -> Result<Tensor> {
     let log_p = log_softmax(&linear(hidden, weight, bias)?)?;
     let index = Tensor::new(targets, hidden.device())?.unsqueeze(1)?;
-    let at_target = log_p.gather(&index, 1)?.mean_all()?;
-    let smooth = log_p.mean_all()?;
-    (at_target * f64::from(smoothing - 1.0))? - (smooth * f64::from(smoothing))?
+    let at_target = log_p.gather(&index, 1)?.squeeze(1)?;
+    let smooth = log_p.mean(D::Minus1)?;
+    let rows = ((at_target * f64::from(smoothing - 1.0))? - (smooth * f64::from(smoothing))?)?;
+    match weights {
+        Some(weights) => (rows * Tensor::new(weights, hidden.device())?)?.mean_all(),
+        None => rows.mean_all(),
+    }
 }
 
 /// See [`attention`](super::attention), without dropout.
