@@ -44,8 +44,15 @@ struct Results {
 struct Found {
     source: String,
     score: f64,
+    /// Absent without `--rerank`; `Some(None)` for a picture that cannot be read any more.
+    #[serde(default, rename = "match", deserialize_with = "present")]
+    matching: Option<Option<f64>>,
     caption: Option<String>,
     time: String,
+}
+
+fn present<'de, D: serde::Deserializer<'de>>(value: D) -> Result<Option<Option<f64>>, D::Error> {
+    Option::deserialize(value).map(Some)
 }
 
 fn text(path: &Path) -> String {
@@ -302,11 +309,66 @@ fn reranking_reads_the_pictures_again() {
     let found = lines::<Results>(&run.stdout).remove(0).results;
     assert_eq!(found.len(), 3);
     assert_eq!(found[2].source, pictures[1], "what cannot be read stands behind the others");
-    assert!(found[0].score >= found[1].score);
+    assert_eq!(found[2].matching, Some(None), "there is no probability of what was not read");
+    assert!(found[0].matching >= found[1].matching);
     for hit in &found[..2] {
         let line = unimo(&["match", "--jsonl", "--bundle", &BUNDLE, &hit.source, words]).json_lines().remove(0);
-        assert!((line["score"].as_f64().unwrap() - hit.score).abs() < 1e-4, "{hit:?}: {line}");
+        let probability = hit.matching.flatten().unwrap();
+        assert!((line["score"].as_f64().unwrap() - probability).abs() < 1e-4, "{hit:?}: {line}");
     }
+    // The cosines stay what they are without --rerank.
+    let (_, plain) = search(&gallery, &[words]);
+    for hit in &found {
+        let same = plain.iter().find(|other| other.source == hit.source).unwrap();
+        assert_eq!((same.score, same.matching), (hit.score, None));
+    }
+    let run = unimo(&["search", words, "--rerank", "--gallery", &gallery, "--bundle", &BUNDLE]);
+    assert!(run.stdout.lines().last().unwrap().starts_with("    -  "), "{run:?}");
+}
+
+/// Runs a program as a user who may not write into `folder`, which root always may.
+fn without_rights(folder: &Path, arguments: &[&str]) -> std::process::Output {
+    use std::os::unix::fs::{MetadataExt, PermissionsExt};
+    use std::os::unix::process::CommandExt;
+    fs::set_permissions(folder, fs::Permissions::from_mode(0o555)).unwrap();
+    let mut command = Command::new(path("unimo"));
+    if fs::metadata("/proc/self").is_ok_and(|own| own.uid() == 0) {
+        // A copy where everybody may go: the build folder need not be such a place.
+        let program = folder.with_file_name("unimo");
+        fs::copy(path("unimo"), &program).unwrap();
+        for open in [folder.parent().unwrap(), &program] {
+            fs::set_permissions(open, fs::Permissions::from_mode(0o755)).unwrap();
+        }
+        command = Command::new(program);
+        command.uid(65_534).gid(65_534);
+    }
+    command.args(arguments).stdin(Stdio::null()).output().unwrap()
+}
+
+#[test]
+fn a_gallery_that_cannot_be_written_is_read() {
+    let (folder, pictures, gallery) = scratch(2);
+    assert_eq!(add(&gallery, &["--no-captions", &pictures[0], &pictures[1]]).code, 0);
+    // A name with characters that mean something in a URI.
+    let (shelf, bundle) = (folder.path().join("read only?#%41"), folder.path().join("bundle"));
+    fs::create_dir(&shelf).unwrap();
+    let shelved = text(&shelf.join("g"));
+    fs::copy(&gallery, &shelved).unwrap();
+    fs::copy(&*BUNDLE, &bundle).unwrap();
+    let search = ["search", "a red circle", "--gallery", &shelved, "--bundle", &text(&bundle)];
+    let run = without_rights(&shelf, &search);
+    assert!(run.status.success(), "{run:?}");
+    assert_eq!(String::from_utf8(run.stdout).unwrap().lines().count(), 2);
+    let add = without_rights(&shelf, &["index", "add", "--gallery", &shelved, "--bundle", &text(&bundle), &pictures[0]]);
+    assert_eq!(add.status.code(), Some(3), "{add:?}");
+
+    // What the log holds must not be missed in silence.
+    fs::set_permissions(&shelf, std::os::unix::fs::PermissionsExt::from_mode(0o755)).unwrap();
+    fs::write(shelf.join("g-wal"), [7; 100]).unwrap();
+    let run = without_rights(&shelf, &search);
+    let message = String::from_utf8(run.stderr).unwrap();
+    assert!(run.status.code() == Some(3) && message.contains("g-wal"), "{message}");
+    fs::set_permissions(&shelf, std::os::unix::fs::PermissionsExt::from_mode(0o755)).unwrap();
 }
 
 #[test]

@@ -25,6 +25,9 @@ Examples:
   unimo search --image dog.jpg --gallery holidays.gallery -k 3
   unimo search 'a red circle' --gallery g --since 2026-11-01 --source /camera/front --json
   unimo search 'two children' --gallery g --rerank      looks again at the best ones, together with the words
+
+The number before a picture is the cosine of its embedding and the query's; with --rerank, the probability that the words
+describe it (- where the picture cannot be read any more). --json has the cosine as `score`, the probability as `match`.
 ";
 
 /// Find pictures in a gallery by words or by a picture
@@ -61,11 +64,19 @@ pub struct SearchArgs {
     json: bool,
 }
 
+/// A picture found, and with --rerank how probably the words describe it: `None` where it cannot be read any more.
+struct Found {
+    hit: Hit,
+    matching: Option<Option<f32>>,
+}
+
 /// One of the `results` of `--json`.
 #[derive(Debug, Serialize)]
 struct ResultLine<'a> {
     source: &'a str,
     score: f32,
+    #[serde(rename = "match", skip_serializing_if = "Option::is_none")]
+    matching: Option<Option<f32>>,
     caption: Option<&'a str>,
     time: String,
 }
@@ -77,13 +88,13 @@ pub fn run(args: &SearchArgs) -> anyhow::Result<ExitCode> {
     let query = query(args, &model)?;
     let filter = Filter { since: args.since, until: args.until, source: args.source.as_deref().map(stored_name).transpose()? };
     let count = usize::from(args.count);
-    let mut hits = match (&args.words, args.rerank) {
+    let mut found = match (&args.words, args.rerank) {
         (Some(words), true) => rerank(&model, words, gallery.search(&query, &filter, RERANKED * count)?)?,
-        _ => gallery.search(&query, &filter, count)?,
+        _ => gallery.search(&query, &filter, count)?.into_iter().map(|hit| Found { hit, matching: None }).collect(),
     };
-    hits.truncate(count);
-    print(&hits, args.json)?;
-    Ok(ExitCode::from(if hits.is_empty() { NOTHING_FOUND } else { 0 }))
+    found.truncate(count);
+    print(&found, args.json)?;
+    Ok(ExitCode::from(if found.is_empty() { NOTHING_FOUND } else { 0 }))
 }
 
 fn query(args: &SearchArgs, model: &Model) -> anyhow::Result<Vec<f32>> {
@@ -104,45 +115,49 @@ fn query(args: &SearchArgs, model: &Model) -> anyhow::Result<Vec<f32>> {
     Ok(model.embed_image(&pictures::load(picture)?)?)
 }
 
-/// Scores pictures by the probability that the words describe them, read together. Those that cannot be read any more keep
-/// their place behind the others, and are named.
-fn rerank(model: &Model, words: &str, hits: Vec<Hit>) -> anyhow::Result<Vec<Hit>> {
-    let (mut scored, mut rest) = (Vec::new(), Vec::new());
+/// Orders pictures by the probability that the words describe them, read together. Those that cannot be read any more keep
+/// their order behind the others, and are named.
+fn rerank(model: &Model, words: &str, hits: Vec<Hit>) -> anyhow::Result<Vec<Found>> {
+    let mut found = Vec::with_capacity(hits.len());
     for hit in hits {
-        match read(hit.source.as_ref(), &DecodeLimits::default()) {
-            Ok(image) => {
-                let score = model.match_score(&model.see(&image)?, words)?;
-                scored.push(Hit { score, ..hit });
-            }
+        let matching = match read(hit.source.as_ref(), &DecodeLimits::default()) {
+            Ok(image) => Some(model.match_score(&model.see(&image)?, words)?),
             Err(error) => {
                 eprintln!("not reranked: {error}");
-                rest.push(hit);
+                None
             }
-        }
+        };
+        found.push(Found { hit, matching: Some(matching) });
     }
-    scored.sort_by(|a, b| b.score.total_cmp(&a.score));
-    scored.append(&mut rest);
-    Ok(scored)
+    let key = |found: &Found| found.matching.flatten().unwrap_or(f32::NEG_INFINITY);
+    found.sort_by(|a, b| key(b).total_cmp(&key(a)));
+    Ok(found)
 }
 
-fn print(hits: &[Hit], json: bool) -> io::Result<()> {
+fn print(found: &[Found], json: bool) -> io::Result<()> {
     let mut out = io::stdout().lock();
     if json {
-        let line = |hit: &Hit| {
+        let line = |Found { hit, matching }: &Found| {
             serde_json::json!(ResultLine {
                 source: &hit.source,
                 score: hit.score,
+                matching: *matching,
                 caption: hit.caption.as_deref(),
                 time: hit.time.to_string(),
             })
         };
-        let results: Vec<serde_json::Value> = hits.iter().map(line).collect();
+        let results: Vec<serde_json::Value> = found.iter().map(line).collect();
         return writeln!(out, "{}", serde_json::json!({ "schema": SCHEMA, "results": results }));
     }
-    for hit in hits {
+    for Found { hit, matching } in found {
+        // What the list is ordered by.
+        match matching.unwrap_or(Some(hit.score)) {
+            Some(score) => write!(out, "{score:.3}  {}", hit.source)?,
+            None => write!(out, "    -  {}", hit.source)?,
+        }
         match &hit.caption {
-            Some(caption) => writeln!(out, "{:.3}  {}  {caption}", hit.score, hit.source)?,
-            None => writeln!(out, "{:.3}  {}", hit.score, hit.source)?,
+            Some(caption) => writeln!(out, "  {caption}")?,
+            None => writeln!(out)?,
         }
     }
     Ok(())

@@ -105,6 +105,12 @@ pub enum GalleryError {
         /// SQLite's reason.
         reason: String,
     },
+    /// Lies where nothing can be written, with a log that has to be.
+    #[error("gallery {} lies where nothing can be written, and its last changes are still in {}-wal: open it once where they can be moved into it (`unimo index stats`)", path.display(), path.display())]
+    ReadOnly {
+        /// The file.
+        path: PathBuf,
+    },
     /// Anything else that SQLite reports.
     #[error("gallery {}: {source}", path.display())]
     Sqlite {
@@ -187,7 +193,7 @@ impl Gallery {
         Ok(gallery)
     }
 
-    /// Opens a gallery that is there.
+    /// Opens a gallery that is there. One on a medium or in a folder that cannot be written is opened for reading.
     ///
     /// # Errors
     /// No such gallery, a newer one, or a file that is none.
@@ -198,10 +204,36 @@ impl Gallery {
         if !path.exists() {
             return Err(GalleryError::NotFound { path: path.to_path_buf() });
         }
-        Self::checked(path, connect(path, OpenFlags::SQLITE_OPEN_READ_WRITE)?)
+        match Self::checked(path, connect(path, OpenFlags::SQLITE_OPEN_READ_WRITE)?) {
+            Err(GalleryError::Sqlite { source, .. }) if asks_to_write(&source) => Self::open_immutable(path),
+            result => result,
+        }
+    }
+
+    /// Without a log or locks beside the file, which SQLite would have to make: nobody else can write there either.
+    fn open_immutable(path: &Path) -> Result<Self, GalleryError> {
+        if std::fs::metadata(beside(path, "-wal")).is_ok_and(|log| log.len() > 0) {
+            return Err(GalleryError::ReadOnly { path: path.to_path_buf() });
+        }
+        let flags = OpenFlags::SQLITE_OPEN_READ_ONLY | OpenFlags::SQLITE_OPEN_URI;
+        let uri = PathBuf::from(format!("file:{}?immutable=1", percent_encoded(path)));
+        let connection = connect(&uri, flags).map_err(|error| match error {
+            GalleryError::Sqlite { source, .. } => fault(path, source),
+            other => other,
+        })?;
+        Self::identified(path, connection)
     }
 
     fn checked(path: &Path, connection: Connection) -> Result<Self, GalleryError> {
+        let gallery = Self::identified(path, connection)?;
+        // Only now that the file is known to be ours: the mode is written into it.
+        write_ahead(&gallery.connection)
+            .and_then(|()| gallery.connection.pragma_update(None, "synchronous", "FULL"))
+            .map_err(|source| fault(path, source))?;
+        Ok(gallery)
+    }
+
+    fn identified(path: &Path, connection: Connection) -> Result<Self, GalleryError> {
         let pragma = |name: &str| connection.pragma_query_value(None, name, |row| row.get::<_, i64>(0));
         let application = pragma("application_id").map_err(|source| fault(path, source))?;
         let schema = pragma("user_version").map_err(|source| fault(path, source))?;
@@ -211,10 +243,6 @@ impl Gallery {
         if schema > SCHEMA {
             return Err(GalleryError::NewerSchema { path: path.to_path_buf(), found: schema, supported: SCHEMA });
         }
-        // Only now that the file is known to be ours: the mode is written into it.
-        write_ahead(&connection)
-            .and_then(|()| connection.pragma_update(None, "synchronous", "FULL"))
-            .map_err(|source| fault(path, source))?;
         let (bundle, width) = connection
             .query_row("SELECT bundle, width FROM gallery", [], |row| Ok((row.get(0)?, row.get::<_, i64>(1)?)))
             .map_err(|source| fault(path, source))?;
@@ -315,11 +343,7 @@ impl Gallery {
                 Ok((row.get::<_, i64>(0)?, row.get::<_, i64>(1)?))
             })
             .map_err(|e| self.fault(e))?;
-        let size = |suffix: &str| {
-            let mut name = self.path.as_os_str().to_owned();
-            name.push(suffix);
-            std::fs::metadata(name).map_or(0, |m| m.len())
-        };
+        let size = |suffix: &str| std::fs::metadata(beside(&self.path, suffix)).map_or(0, |m| m.len());
         Ok(Stats {
             images: images.unsigned_abs(),
             captions: captions.unsigned_abs(),
@@ -370,6 +394,25 @@ fn connect(path: &Path, flags: OpenFlags) -> Result<Connection, GalleryError> {
         Ok(connection)
     };
     open().map_err(|source| fault(path, source))
+}
+
+/// The file that SQLite keeps beside a gallery's.
+fn beside(path: &Path, suffix: &str) -> PathBuf {
+    let mut name = path.as_os_str().to_owned();
+    name.push(suffix);
+    name.into()
+}
+
+/// Whether SQLite failed because it could not write where it had to, if only to read.
+fn asks_to_write(error: &rusqlite::Error) -> bool {
+    matches!(error.sqlite_error_code(), Some(ErrorCode::CannotOpen | ErrorCode::ReadOnly | ErrorCode::PermissionDenied))
+}
+
+/// A path as it stands in a URI.
+fn percent_encoded(path: &Path) -> String {
+    let keep = |byte: u8| byte.is_ascii_alphanumeric() || b"/-_.~".contains(&byte);
+    let bytes = path.as_os_str().as_encoded_bytes();
+    bytes.iter().map(|&byte| if keep(byte) { char::from(byte).to_string() } else { format!("%{byte:02X}") }).collect()
 }
 
 /// Switches to a write-ahead log, where readers and a writer do not wait for each other.
