@@ -4,6 +4,7 @@ use std::path::{Path, PathBuf};
 
 use unimo_train::model::ModelConfig;
 use unimo_train::recipe::Recipe;
+use unimo_train::rewriting::{Counts, RewriteJob, rewrite};
 use unimo_train::scenes::{CorpusOptions, write_corpus};
 use unimo_train::training::{self, TrainingJob};
 use unimo_train::{backbone, checkpoint, tokenizer_training};
@@ -20,13 +21,22 @@ sampled_captions = 2
 contrast_captions = 2
 match_images = 2
 match_negatives = 2
+match_rewrites = 1
 masked_pairs = 2
 texts = 4
 images_alone = 2
+[weights]
+cross_modal = 0.5
 [optimizer]
 learning_rate = 1e-3
 warmup_steps = 2
 ";
+
+fn rewritten(shards: &Path, out: &Path) {
+    let counts = Counts { word: 2, phrase: 2, sentence: 0 };
+    let job = RewriteJob { pairs: vec![shards.into()], out: out.into(), counts, seed: 1, paraphrases: None };
+    rewrite(&job, &|_| ()).unwrap();
+}
 
 fn job(folder: &Path, run: &str) -> TrainingJob {
     let shards = folder.join("scenes");
@@ -38,6 +48,7 @@ fn job(folder: &Path, run: &str) -> TrainingJob {
         std::fs::write(&texts, lines.join("\n")).unwrap();
         std::fs::write(&tokenizer, tokenizer_training::train(lines.iter().map(String::as_str), 300).unwrap()).unwrap();
         std::fs::write(&backbone, backbone::random_file(1).unwrap()).unwrap();
+        rewritten(&shards, &folder.join("rewrites"));
     }
     TrainingJob {
         recipe: Recipe::from_toml(RECIPE).unwrap(),
@@ -48,6 +59,7 @@ fn job(folder: &Path, run: &str) -> TrainingJob {
         pairs: vec![shards.clone()],
         images: vec![shards],
         texts: vec![texts],
+        rewrites: vec![folder.join("rewrites")],
         development: Vec::new(),
         features: folder.join("features"),
         run: folder.join(run),
@@ -119,6 +131,23 @@ fn a_run_is_not_overwritten_nor_mixed_with_another() {
     other.recipe.seed = 99;
     let mixed = training::run(&other).unwrap_err().to_string();
     assert!(mixed.contains("another recipe"), "{mixed}");
+}
+
+#[test]
+fn rewrites_of_other_captions_are_refused() {
+    let folder = tempfile::tempdir().unwrap();
+    let job = job(folder.path(), "run");
+    let other = folder.path().join("other");
+    write_corpus(&other, &CorpusOptions { seed: 6, count: 10, ..Default::default() }).unwrap();
+    let refused = |rewrites: Vec<PathBuf>| training::run(&TrainingJob { rewrites, ..job.clone() }).unwrap_err().to_string();
+    rewritten(&other, &folder.path().join("foreign"));
+    assert!(refused(vec![folder.path().join("foreign")]).contains("none of these pictures"));
+    assert!(refused(Vec::new()).contains("--rewrites"));
+
+    let lines = folder.path().join("rewrites/0000-scenes-0000.jsonl");
+    let text = std::fs::read_to_string(&lines).unwrap();
+    std::fs::write(&lines, text.replacen("\"caption\":\"", "\"caption\":\"not ", 1)).unwrap();
+    assert!(refused(vec![folder.path().join("rewrites")]).contains("other captions of"));
 }
 
 #[test]

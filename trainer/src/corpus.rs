@@ -7,6 +7,7 @@ use anyhow::{Context, Result, bail};
 use unimo::tokenizer::{CLS, SEP, Tokenizer};
 
 use crate::features::{FeatureCache, FeatureFile, is_mirrored};
+use crate::rewriting;
 use crate::shards::{self, Damage};
 
 /// Where to find a picture's features.
@@ -28,6 +29,8 @@ pub struct Pair {
     mirrored: Vec<Vec<u32>>,
     /// The captions as written.
     pub references: Vec<String>,
+    /// Rewritten captions that are false of the picture, those of each caption; and for mirrored views. Empty without rewrites.
+    rewritten: [Vec<Vec<Vec<u32>>>; 2],
 }
 
 impl Pair {
@@ -35,6 +38,12 @@ impl Pair {
     #[must_use]
     pub fn captions_for(&self, view: usize) -> &[Vec<u32>] {
         if is_mirrored(view) { &self.mirrored } else { &self.captions }
+    }
+
+    /// What caption `caption` was rewritten to, as fits a view: all false of the picture.
+    #[must_use]
+    pub fn rewrites_for(&self, view: usize, caption: usize) -> &[Vec<u32>] {
+        self.rewritten[usize::from(is_mirrored(view))].get(caption).map_or(&[], Vec::as_slice)
     }
 }
 
@@ -103,6 +112,7 @@ impl Corpus {
                         mirrored: sample.captions.iter().map(|c| ids(&mirror_text(c))).collect(),
                         key: sample.key,
                         references: sample.captions,
+                        rewritten: [Vec::new(), Vec::new()],
                     });
                 }
                 Ok(())
@@ -133,6 +143,34 @@ impl Corpus {
         let text = std::fs::read_to_string(path).with_context(|| format!("cannot read the texts {}", path.display()))?;
         self.texts.extend(text.lines().filter(|l| !l.trim().is_empty()).map(|l| text_ids(tokenizer, l, positions)));
         Ok(())
+    }
+
+    /// Adds the word- and phrase-level negatives of `unimo-train rewrite`; gives the number of pictures that have some.
+    ///
+    /// # Errors
+    /// Rewrites of other captions than the pairs', or of none of these pictures.
+    pub fn add_rewrites(&mut self, folder: &Path, tokenizer: &Tokenizer, positions: usize) -> Result<usize> {
+        let mut by_key: HashMap<String, _> =
+            rewriting::read_rewrites(folder)?.into_iter().map(|picture| (picture.key.clone(), picture)).collect();
+        let mut found = 0;
+        for pair in &mut self.pairs {
+            let Some(picture) = by_key.remove(&pair.key) else { continue };
+            if !picture.captions.iter().map(|c| &c.caption).eq(&pair.references) {
+                bail!("{} was made of other captions of {}; make it anew with `unimo-train rewrite`", folder.display(), pair.key);
+            }
+            for (mirrored, rewritten) in pair.rewritten.iter_mut().enumerate() {
+                let ids = |text: &String| {
+                    let text = if mirrored == 1 { mirror_text(text) } else { text.clone() };
+                    text_ids(tokenizer, &text, positions)
+                };
+                *rewritten = picture.captions.iter().map(|c| c.word.iter().chain(&c.phrase).map(ids).collect()).collect();
+            }
+            found += 1;
+        }
+        if found == 0 {
+            bail!("{} holds rewrites of none of these pictures", folder.display());
+        }
+        Ok(found)
     }
 
     fn note(&mut self, damaged: Vec<Damage>) {

@@ -11,6 +11,7 @@ pub mod objectives;
 pub mod ops;
 pub mod optimizer;
 pub mod recipe;
+pub mod rewriting;
 pub mod scenes;
 pub mod seed;
 pub mod shards;

@@ -36,6 +36,9 @@ pub struct Recipe {
     pub optimizer: OptimizerConfig,
 }
 
+fn plain_temperature() -> f64 {
+    1.0
+}
 fn default_seed() -> u64 {
     1
 }
@@ -60,6 +63,10 @@ pub struct BatchConfig {
     /// Captions of each picture drawn from the model itself and rewarded by CIDEr-D (self-critical training).
     #[serde(default)]
     pub sampled_captions: usize,
+    /// What the logits are divided by when captions are drawn, and in the likelihood that is then moved: below 1 the draws are
+    /// nearer to what beam search decodes.
+    #[serde(default = "plain_temperature")]
+    pub sampling_temperature: f64,
     /// Captions of each picture encoded alone for the contrast.
     #[serde(default)]
     pub contrast_captions: usize,
@@ -69,6 +76,9 @@ pub struct BatchConfig {
     /// Wrong captions (TF-IDF neighbours) of each of those.
     #[serde(default)]
     pub match_negatives: usize,
+    /// Captions of each of those rewritten to be false (needs --rewrites).
+    #[serde(default)]
+    pub match_rewrites: usize,
     /// Pairs encoded jointly with text or regions masked, in turn.
     #[serde(default)]
     pub masked_pairs: usize,
@@ -92,6 +102,9 @@ pub struct LossWeights {
     pub text: f64,
     /// Contrast of separately encoded images and texts.
     pub contrast: f64,
+    /// Cross-modal contrast over jointly encoded (own, rewritten, retrieved) and separately encoded pairs together, the paper's
+    /// equation 1. The score of a joint pair is its matching logit, that of a separate one its cosine over the temperature.
+    pub cross_modal: f64,
     /// Matching of jointly encoded pairs.
     pub matching: f64,
     /// Masked words.
@@ -111,6 +124,7 @@ impl Default for LossWeights {
             self_critical: 1.0,
             text: 0.5,
             contrast: 1.0,
+            cross_modal: 0.0,
             matching: 0.5,
             masked_language: 0.5,
             region_features: 0.5,
@@ -142,6 +156,9 @@ impl Recipe {
         }
         if b.sampled_captions == 1 {
             bail!("sampled_captions are judged against each other: at least 2 are needed, or 0");
+        }
+        if !(b.sampling_temperature > 0.0 && b.sampling_temperature.is_finite()) {
+            bail!("sampling_temperature {} is not a positive number", b.sampling_temperature);
         }
         if !(0.0..1.0).contains(&recipe.weights.label_smoothing) {
             bail!("label_smoothing is not in [0, 1)");

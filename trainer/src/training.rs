@@ -49,6 +49,8 @@ pub struct TrainingJob {
     pub images: Vec<PathBuf>,
     /// Files of texts alone.
     pub texts: Vec<PathBuf>,
+    /// Folders of rewritten captions.
+    pub rewrites: Vec<PathBuf>,
     /// Development shards.
     pub development: Vec<PathBuf>,
     /// Folder of the feature cache.
@@ -79,6 +81,14 @@ fn load_corpus(job: &TrainingJob, tokenizer: &Tokenizer, backbone: &Backbone, po
     let progress = |n: u64| spinner.inc(n);
     let mut corpus = Corpus::default();
     corpus.add_pairs(&job.pairs, &cache(job.recipe.views), tokenizer, positions, &progress)?;
+    if job.recipe.batch.match_rewrites > 0 {
+        if job.rewrites.is_empty() {
+            bail!("the recipe trains on rewritten captions (`match_rewrites`), and none were given with --rewrites");
+        }
+        for folder in &job.rewrites {
+            corpus.add_rewrites(folder, tokenizer, positions)?;
+        }
+    }
     if job.recipe.batch.images_alone > 0 && !job.images.is_empty() {
         corpus.add_images(&job.images, &cache(job.recipe.views.min(2)), &progress)?;
     }

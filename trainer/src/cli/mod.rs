@@ -4,6 +4,7 @@ pub mod data;
 pub mod eval;
 pub mod finetune;
 pub mod pretrain;
+pub mod rewrite;
 pub mod tokenizer;
 
 use std::process::ExitCode;
@@ -35,6 +36,8 @@ enum Command {
     Data(data::DataArgs),
     /// Train the byte-level BPE vocabulary
     Tokenizer(tokenizer::Args),
+    /// Make negatives of captions by rewriting them
+    Rewrite(rewrite::Args),
     /// Train a model from nothing, or go on from a checkpoint, on all objectives of a recipe
     Pretrain(pretrain::Args),
     /// Adapt a pretrained checkpoint to captioning or retrieval
@@ -51,6 +54,7 @@ pub fn run(cli: Cli) -> Result<ExitCode> {
     match cli.command {
         Command::Data(args) => data::run(args),
         Command::Tokenizer(args) => tokenizer::run(&args),
+        Command::Rewrite(args) => rewrite::run(&args),
         Command::Pretrain(args) => pretrain::run(&args),
         Command::Finetune(args) => finetune::run(&args),
         Command::Eval(args) => eval::run(args),

@@ -36,6 +36,9 @@ pub struct DataArgs {
     /// Text files, one text a line
     #[arg(long, num_args = 1.., value_name = "FILE")]
     pub texts: Vec<PathBuf>,
+    /// Folders of rewritten captions (see `unimo-train rewrite`)
+    #[arg(long, num_args = 1.., value_name = "FOLDER")]
+    pub rewrites: Vec<PathBuf>,
     /// Development shards, evaluated on the way
     #[arg(long, num_args = 1.., value_name = "SHARD")]
     pub dev: Vec<PathBuf>,
@@ -86,6 +89,7 @@ impl DataArgs {
             pairs: self.pairs.clone(),
             images: self.images.clone(),
             texts: self.texts.clone(),
+            rewrites: self.rewrites.clone(),
             development: self.dev.clone(),
             features: self.features.clone().unwrap_or_else(|| self.out.join("features")),
             run: self.out.clone(),

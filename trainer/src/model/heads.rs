@@ -56,14 +56,24 @@ impl Unimo {
         self.norm("lm.norm", &ops::gelu(&self.linear("lm.transform", hidden)?)?)
     }
 
-    /// Mean cross-entropy of the language model at the given hidden states `[n, hidden]`, each row's term times its weight
-    /// where weights are given.
+    /// Mean cross-entropy of the language model at the given hidden states `[n, hidden]`.
     ///
     /// # Errors
-    /// As many targets (and weights) as rows are needed, targets inside the vocabulary.
-    pub fn language_loss(&self, hidden: &Tensor, targets: Vec<u32>, weights: Option<Vec<f32>>, smoothing: f32) -> Result<Tensor> {
+    /// As many targets as rows are needed, inside the vocabulary.
+    pub fn language_loss(&self, hidden: &Tensor, targets: Vec<u32>, smoothing: f32) -> Result<Tensor> {
         let x = self.lm_transform(hidden)?;
-        ops::tied_cross_entropy(&x, self.weight("text.token.weight")?, self.weight("lm.bias")?, targets, weights, smoothing)
+        ops::tied_cross_entropy(&x, self.weight("text.token.weight")?, self.weight("lm.bias")?, targets, None, smoothing)
+    }
+
+    /// Policy-gradient loss of sampled tokens: the mean of −advantage · ln p(target), p being the softmax of the logits divided
+    /// by `temperature`, at the given hidden states `[n, hidden]`.
+    ///
+    /// # Errors
+    /// As many targets and advantages as rows are needed, targets inside the vocabulary.
+    pub fn policy_loss(&self, hidden: &Tensor, targets: Vec<u32>, advantages: Vec<f32>, temperature: f64) -> Result<Tensor> {
+        let x = (self.lm_transform(hidden)? / temperature)?;
+        let bias = (self.weight("lm.bias")? / temperature)?;
+        ops::tied_cross_entropy(&x, self.weight("text.token.weight")?, &bias, targets, Some(advantages), 0.0)
     }
 
     /// Logits of the language model, `[n, hidden]` → `[n, vocabulary]`.

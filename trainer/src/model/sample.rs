@@ -1,98 +1,98 @@
 //! Captions drawn at random from the language model, several of each image at once: what self-critical training judges.
 
-use candle_core::{D, Result, Tensor};
+use candle_core::{Result, Tensor};
 use rand::Rng;
 use rayon::prelude::*;
 use unimo::tokenizer::{CLS, SEP};
 
 use super::Unimo;
-use crate::ops::{self, reference::softmax};
+use crate::ops;
+use crate::ops::kernels::{Seen, attend_one};
 
-/// Keys and values of the texts so far, `[images · each, heads, rows, depth]`; absent before the first token.
-type TextCache = Option<(Tensor, Tensor)>;
-
-/// Keys (transposed) and values of an image in one layer, `[images, heads, depth, rows]` and `[images, heads, rows, depth]`.
+/// Keys and values of all images in one layer, `[images, heads, rows, depth]` each.
 struct Prefix {
-    keys: Tensor,
-    values: Tensor,
+    keys: Vec<f32>,
+    values: Vec<f32>,
+}
+
+/// A caption being drawn, with its own keys and values of every layer, `[tokens, hidden]` each.
+struct Draft {
+    image: usize,
+    ids: Vec<u32>,
+    keys: Vec<Vec<f32>>,
+    values: Vec<Vec<f32>>,
 }
 
 impl Unimo {
-    /// Draws `each` captions of every image from the model's own distribution (temperature 1, all of the vocabulary), the
-    /// first image's first. `regions` is `[images, regions, region_feature]`. Captions are `[CLS] … [SEP]`; one that has no
-    /// end after `tokens` tokens lacks its `[SEP]`. The same seed draws the same captions.
+    /// Draws `each` captions of every image from the softmax of the model's logits divided by `temperature`, over all of the
+    /// vocabulary; the first image's come first. `regions` is `[images, regions, region_feature]`. Captions are `[CLS] … [SEP]`;
+    /// one that has no end after `tokens` tokens lacks its `[SEP]`. The same seed draws the same captions.
     ///
     /// # Errors
     /// Those of candle.
-    pub fn sample_captions(&self, regions: &Tensor, each: usize, tokens: usize, seed: u64) -> Result<Vec<Vec<u32>>> {
+    pub fn sample_captions(
+        &self,
+        regions: &Tensor,
+        each: usize,
+        tokens: usize,
+        temperature: f64,
+        seed: u64,
+    ) -> Result<Vec<Vec<u32>>> {
         let image = self.encode_image(regions)?;
-        let prefixes = image
-            .keys
-            .iter()
-            .zip(image.values)
-            .map(|(keys, values)| Ok(Prefix { keys: keys.t()?.contiguous()?, values }))
+        let flat = |t: &Tensor| t.contiguous()?.flatten_all()?.to_vec1::<f32>();
+        let prefixes = (image.keys.iter().zip(&image.values))
+            .map(|(keys, values)| Ok(Prefix { keys: flat(keys)?, values: flat(values)? }))
             .collect::<Result<Vec<_>>>()?;
+        let layers = self.config.layers;
+        let draft =
+            |i| Draft { image: i / each, ids: vec![CLS], keys: vec![Vec::new(); layers], values: vec![Vec::new(); layers] };
+        let mut drafts: Vec<Draft> = (0..regions.dim(0)? * each).map(draft).collect();
         let mut rng = crate::seed::rng(seed);
-        let count = regions.dim(0)? * each;
-        let mut captions = vec![vec![CLS]; count];
-        let mut texts: Vec<TextCache> = vec![None; self.config.layers];
         for position in 0..tokens.min(self.config.positions - 1) {
-            if captions.iter().all(|ids| ids.last() == Some(&SEP)) {
+            let mut open: Vec<&mut Draft> = drafts.iter_mut().filter(|d| d.ids.last() != Some(&SEP)).collect();
+            if open.is_empty() {
                 break;
             }
-            let last: Vec<u32> = captions.iter().map(|ids| ids[ids.len() - 1]).collect();
-            let positions = Tensor::full(position as u32, count, &self.device)?;
+            let last: Vec<u32> = open.iter().map(|d| d.ids[position]).collect();
+            let positions = Tensor::full(position as u32, last.len(), &self.device)?;
             let mut x = self.embed_tokens(&Tensor::new(last, &self.device)?, &positions)?;
-            for (layer, (prefix, text)) in prefixes.iter().zip(&mut texts).enumerate() {
-                x = self.sampling_layer(layer, &x, prefix, text)?;
+            for (layer, prefix) in prefixes.iter().enumerate() {
+                let qkv = flat(&self.linear(&format!("layers.{layer}.attention.qkv"), &x)?)?;
+                let attended = self.attend(layer, prefix, &qkv, &mut open);
+                x = self.after_attention(layer, &x, &Tensor::from_vec(attended, x.shape(), &self.device)?)?.detach();
             }
-            let draws: Vec<f64> = (0..count).map(|_| rng.random()).collect();
-            let logits = self.language_logits(&x)?.flatten_all()?.to_vec1::<f32>()?;
+            let logits = flat(&self.language_logits(&x)?)?;
+            let draws: Vec<f64> = open.iter().map(|_| rng.random()).collect();
             let rows = logits.par_chunks_exact(self.config.vocabulary).zip(draws);
-            let chosen: Vec<u32> = rows.map(|(row, draw)| choose(row, draw)).collect();
-            for (ids, token) in captions.iter_mut().zip(chosen) {
-                if ids.last() != Some(&SEP) {
-                    ids.push(token);
-                }
+            let chosen: Vec<u32> = rows.map(|(row, draw)| choose(row, temperature, draw)).collect();
+            for (draft, token) in open.iter_mut().zip(chosen) {
+                draft.ids.push(token);
             }
         }
-        Ok(captions)
+        Ok(drafts.into_iter().map(|d| d.ids).collect())
     }
 
-    /// One layer over the newest token of every caption, `[images · each, hidden]`. The captions of an image read its keys and
-    /// values where they are: repeating them for each caption would cost more than the arithmetic.
-    fn sampling_layer(&self, layer: usize, x: &Tensor, prefix: &Prefix, text: &mut TextCache) -> Result<Tensor> {
-        let (count, hidden) = x.dims2()?;
-        let heads = self.config.heads;
-        let (images, each, depth) = (prefix.keys.dim(0)?, count / prefix.keys.dim(0)?, hidden / heads);
-        let qkv = self.linear(&format!("layers.{layer}.attention.qkv"), x)?;
-        let part = |i: usize| qkv.narrow(D::Minus1, i * hidden, hidden)?.contiguous();
-        let one = (count, heads, 1, depth);
-        let query = (part(0)? / (depth as f64).sqrt())?;
-        let (mut keys, mut values) = (part(1)?.reshape(one)?, part(2)?.reshape(one)?);
-        if let Some((past_keys, past_values)) = text.take() {
-            keys = Tensor::cat(&[&past_keys, &keys], 2)?;
-            values = Tensor::cat(&[&past_values, &values], 2)?;
-        }
-        let of_image = query.reshape((images, each, heads, depth))?.transpose(1, 2)?.contiguous()?.matmul(&prefix.keys)?;
-        let seen = of_image.dim(D::Minus1)?;
-        let of_image = of_image.transpose(1, 2)?.reshape((count, heads, seen))?;
-        // One query a head: products by rows, without a matrix product's fixed costs.
-        let of_text = query.reshape(one)?.broadcast_mul(&keys)?.sum(D::Minus1)?;
-        let weights = softmax(&Tensor::cat(&[of_image, of_text], D::Minus1)?)?;
-        let rows = keys.dim(2)?;
-        let from_image = weights
-            .narrow(D::Minus1, 0, seen)?
-            .reshape((images, each, heads, seen))?
-            .transpose(1, 2)?
-            .contiguous()?
-            .matmul(&prefix.values)?
-            .transpose(1, 2)?
-            .reshape((count, hidden))?;
-        let from_text =
-            weights.narrow(D::Minus1, seen, rows)?.unsqueeze(D::Minus1)?.broadcast_mul(&values)?.sum(2)?.reshape((count, hidden))?;
-        *text = Some((keys.detach(), values.detach()));
-        Ok(self.after_attention(layer, x, &(from_image + from_text)?)?.detach())
+    /// Appends the newest tokens' keys and values (in `qkv`, `[open, 3 · hidden]`) and attends from them, `[open, hidden]`.
+    /// Captions of one image read its keys and values where they are.
+    fn attend(&self, layer: usize, prefix: &Prefix, qkv: &[f32], open: &mut [&mut Draft]) -> Vec<f32> {
+        let (hidden, heads, seen) = (self.config.hidden, self.config.heads, self.config.image_tokens());
+        let depth = hidden / heads;
+        let mut attended = vec![0f32; open.len() * hidden];
+        let rows = qkv.par_chunks_exact(3 * hidden).zip(attended.par_chunks_exact_mut(hidden));
+        rows.zip(open.par_iter_mut()).for_each(|((qkv, out), draft)| {
+            draft.keys[layer].extend_from_slice(&qkv[hidden..2 * hidden]);
+            draft.values[layer].extend_from_slice(&qkv[2 * hidden..]);
+            for head in 0..heads {
+                let (own, image) = (head * depth, (draft.image * heads + head) * seen * depth);
+                let (keys, values) = (&draft.keys[layer], &draft.values[layer]);
+                let runs = [
+                    Seen { keys: &prefix.keys[image..], values: &prefix.values[image..], stride: depth, rows: seen },
+                    Seen { keys: &keys[own..], values: &values[own..], stride: hidden, rows: keys.len() / hidden },
+                ];
+                attend_one(&qkv[own..own + depth], &runs, 1.0 / (depth as f32).sqrt(), &mut out[own..own + depth]);
+            }
+        });
+        attended
     }
 
     /// The rest of a layer: output projection, feed-forward block, and both normalisations.
@@ -104,10 +104,11 @@ impl Unimo {
     }
 }
 
-/// The class at share `draw` (in [0, 1)) of the cumulative softmax of `logits`.
-fn choose(logits: &[f32], draw: f64) -> u32 {
+/// The class at share `draw` (in [0, 1)) of the cumulative softmax of `logits / temperature`.
+fn choose(logits: &[f32], temperature: f64, draw: f64) -> u32 {
     let max = logits.iter().copied().fold(f32::NEG_INFINITY, f32::max);
-    let weight = |v: &f32| f64::from((v - max).exp());
+    let scale = (1.0 / temperature) as f32;
+    let weight = |v: &f32| f64::from(((v - max) * scale).exp());
     let mut left = draw * logits.iter().map(weight).sum::<f64>();
     for (id, v) in logits.iter().enumerate() {
         left -= weight(v);
@@ -128,27 +129,35 @@ mod tests {
     #[test]
     fn classes_are_chosen_in_proportion_to_their_probability() {
         let logits = [0.0f32, 2f32.ln(), f32::NEG_INFINITY, 1f32.ln()];
-        let counts = (0..400).map(|i| choose(&logits, (f64::from(i) + 0.5) / 400.0)).fold([0; 4], |mut counts, id| {
-            counts[id as usize] += 1;
-            counts
-        });
-        assert_eq!(counts, [100, 200, 0, 100]);
+        for (temperature, expected) in [(1.0, [100, 200, 0, 100]), (0.5, [66, 267, 0, 67])] {
+            let counts =
+                (0..400).map(|i| choose(&logits, temperature, (f64::from(i) + 0.5) / 400.0)).fold([0; 4], |mut counts, id| {
+                    counts[id as usize] += 1;
+                    counts
+                });
+            assert_eq!(counts, expected);
+        }
     }
 
     /// The distribution that captions are drawn from is the one whose likelihood the packed forward pass computes: with a model
     /// that is nearly certain of every token, each draw must be the token that the forward pass finds most likely.
     #[test]
     fn samples_follow_the_distribution_of_the_forward_pass() {
-        let config =
-            ModelConfig { grid: 2, region_feature: 3, vocabulary: 40, initial_deviation: 0.5, ..ModelConfig::named("pico").unwrap() };
+        let config = ModelConfig {
+            grid: 2,
+            region_feature: 3,
+            vocabulary: 40,
+            initial_deviation: 0.5,
+            ..ModelConfig::named("pico").unwrap()
+        };
         let regions = config.regions();
         let model = Unimo::new(config, 3, &Device::Cpu).unwrap();
         let sharp = (model.weights()["text.token.weight"].as_tensor() * 30.0).unwrap();
         model.weights()["text.token.weight"].set(&sharp).unwrap();
         let features: Vec<f32> = (0..2 * regions * 3).map(|v| (v as f32 * 0.9).sin()).collect();
         let tensor = Tensor::from_slice(&features, (2, regions, 3), &Device::Cpu).unwrap();
-        let captions = model.sample_captions(&tensor, 3, 7, 5).unwrap();
-        assert_eq!(captions, model.sample_captions(&tensor, 3, 7, 5).unwrap());
+        let captions = model.sample_captions(&tensor, 3, 7, 1.0, 5).unwrap();
+        assert_eq!(captions, model.sample_captions(&tensor, 3, 7, 1.0, 5).unwrap());
         assert_eq!(captions.len(), 6);
 
         let mut packer = Packer::new(&model);
@@ -174,5 +183,26 @@ mod tests {
         }
         assert!(certain >= rows.len() / 2, "{certain} of {} tokens are certain: the test asks too little", rows.len());
         assert_eq!(agreeing, certain);
+    }
+
+    #[test]
+    fn the_policy_whose_likelihood_moves_is_the_one_that_is_drawn_from() {
+        let model = Unimo::new(ModelConfig { vocabulary: 40, ..ModelConfig::named("pico").unwrap() }, 3, &Device::Cpu).unwrap();
+        let hidden: Vec<f32> = (0..3 * 64).map(|v| (v as f32 * 0.61).sin()).collect();
+        let hidden = Tensor::from_vec(hidden, (3, 64), &Device::Cpu).unwrap();
+        let (targets, advantages) = (vec![7, 30, 2], vec![0.5, -1.5, 0.25]);
+        let logits = model.language_logits(&hidden).unwrap().to_vec2::<f32>().unwrap();
+        for temperature in [1.0, 0.4] {
+            let expected: f64 = (logits.iter().zip(&targets).zip(&advantages))
+                .map(|((row, &target), &advantage)| {
+                    let weights: Vec<f64> = row.iter().map(|&v| (f64::from(v) / temperature).exp()).collect();
+                    -f64::from(advantage) * (weights[target as usize] / weights.iter().sum::<f64>()).ln() / 3.0
+                })
+                .sum();
+            let loss = model.policy_loss(&hidden, targets.clone(), advantages.clone(), temperature).unwrap();
+            let loss = f64::from(loss.to_scalar::<f32>().unwrap());
+            // Sums of three logarithms of order 4, in f32.
+            assert!((loss - expected).abs() < 1e-5, "{loss} {expected}");
+        }
     }
 }

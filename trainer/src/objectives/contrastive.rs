@@ -31,6 +31,46 @@ pub fn contrastive_loss(images: &Tensor, texts: &Tensor, image_of_text: &[usize]
     (image_to_text + text_to_image)?.affine(0.5, 0.0)
 }
 
+/// Members of one pair's contrast: places in the vector of scores.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Contrast {
+    /// Scores of what belongs together.
+    pub positives: Vec<usize>,
+    /// Scores of what does not.
+    pub negatives: Vec<usize>,
+}
+
+/// Cross-modal contrastive loss over sets of unlike origin (arXiv 2012.15409, equation 1): the mean over `contrasts` of
+/// −ln( Σ₊ eˢ / (Σ₊ eˢ + Σ₋ eˢ) ), the sum over positives inside the logarithm. `scores` is `[n]`: similarities already divided
+/// by the temperature, of jointly or of separately encoded pairs.
+///
+/// # Errors
+/// A contrast without a positive, a place outside the scores, and those of candle.
+pub fn cross_modal_contrast(scores: &Tensor, contrasts: &[Contrast]) -> Result<Tensor> {
+    let count = scores.dim(0)?;
+    if contrasts.is_empty() || contrasts.iter().any(|c| c.positives.is_empty()) {
+        candle_core::bail!("cross_modal_contrast: a contrast has no positive");
+    }
+    let width = contrasts.iter().map(|c| c.positives.len() + c.negatives.len()).max().unwrap_or(0);
+    // Rows of equal width; what is filled up counts nothing.
+    let (mut places, mut all, mut own) = (Vec::new(), Vec::new(), Vec::new());
+    for contrast in contrasts {
+        let members = contrast.positives.iter().chain(&contrast.negatives);
+        if let Some(bad) = members.clone().find(|&&place| place >= count) {
+            candle_core::bail!("cross_modal_contrast: place {bad} of {count} scores");
+        }
+        let filled = contrast.positives.len() + contrast.negatives.len();
+        places.extend(members.map(|&place| place as u32).chain(std::iter::repeat_n(0, width - filled)));
+        all.extend((0..width).map(|i| if i < filled { 0f32 } else { f32::NEG_INFINITY }));
+        own.extend((0..width).map(|i| if i < contrast.positives.len() { 0f32 } else { f32::NEG_INFINITY }));
+    }
+    let shape = (contrasts.len(), width);
+    let device = scores.device();
+    let rows = scores.index_select(&Tensor::from_vec(places, contrasts.len() * width, device)?, 0)?.reshape(shape)?;
+    let sum = |mask: Vec<f32>| (&rows + Tensor::from_vec(mask, shape, device)?)?.log_sum_exp(D::Minus1);
+    (sum(all)? - sum(own)?)?.mean_all()
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -67,5 +107,38 @@ mod tests {
         let got = contrastive_loss(&tensor(&images), &tensor(&texts), &image_of_text, &tau).unwrap().to_scalar::<f32>().unwrap();
         // f32 sums of a dozen terms of order 1.
         assert!((f64::from(got) - expected).abs() < 1e-5, "{got} {expected}");
+    }
+
+    /// Loss and gradient against a direct float64 evaluation, with contrasts of unlike sizes that share scores.
+    #[test]
+    fn cross_modal_contrast_agrees_with_the_formula() {
+        let scores: Vec<f32> = (0..9).map(|i| (i as f32 * 1.3).sin() * 4.0).collect();
+        let contrasts = [
+            Contrast { positives: vec![0, 3], negatives: vec![1, 2, 8] },
+            Contrast { positives: vec![4], negatives: vec![5, 6, 7, 0, 1] },
+            Contrast { positives: vec![2, 5, 8], negatives: vec![] },
+        ];
+        let formula = |scores: &[f64]| -> f64 {
+            let sum = |places: &[usize]| places.iter().map(|&p| scores[p].exp()).sum::<f64>();
+            contrasts.iter().map(|c| -(sum(&c.positives) / (sum(&c.positives) + sum(&c.negatives))).ln()).sum::<f64>() / 3.0
+        };
+        let wide: Vec<f64> = scores.iter().map(|&s| f64::from(s)).collect();
+        let var = candle_core::Var::from_vec(scores, 9, &Device::Cpu).unwrap();
+        let loss = cross_modal_contrast(var.as_tensor(), &contrasts).unwrap();
+        let gradient = loss.backward().unwrap().get(&var).unwrap().to_vec1::<f32>().unwrap();
+        assert!((f64::from(loss.to_scalar::<f32>().unwrap()) - formula(&wide)).abs() < 1e-5);
+        for (i, got) in gradient.into_iter().enumerate() {
+            let at = |delta: f64| {
+                let mut moved = wide.clone();
+                moved[i] += delta;
+                formula(&moved)
+            };
+            let slope = (at(1e-5) - at(-1e-5)) / 2e-5;
+            assert!((slope - f64::from(got)).abs() < 1e-5, "score {i}: {got} against {slope}");
+        }
+        let empty = Contrast { positives: vec![], negatives: vec![1] };
+        assert!(cross_modal_contrast(var.as_tensor(), &[empty]).is_err());
+        let outside = Contrast { positives: vec![9], negatives: vec![] };
+        assert!(cross_modal_contrast(var.as_tensor(), &[outside]).is_err());
     }
 }

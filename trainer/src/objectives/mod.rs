@@ -10,10 +10,10 @@ mod self_critical;
 use anyhow::Result;
 use candle_core::{D, Tensor};
 use rand::Rng;
-use rand::seq::SliceRandom;
+use rand::seq::{IndexedRandom, SliceRandom};
 use rand_chacha::ChaCha8Rng;
 
-pub use contrastive::contrastive_loss;
+pub use contrastive::{Contrast, contrastive_loss, cross_modal_contrast};
 pub use masking::{MaskedText, mask_regions, mask_text};
 pub use self_critical::Critic;
 
@@ -81,6 +81,7 @@ pub struct StepBatch {
     match_images: Vec<usize>,
     match_texts: Vec<usize>,
     match_labels: Vec<f32>,
+    match_image_of: Vec<usize>,
     /// Pictures in the step, for throughput.
     pub pictures: usize,
 }
@@ -147,8 +148,8 @@ impl StepBatch {
             let samples = &samples[i * b.sampled_captions..(i + 1) * b.sampled_captions];
             draft.generate_and_contrast(i, picture, samples, b, &mut rng);
         }
-        for picture in pictures.iter().take(b.match_images) {
-            draft.match_pairs(picture, b.match_negatives, &mut rng);
+        for (i, picture) in pictures.iter().take(b.match_images).enumerate() {
+            draft.match_pairs(i, picture, b, &mut rng);
         }
         for (i, picture) in pictures.iter().rev().take(b.masked_pairs).enumerate() {
             draft.masked_pair(picture, (step + i as u64).is_multiple_of(2), &mut rng);
@@ -176,6 +177,7 @@ impl StepBatch {
             match_images,
             match_texts,
             match_labels,
+            match_image_of,
         } = draft.parts;
         Ok(Self {
             packed: draft.packer.finish(model.device())?,
@@ -190,6 +192,7 @@ impl StepBatch {
             match_images,
             match_texts,
             match_labels,
+            match_image_of,
             pictures: b.images,
         })
     }
@@ -229,24 +232,36 @@ impl StepBatch {
         ] {
             if !predictions.rows.is_empty() {
                 let rows = model.rows(&hidden, &predictions.rows)?;
-                losses.push((name, weight, model.language_loss(&rows, predictions.targets.clone(), None, smoothing)?));
+                losses.push((name, weight, model.language_loss(&rows, predictions.targets.clone(), smoothing)?));
             }
         }
         if !self.sampled.advantages.is_empty() {
             let Predictions { rows, targets } = &self.sampled.predictions;
             let rows = model.rows(&hidden, rows)?;
-            let loss = model.language_loss(&rows, targets.clone(), Some(self.sampled.advantages.clone()), 0.0)?;
+            let temperature = recipe.batch.sampling_temperature;
+            let loss = model.policy_loss(&rows, targets.clone(), self.sampled.advantages.clone(), temperature)?;
             losses.push(("self_critical", w.self_critical, loss));
         }
+        let mut separate = None;
         if !self.text_rows.is_empty() {
             let images = model.image_embedding(&model.rows(&hidden, &self.image_rows)?)?;
             let texts = model.text_embedding(&model.rows(&hidden, &self.text_rows)?)?;
             losses.push(("contrast", w.contrast, contrastive_loss(&images, &texts, &self.image_of_text, &model.temperature()?)?));
+            separate = Some(images.matmul(&texts.t()?)?.broadcast_div(&model.temperature()?)?);
         }
+        let mut joint = None;
         if !self.match_labels.is_empty() {
             let logits =
                 model.match_logits(&model.rows(&hidden, &self.match_images)?, &model.rows(&hidden, &self.match_texts)?)?;
             losses.push(("matching", w.matching, matching_loss(&logits, &self.match_labels)?));
+            joint = Some(logits);
+        }
+        if w.cross_modal > 0.0
+            && let (Some(joint), Some(separate)) = (joint, separate)
+        {
+            let scores = Tensor::cat(&[joint, separate.flatten_all()?], 0)?;
+            let contrasts = contrasts(&self.match_labels, &self.match_image_of, &self.image_of_text, self.image_rows.len());
+            losses.push(("cross_modal", w.cross_modal, cross_modal_contrast(&scores, &contrasts)?));
         }
         if !self.regions.rows.is_empty() {
             let rows = model.rows(&hidden, &self.regions.rows)?;
@@ -268,7 +283,35 @@ fn sample(model: &Unimo, recipe: &Recipe, pictures: &[Picture], step: u64) -> Re
     }
     let features: Vec<f32> = pictures.iter().flat_map(|p| p.features.iter().copied()).collect();
     let regions = Tensor::from_vec(features, (pictures.len(), model.config().regions(), FEATURES), model.device())?;
-    Ok(model.sample_captions(&regions, each, SAMPLED_TOKENS, seed::mix(recipe.seed ^ 0x5a3b_1e00, step))?)
+    let seed_value = seed::mix(recipe.seed ^ 0x5a3b_1e00, step);
+    Ok(model.sample_captions(&regions, each, SAMPLED_TOKENS, recipe.batch.sampling_temperature, seed_value)?)
+}
+
+/// The contrast of every picture with captions: its own captions against rewritten and retrieved ones (encoded with the picture
+/// `joint_image_of`; their scores come first) and against the other pictures and captions of the step (encoded alone,
+/// `[images, texts]` behind them).
+fn contrasts(joint_labels: &[f32], joint_image_of: &[usize], image_of_text: &[usize], images: usize) -> Vec<Contrast> {
+    let place = |image: usize, text: usize| joint_labels.len() + image * image_of_text.len() + text;
+    let of_image = |image: usize| {
+        let mut contrast = Contrast::default();
+        for (joint, _) in joint_image_of.iter().enumerate().filter(|&(_, &of)| of == image) {
+            if joint_labels[joint] > 0.5 {
+                contrast.positives.push(joint);
+            } else {
+                contrast.negatives.push(joint);
+            }
+        }
+        for (text, &of) in image_of_text.iter().enumerate() {
+            if of == image {
+                contrast.positives.push(place(image, text));
+                contrast.negatives.extend((0..images).filter(|&other| other != image).map(|other| place(other, text)));
+            } else {
+                contrast.negatives.push(place(image, text));
+            }
+        }
+        contrast
+    };
+    (0..images).map(of_image).filter(|contrast| !contrast.positives.is_empty()).collect()
 }
 
 #[derive(Default)]
@@ -284,6 +327,7 @@ struct Parts {
     match_images: Vec<usize>,
     match_texts: Vec<usize>,
     match_labels: Vec<f32>,
+    match_image_of: Vec<usize>,
 }
 
 struct Draft<'a> {
@@ -330,7 +374,7 @@ impl Draft<'_> {
         }
     }
 
-    fn match_pairs(&mut self, picture: &Picture, negatives: usize, rng: &mut ChaCha8Rng) {
+    fn match_pairs(&mut self, image: usize, picture: &Picture, batch: &BatchConfig, rng: &mut ChaCha8Rng) {
         let corpus = self.source.corpus;
         let pair = &corpus.pairs[picture.pair];
         let own = rng.random_range(0..pair.captions.len());
@@ -340,7 +384,7 @@ impl Draft<'_> {
             .tfidf
             .map(|index| index.hard_negatives(self.source.first_text[picture.pair] + own, 24))
             .unwrap_or_default();
-        for k in 0..negatives {
+        for k in 0..batch.match_negatives {
             // Every other negative is any caption at all: with near ones alone the head never learns what is far.
             let text = if k % 2 == 0 && !near.is_empty() {
                 near[rng.random_range(0..near.len())]
@@ -350,11 +394,14 @@ impl Draft<'_> {
             let other = self.source.first_text.partition_point(|&first| first <= text) - 1;
             candidates.push((corpus.pairs[other].captions_for(picture.view)[text - self.source.first_text[other]].clone(), 0.0));
         }
+        let rewritten = pair.rewrites_for(picture.view, own).choose_multiple(rng, batch.match_rewrites);
+        candidates.extend(rewritten.map(|ids| (ids.clone(), 0.0)));
         for (ids, label) in candidates {
             let rows = self.packer.pair(Regions::visible(&picture.features), &ids);
             self.parts.match_images.push(rows.image);
             self.parts.match_texts.push(rows.texts[0]);
             self.parts.match_labels.push(label);
+            self.parts.match_image_of.push(image);
         }
     }
 
@@ -431,4 +478,22 @@ fn region_classification(model: &Unimo, backbone: &Backbone, rows: &Tensor, feat
     let labels = log_softmax(&labels)?.exp()?.detach();
     let log_p = log_softmax(&model.region_logits(rows)?)?;
     Ok((labels * log_p)?.sum(D::Minus1)?.mean_all()?.neg()?)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn siblings_are_positives_and_everything_else_is_against_them() {
+        // Two pictures with two captions and one; the first also read jointly with a caption of its own and a false one. Scores:
+        // 0, 1 joint; 2, 3, 4 picture 0 with texts 0, 1, 2; 5, 6, 7 picture 1 with them.
+        let found = contrasts(&[1.0, 0.0], &[0, 0], &[0, 0, 1], 2);
+        let sorted = |mut places: Vec<usize>| {
+            places.sort_unstable();
+            places
+        };
+        let found: Vec<[Vec<usize>; 2]> = found.into_iter().map(|c| [sorted(c.positives), sorted(c.negatives)]).collect();
+        assert_eq!(found, [[vec![0, 2, 3], vec![1, 4, 5, 6]], [vec![7], vec![4, 5, 6]]]);
+    }
 }

@@ -143,6 +143,43 @@ pub fn softmax(row: &mut [f32], scale: f32) {
     }
 }
 
+/// Keys and values in rows of `stride`; the first `query.len()` values of a row count.
+#[derive(Clone, Copy)]
+pub struct Seen<'a> {
+    /// First row's keys onwards.
+    pub keys: &'a [f32],
+    /// First row's values onwards.
+    pub values: &'a [f32],
+    /// From one row to the next.
+    pub stride: usize,
+    /// Number of rows.
+    pub rows: usize,
+}
+
+/// Attention of one query over several runs of rows: `out = softmax(query · keysᵀ · scale) · values`.
+#[multiversion(targets("x86_64+avx512f+avx512dq+avx512bw+avx512vl", "x86_64+avx2+fma"))]
+pub fn attend_one(query: &[f32], seen: &[Seen], scale: f32, out: &mut [f32]) {
+    let depth = query.len();
+    let mut weights = Vec::with_capacity(seen.iter().map(|s| s.rows).sum());
+    for run in seen {
+        weights.extend((0..run.rows).map(|row| dot(query, &run.keys[row * run.stride..row * run.stride + depth]) * scale));
+    }
+    let max = max_of(&weights);
+    for weight in &mut weights {
+        *weight = exp(*weight - max);
+    }
+    let total = 1.0 / sum_by(&weights, |w| w);
+    out.fill(0.0);
+    let mut at = weights.iter();
+    for run in seen {
+        for (row, &weight) in (0..run.rows).zip(&mut at) {
+            for (out, &value) in out.iter_mut().zip(&run.values[row * run.stride..row * run.stride + depth]) {
+                *out += weight * total * value;
+            }
+        }
+    }
+}
+
 /// Backward of [`softmax`]: turns `dp` (gradient of the probabilities `p`) into the gradient of the unscaled logits, in place.
 #[multiversion(targets("x86_64+avx512f+avx512dq+avx512bw+avx512vl", "x86_64+avx2+fma"))]
 pub fn softmax_backward(p: &[f32], scale: f32, dp: &mut [f32]) {

@@ -1,0 +1,475 @@
+//! Negatives made from scene graphs: a caption with one node, or one whole phrase, replaced by another of its type, so that it
+//! no longer fits the picture.
+//!
+//! What may stand in a replacement's place is decided by the corpus itself. Five people who describe one picture use different
+//! words for one thing; so a word that turns up in siblings of captions that hold the replaced word more often than chance
+//! would have it may well be true of the picture, and is never used. Words of the picture's own captions never are.
+
+use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
+
+use rand::Rng;
+use rand::seq::IndexedRandom;
+use rand_chacha::ChaCha8Rng;
+use rayon::prelude::*;
+use serde::{Deserialize, Serialize};
+
+use super::graph::SceneGraph;
+use super::tagging::{COLOURS, Tag, is_plural};
+use crate::seed;
+use crate::tfidf::TfIdfIndex;
+
+/// Pictures that must name a word before it replaces others: rarer ones are often mistyped or mistagged.
+const LEAST_PICTURES: u32 = 3;
+/// Draws for one negative before it is given up.
+const DRAWS: usize = 30;
+
+/// What can stand in a node's place.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+enum Class {
+    Thing {
+        plural: bool,
+    },
+    Colour,
+    Number,
+    Quality,
+    /// A noun before a noun.
+    Kind,
+    Action(Form),
+    Place,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+enum Form {
+    Ing,
+    Past,
+    Singular,
+    Base,
+}
+
+fn form(verb: &str) -> Form {
+    match verb {
+        v if v.ends_with("ing") => Form::Ing,
+        v if v.ends_with("ed") => Form::Past,
+        v if v.ends_with('s') && !v.ends_with("ss") => Form::Singular,
+        _ => Form::Base,
+    }
+}
+
+/// A word without its commonest endings, so that "dog" and "dogs", "run" and "running" are one.
+fn stem(word: &str) -> String {
+    const IRREGULAR: [(&str, &str); 12] = [
+        ("men", "man"),
+        ("women", "woman"),
+        ("children", "child"),
+        ("people", "person"),
+        ("feet", "foot"),
+        ("teeth", "tooth"),
+        ("mice", "mouse"),
+        ("wives", "wife"),
+        ("knives", "knife"),
+        ("leaves", "leaf"),
+        ("ran", "run"),
+        ("kids", "child"),
+    ];
+    if let Some((_, base)) = IRREGULAR.iter().find(|(form, _)| *form == word) {
+        return (*base).to_owned();
+    }
+    let cut = |ending: &str| word.strip_suffix(ending).filter(|rest| rest.len() >= 3);
+    let mut base = match (cut("ing"), cut("ies"), cut("ed"), cut("es"), cut("s")) {
+        (Some(rest), ..) | (_, _, Some(rest), ..) => rest.to_owned(),
+        (_, Some(rest), ..) => format!("{rest}y"),
+        (_, _, _, Some(rest), _) => rest.to_owned(),
+        (.., Some(rest)) => rest.to_owned(),
+        _ => word.to_owned(),
+    };
+    let letters: Vec<char> = base.chars().rev().take(2).collect();
+    if letters.len() == 2 && letters[0] == letters[1] && !matches!(letters[0], 'l' | 's') {
+        base.pop();
+    }
+    base.trim_end_matches('e').to_owned()
+}
+
+/// A word of a caption that can be replaced.
+struct Node {
+    class: Class,
+    word: usize,
+}
+
+fn nodes(graph: &SceneGraph) -> Vec<Node> {
+    let mut nodes = Vec::new();
+    let text = |w: usize| graph.words[w].text.as_str();
+    for object in &graph.objects {
+        let head = text(object.head);
+        let plural = is_plural(head);
+        nodes.push(Node { class: Class::Thing { plural }, word: object.head });
+        for &word in &object.attributes {
+            let class = match graph.words[word].tag {
+                _ if COLOURS.contains(&text(word)) => Class::Colour,
+                Tag::Number => Class::Number,
+                Tag::Noun => Class::Kind,
+                Tag::Verb => Class::Action(form(text(word))),
+                _ => Class::Quality,
+            };
+            nodes.push(Node { class, word });
+        }
+    }
+    let mut seen = HashSet::new();
+    for relation in &graph.relations {
+        let first = relation.predicate[0];
+        if !seen.insert(first) || text(first) == "of" {
+            continue;
+        }
+        match graph.words[first].tag {
+            Tag::Verb => nodes.push(Node { class: Class::Action(form(text(first))), word: first }),
+            Tag::Preposition if relation.predicate.len() == 1 => nodes.push(Node { class: Class::Place, word: first }),
+            _ => {}
+        }
+    }
+    nodes
+}
+
+/// How often each word of each class describes a picture, and how often two describe the same one.
+#[derive(Default)]
+struct Vocabulary {
+    ids: HashMap<(Class, String), u32>,
+    words: Vec<(Class, String)>,
+    pictures: Vec<u32>,
+    together: HashMap<(u32, u32), u32>,
+    classes: BTreeMap<Class, Vec<u32>>,
+    total: u32,
+}
+
+impl Vocabulary {
+    fn add(&mut self, picture: &[SceneGraph]) {
+        let mut here: BTreeSet<u32> = BTreeSet::new();
+        for graph in picture {
+            for node in nodes(graph) {
+                let key = (node.class, graph.words[node.word].text.clone());
+                let next = self.words.len() as u32;
+                let id = *self.ids.entry(key.clone()).or_insert(next);
+                if id == next {
+                    self.words.push(key);
+                    self.pictures.push(0);
+                }
+                here.insert(id);
+            }
+        }
+        for &a in &here {
+            self.pictures[a as usize] += 1;
+            for &b in here.range(a + 1..) {
+                if self.words[a as usize].0 == self.words[b as usize].0 {
+                    *self.together.entry((a, b)).or_default() += 1;
+                }
+            }
+        }
+        self.total += 1;
+    }
+
+    fn finish(&mut self) {
+        for (id, (class, _)) in self.words.iter().enumerate() {
+            if self.pictures[id] >= LEAST_PICTURES {
+                self.classes.entry(*class).or_default().push(id as u32);
+            }
+        }
+    }
+
+    /// How many times as often two words describe one picture as they would by chance.
+    fn lift(&self, a: u32, b: u32) -> f64 {
+        let together = self.together.get(&(a.min(b), a.max(b))).copied().unwrap_or(0);
+        let [a, b] = [a, b].map(|id| f64::from(self.pictures[id as usize]));
+        f64::from(together) * f64::from(self.total) / (a * b)
+    }
+}
+
+/// A noun phrase of the corpus, without its determiner.
+struct Phrase {
+    head: u32,
+    text: String,
+    stems: Vec<String>,
+}
+
+/// How many of each kind to make for a caption.
+#[derive(Debug, Clone, Copy, Serialize, Deserialize, PartialEq, Eq)]
+pub struct Counts {
+    /// One word replaced.
+    pub word: usize,
+    /// One noun phrase, or two words, replaced.
+    pub phrase: usize,
+    /// Captions of other pictures that read most alike.
+    pub sentence: usize,
+}
+
+/// Negatives of one caption.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Negatives {
+    /// One word replaced.
+    pub word: Vec<String>,
+    /// One noun phrase, or two words, replaced.
+    pub phrase: Vec<String>,
+    /// Captions of other pictures that read most alike.
+    pub sentence: Vec<String>,
+}
+
+/// Makes negatives for the captions of one corpus.
+pub struct Rewriter<'a> {
+    captions: &'a [Vec<String>],
+    graphs: Vec<Vec<SceneGraph>>,
+    vocabulary: Vocabulary,
+    phrases: Vec<Phrase>,
+    by_head: BTreeMap<Class, Vec<usize>>,
+    alike: TfIdfIndex,
+    first_text: Vec<usize>,
+}
+
+impl<'a> Rewriter<'a> {
+    /// Parses all captions and learns what they say of one picture; `captions` holds those of each picture.
+    #[must_use]
+    pub fn new(captions: &'a [Vec<String>]) -> Self {
+        let graphs: Vec<Vec<SceneGraph>> =
+            captions.par_iter().map(|own| own.iter().map(|caption| SceneGraph::of(caption)).collect()).collect();
+        let mut vocabulary = Vocabulary::default();
+        for picture in &graphs {
+            vocabulary.add(picture);
+        }
+        vocabulary.finish();
+        let (mut phrases, mut seen) = (Vec::new(), HashSet::new());
+        let mut by_head: BTreeMap<Class, Vec<usize>> = BTreeMap::new();
+        for (own, captions) in graphs.iter().zip(captions) {
+            for (graph, caption) in own.iter().zip(captions) {
+                for object in graph.objects.iter().filter(|o| !o.attributes.is_empty()) {
+                    if let Some(phrase) = phrase(graph, object, caption, &vocabulary).filter(|p| seen.insert(p.text.clone())) {
+                        by_head.entry(vocabulary.words[phrase.head as usize].0).or_default().push(phrases.len());
+                        phrases.push(phrase);
+                    }
+                }
+            }
+        }
+        let mut numbers: HashMap<&str, u32> = HashMap::new();
+        let texts: Vec<Vec<u32>> = graphs
+            .iter()
+            .flatten()
+            .map(|graph| {
+                let words = graph.words.iter().filter(|w| w.tag != Tag::Break);
+                words
+                    .map(|w| {
+                        let next = numbers.len() as u32;
+                        *numbers.entry(&w.text).or_insert(next)
+                    })
+                    .collect()
+            })
+            .collect();
+        let slices: Vec<&[u32]> = texts.iter().map(Vec::as_slice).collect();
+        let picture_of = captions.iter().enumerate().flat_map(|(i, own)| vec![i as u32; own.len()]).collect();
+        let alike = TfIdfIndex::new(&slices, picture_of);
+        let first_text = captions
+            .iter()
+            .scan(0, |next, own| {
+                *next += own.len();
+                Some(*next - own.len())
+            })
+            .collect();
+        drop(numbers);
+        Self { captions, graphs, vocabulary, phrases, by_head, alike, first_text }
+    }
+
+    /// Negatives of caption `caption` of picture `picture`; fewer than asked for where the caption offers no more. The same
+    /// seed gives the same ones.
+    #[must_use]
+    pub fn negatives(&self, picture: usize, caption: usize, counts: Counts, seed_value: u64) -> Negatives {
+        let text = self.first_text[picture] + caption;
+        let mut rng = seed::rng(seed::mix(seed_value, text as u64));
+        let own: HashSet<String> = self.graphs[picture].iter().flat_map(|g| g.words.iter().map(|w| stem(&w.text))).collect();
+        let written = &self.captions[picture][caption];
+        let distinct = |count: usize, make: &mut dyn FnMut() -> Option<String>| {
+            let mut made: Vec<String> = Vec::new();
+            for _ in 0..count * 3 {
+                if made.len() < count
+                    && let Some(text) = make()
+                    && !made.contains(&text)
+                    && text != *written
+                {
+                    made.push(text);
+                }
+            }
+            made
+        };
+        let graph = &self.graphs[picture][caption];
+        let word = distinct(counts.word, &mut || self.replace_words(graph, written, &own, 1, &mut rng));
+        let phrase = distinct(counts.phrase, &mut || {
+            let whole = rng.random_bool(0.5).then(|| self.replace_phrase(graph, written, &own, &mut rng)).flatten();
+            whole.or_else(|| self.replace_words(graph, written, &own, 2, &mut rng))
+        });
+        let all = |text: usize| {
+            let picture = self.first_text.partition_point(|&first| first <= text) - 1;
+            self.captions[picture][text - self.first_text[picture]].clone()
+        };
+        let sentence = self.alike.hard_negatives(text, counts.sentence).into_iter().map(all).collect();
+        Negatives { word, phrase, sentence }
+    }
+
+    fn replace_words(
+        &self,
+        graph: &SceneGraph,
+        caption: &str,
+        own: &HashSet<String>,
+        count: usize,
+        rng: &mut ChaCha8Rng,
+    ) -> Option<String> {
+        let nodes = nodes(graph);
+        let chosen: Vec<&Node> = nodes.choose_multiple(rng, count).collect();
+        if chosen.len() < count {
+            return None;
+        }
+        let mut changes = Vec::with_capacity(count);
+        for node in chosen {
+            let word = &graph.words[node.word];
+            let id = *self.vocabulary.ids.get(&(node.class, word.text.clone()))?;
+            changes.push((word.span.clone(), self.other(id, own, rng)?));
+        }
+        Some(rewritten(caption, changes))
+    }
+
+    /// Another word of the class, by the square root of how often pictures hold it.
+    fn other(&self, id: u32, own: &HashSet<String>, rng: &mut ChaCha8Rng) -> Option<String> {
+        let v = &self.vocabulary;
+        let class = v.classes.get(&v.words[id as usize].0)?;
+        let candidates =
+            (0..DRAWS).filter_map(|_| class.choose_weighted(rng, |&b| f64::from(v.pictures[b as usize]).sqrt()).ok());
+        candidates.collect::<Vec<_>>().into_iter().find(|&&b| self.is_false(id, b, own)).map(|&b| v.words[b as usize].1.clone())
+    }
+
+    fn is_false(&self, id: u32, other: u32, own: &HashSet<String>) -> bool {
+        id != other && self.vocabulary.lift(id, other) <= 1.0 && !own.contains(&stem(&self.vocabulary.words[other as usize].1))
+    }
+
+    fn replace_phrase(&self, graph: &SceneGraph, caption: &str, own: &HashSet<String>, rng: &mut ChaCha8Rng) -> Option<String> {
+        let object = graph.objects.choose(rng)?;
+        let replaced = phrase_span(graph, object)?;
+        let head = nodes(graph).into_iter().find(|n| n.word == object.head)?;
+        let id = *self.vocabulary.ids.get(&(head.class, graph.words[object.head].text.clone()))?;
+        let fitting = self.by_head.get(&head.class)?;
+        let drawn: Vec<&Phrase> = (0..DRAWS).filter_map(|_| fitting.choose(rng)).map(|&p| &self.phrases[p]).collect();
+        let other = drawn.into_iter().find(|p| self.is_false(id, p.head, own) && !p.stems.iter().any(|s| own.contains(s)))?;
+        Some(rewritten(caption, vec![(replaced, other.text.clone())]))
+    }
+}
+
+/// Bytes of an object's phrase from its first description to its head, where these stand in one piece.
+fn phrase_span(graph: &SceneGraph, object: &super::graph::Object) -> Option<std::ops::Range<usize>> {
+    let first = object.attributes.iter().copied().filter(|&a| a < object.head).min().unwrap_or(object.head);
+    let whole = (first..=object.head).all(|w| w == object.head || object.attributes.contains(&w));
+    whole.then(|| graph.words[first].span.start..graph.words[object.head].span.end)
+}
+
+fn phrase(graph: &SceneGraph, object: &super::graph::Object, caption: &str, vocabulary: &Vocabulary) -> Option<Phrase> {
+    let span = phrase_span(graph, object)?;
+    let class = nodes(graph).into_iter().find(|n| n.word == object.head)?.class;
+    let head = *vocabulary.ids.get(&(class, graph.words[object.head].text.clone()))?;
+    if vocabulary.pictures[head as usize] < LEAST_PICTURES {
+        return None;
+    }
+    let words = graph.words.iter().filter(|w| span.contains(&w.span.start));
+    let stems = words.map(|w| stem(&w.text)).collect();
+    Some(Phrase { head, text: caption[span].to_lowercase(), stems })
+}
+
+/// The caption with some spans replaced, "a" and "an" made to fit.
+fn rewritten(caption: &str, mut changes: Vec<(std::ops::Range<usize>, String)>) -> String {
+    changes.sort_by_key(|(span, _)| std::cmp::Reverse(span.start));
+    let mut text = caption.to_owned();
+    for (span, word) in changes {
+        let upper = text[span.clone()].chars().next().is_some_and(char::is_uppercase);
+        let mut word = word;
+        if upper {
+            let rest = word.split_off(word.chars().next().map_or(0, char::len_utf8));
+            word = word.to_uppercase() + &rest;
+        }
+        let vowel = word.to_lowercase().starts_with(['a', 'e', 'i', 'o', 'u']);
+        text.replace_range(span.clone(), &word);
+        let before = text[..span.start].trim_end();
+        let article_at = before.rfind(char::is_whitespace).map_or(0, |at| at + 1);
+        let article = before[article_at..].to_owned();
+        if article.eq_ignore_ascii_case("a") || article.eq_ignore_ascii_case("an") {
+            let fitting = format!("{}{}", &article[..1], if vowel { "n" } else { "" });
+            text.replace_range(article_at..article_at + article.len(), &fitting);
+        }
+    }
+    text
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn articles_and_capitals_fit_what_replaces() {
+        let change = |caption: &str, from: &str, to: &str| {
+            let at = caption.find(from).unwrap();
+            rewritten(caption, vec![(at..at + from.len(), to.to_owned())])
+        };
+        assert_eq!(change("A dog runs", "dog", "elephant"), "An elephant runs");
+        assert_eq!(change("An orange ball", "orange", "red"), "A red ball");
+        assert_eq!(change("Dogs on a sofa", "Dogs", "cats"), "Cats on a sofa");
+        assert_eq!(change("two dogs", "two", "three"), "three dogs");
+    }
+
+    #[test]
+    fn stems_join_forms_of_a_word() {
+        for (a, b) in
+            [("dog", "dogs"), ("running", "run"), ("men", "man"), ("babies", "baby"), ("riding", "ride"), ("boxes", "box")]
+        {
+            assert_eq!(stem(a), stem(b), "{a} {b}");
+        }
+        for (a, b) in [("man", "woman"), ("grass", "glass"), ("red", "run"), ("ring", "string")] {
+            assert_ne!(stem(a), stem(b), "{a} {b}");
+        }
+    }
+
+    /// Pictures of four kinds of scene, whose captions call one thing by two names.
+    fn corpus() -> Vec<Vec<String>> {
+        let mut corpus = Vec::new();
+        for i in 0..40 {
+            let (animal, other) = [("dog", "puppy"), ("cat", "kitten"), ("horse", "pony"), ("bird", "parrot")][i % 4];
+            let colour = ["brown", "white", "black", "grey", "red"][i % 5];
+            let place = ["beach", "street", "field"][i % 3];
+            corpus.push(vec![
+                // Every tower stands in two pictures: what makes captions of different pictures alike.
+                format!("A {colour} {animal} is running on a {place} by tower{}.", i / 2),
+                format!("the {colour} {other} is playing on the {place}"),
+            ]);
+        }
+        corpus
+    }
+
+    #[test]
+    fn negatives_say_what_is_not_said_of_the_picture() {
+        let corpus = corpus();
+        let rewriter = Rewriter::new(&corpus);
+        let counts = Counts { word: 4, phrase: 4, sentence: 2 };
+        for (picture, own) in corpus.iter().enumerate() {
+            let negatives = rewriter.negatives(picture, 0, counts, 7);
+            assert_eq!(negatives, rewriter.negatives(picture, 0, counts, 7));
+            assert!(negatives.word.len() >= 3 && negatives.phrase.len() >= 3, "{negatives:?}");
+            let tower = own[0].split(' ').next_back().unwrap();
+            assert!(negatives.sentence[0].ends_with(tower) && !own.contains(&negatives.sentence[0]), "{negatives:?}");
+            let said: HashSet<String> = own
+                .iter()
+                .flat_map(|text| text.to_lowercase().split(' ').map(|w| stem(w.trim_end_matches('.'))).collect::<Vec<_>>())
+                .collect();
+            for text in negatives.word.iter().chain(&negatives.phrase) {
+                assert_ne!(text, &own[0]);
+                let words: Vec<String> = text.to_lowercase().split(' ').map(|w| w.trim_end_matches('.').to_owned()).collect();
+                let new: Vec<&String> = words.iter().filter(|w| !said.contains(&stem(w)) && *w != "an").collect();
+                assert!(!new.is_empty(), "{text} says nothing new of {own:?}");
+            }
+            for text in &negatives.word {
+                // One word, and perhaps the article before it.
+                let changed =
+                    text.split(' ').zip(own[0].split(' ')).filter(|(a, b)| a != b && !matches!(*a, "A" | "An" | "a" | "an"));
+                assert_eq!(changed.count(), 1, "{text}");
+                let synonym = own[1].split(' ').nth(2).unwrap();
+                assert!(!text.contains(synonym), "{text} holds {synonym}, the same thing by another name");
+            }
+        }
+    }
+}
