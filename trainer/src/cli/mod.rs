@@ -1,5 +1,6 @@
 //! The command line: one module a subcommand, thin over the library.
 
+pub mod average;
 pub mod data;
 pub mod eval;
 pub mod finetune;
@@ -42,6 +43,8 @@ enum Command {
     Pretrain(pretrain::Args),
     /// Adapt a pretrained checkpoint to captioning or retrieval
     Finetune(finetune::Args),
+    /// Average the weights of checkpoints
+    Average(average::Args),
     /// Score captions, embeddings or a checkpoint
     Eval(eval::EvalArgs),
 }
@@ -57,6 +60,7 @@ pub fn run(cli: Cli) -> Result<ExitCode> {
         Command::Rewrite(args) => rewrite::run(&args),
         Command::Pretrain(args) => pretrain::run(&args),
         Command::Finetune(args) => finetune::run(&args),
+        Command::Average(args) => average::run(&args),
         Command::Eval(args) => eval::run(args),
     }
 }
