@@ -28,20 +28,26 @@ fn largest_difference(a: &Tensor, b: &Tensor) -> f32 {
 /// An operator composed of candle's differentiable ones.
 type Composed<'a> = dyn Fn(&[Tensor]) -> Result<Tensor> + 'a;
 
+/// Checks `f` and its gradients by its inputs against `g`, the composed form.
+fn check_composed(name: &str, inputs: &[Var], f: impl Fn(&[Tensor]) -> Result<Tensor>, g: &Composed) {
+    let tensors: Vec<Tensor> = inputs.iter().map(|v| v.as_tensor().clone()).collect();
+    let (y, expected) = (f(&tensors).unwrap(), g(&tensors).unwrap());
+    assert!(largest_difference(&y, &expected) < 2e-5, "{name}: forward differs by {}", largest_difference(&y, &expected));
+    let [gradients, composed] = [y, expected].map(|y| weigh(&y).unwrap().backward().unwrap());
+    for (i, input) in inputs.iter().enumerate() {
+        let difference = largest_difference(gradients.get(input).unwrap(), composed.get(input).unwrap());
+        // Sums of up to a few hundred f32 products of order 1.
+        assert!(difference < 1e-4, "{name}: gradient {i} differs by {difference}");
+    }
+}
+
 /// Checks gradients of `f` by its inputs against central differences and against `g`, the composed form.
 fn check(name: &str, inputs: &[Var], f: impl Fn(&[Tensor]) -> Result<Tensor>, g: Option<&Composed>) {
     let tensors: Vec<Tensor> = inputs.iter().map(|v| v.as_tensor().clone()).collect();
     let y = f(&tensors).unwrap();
     let gradients = weigh(&y).unwrap().backward().unwrap();
     if let Some(g) = g {
-        let expected = g(&tensors).unwrap();
-        assert!(largest_difference(&y, &expected) < 2e-5, "{name}: forward differs by {}", largest_difference(&y, &expected));
-        let composed = weigh(&expected).unwrap().backward().unwrap();
-        for (i, input) in inputs.iter().enumerate() {
-            let difference = largest_difference(gradients.get(input).unwrap(), composed.get(input).unwrap());
-            // Sums of up to a few hundred f32 products of order 1.
-            assert!(difference < 1e-4, "{name}: gradient {i} differs by {difference}");
-        }
+        check_composed(name, inputs, &f, g);
     }
     for (i, input) in inputs.iter().enumerate() {
         let gradient = gradients.get(input).unwrap().flatten_all().unwrap().to_vec1::<f32>().unwrap();
@@ -131,6 +137,29 @@ fn tied_cross_entropy() {
         let g = |t: &[Tensor]| reference::tied_cross_entropy(&t[0], &t[1], &t[2], &targets, weights.as_deref(), 0.1);
         check(name, &inputs, f, Some(&g));
     }
+}
+
+#[test]
+fn depthwise_convolution() {
+    let bias = |at: f32| Var::from_tensor(&(var(3, &[5]).as_tensor() + f64::from(at)).unwrap()).unwrap();
+    for stride in [1, 2] {
+        let f = |t: &[Tensor]| ops::depthwise_relu6(&t[0], &t[1], &t[2], stride);
+        let g = |t: &[Tensor]| reference::depthwise_relu6(&t[0], &t[1], &t[2], stride);
+        // Far from the ends of ReLU6, where differences mean something; then across both of them.
+        let small = Var::from_tensor(&(var(2, &[9, 5]).as_tensor() * 0.2).unwrap()).unwrap();
+        check("depthwise_relu6", &[var(1, &[2, 36, 5]), small, bias(3.0)], f, Some(&g));
+        for at in [0.0, 6.0] {
+            check_composed("depthwise_relu6 at its ends", &[var(1, &[2, 36, 5]), var(2, &[9, 5]), bias(at)], f, &g);
+        }
+    }
+    let [x, weight, bias] = [var(1, &[2, 35, 5]), var(2, &[9, 5]), var(3, &[5])];
+    assert!(ops::depthwise_relu6(x.as_tensor(), weight.as_tensor(), bias.as_tensor(), 1).is_err(), "35 pixels are no square");
+}
+
+#[test]
+fn relu6() {
+    let inputs = [Var::from_tensor(&((var(1, &[9, 17]).as_tensor() * 5.0).unwrap() + 3.0).unwrap()).unwrap()];
+    check_composed("relu6", &inputs, |t| ops::relu6(&t[0]), &|t| reference::relu6(&t[0]));
 }
 
 #[test]

@@ -23,10 +23,33 @@ match_images = 2
 match_negatives = 2
 match_rewrites = 1
 masked_pairs = 2
+fragment_pairs = 2
 texts = 4
+fragment_texts = 2
 images_alone = 2
 [weights]
 cross_modal = 0.5
+[optimizer]
+learning_rate = 1e-3
+warmup_steps = 2
+";
+
+/// What trains with the backbone's last two blocks.
+const WITH_BACKBONE: &str = "
+steps = 4
+views = 2
+trained_blocks = 2
+checkpoint_every = 2
+evaluate_every = 100
+[batch]
+images = 4
+captions = 2
+hidden_regions = 0.1
+sampled_captions = 2
+contrast_captions = 2
+match_images = 2
+match_negatives = 1
+fragment_pairs = 1
 [optimizer]
 learning_rate = 1e-3
 warmup_steps = 2
@@ -55,7 +78,7 @@ fn job(folder: &Path, run: &str) -> TrainingJob {
         size: ModelConfig { dropout: 0.1, ..ModelConfig::named("pico").unwrap() },
         init: None,
         tokenizer,
-        backbone,
+        backbone: Some(backbone),
         pairs: vec![shards.clone()],
         images: vec![shards],
         texts: vec![texts],
@@ -118,6 +141,41 @@ fn a_resumed_run_has_the_curve_of_an_uninterrupted_one() {
     std::fs::write(cut.run.join("log.jsonl"), &log[..log.len() - 20]).unwrap();
     training::run(&TrainingJob { resume: true, ..cut.clone() }).unwrap();
     assert_eq!(curve(&cut.run), expected);
+}
+
+#[test]
+fn a_backbone_is_trained_with_the_model_kept_in_checkpoints_and_resumed() {
+    let folder = tempfile::tempdir().unwrap();
+    let job = |run: &str| TrainingJob { recipe: Recipe::from_toml(WITH_BACKBONE).unwrap(), ..job(folder.path(), run) };
+    let whole = job("whole");
+    let last = training::run(&whole).unwrap();
+    let expected = curve(&whole.run);
+    let cut = job("cut");
+    training::run(&TrainingJob { stop_after: Some(3), ..cut.clone() }).unwrap();
+    training::run(&TrainingJob { resume: true, ..cut.clone() }).unwrap();
+    assert_eq!(curve(&cut.run), expected);
+
+    let moments = moments(&whole.run);
+    let backbone = |path: &Path| backbone::Backbone::load(path).unwrap();
+    let (given, trained) = (backbone(whole.backbone.as_ref().unwrap()), backbone(&last.join("backbone.safetensors")));
+    assert!(given.has_classifier() && !trained.has_classifier());
+    for (name, _) in backbone::layer_shapes().into_iter().filter(|(name, _)| name != "classifier") {
+        let is_trained = ["block15", "block16", "head"].iter().any(|part| name.starts_with(part));
+        assert_eq!(given.layer(&name) != trained.layer(&name), is_trained, "{name}");
+        assert_eq!(moments.contains_key(&format!("backbone.{name}.weight.second")), is_trained, "{name}");
+    }
+
+    // What starts from this checkpoint sees with its backbone, and takes no other.
+    let next = TrainingJob { init: Some(whole.run.clone()), ..job("next") };
+    let error = training::run(&next).unwrap_err().to_string();
+    assert!(error.contains("a backbone of its own"), "{error}");
+    let mut frozen = TrainingJob { backbone: None, ..next };
+    frozen.recipe.trained_blocks = 0;
+    frozen.recipe.steps = 1;
+    let last = training::run(&frozen).unwrap();
+    assert_eq!(backbone(&last.join("backbone.safetensors")), trained);
+    let fresh = TrainingJob { backbone: None, ..job("fresh") };
+    assert!(training::run(&fresh).unwrap_err().to_string().contains("--backbone"));
 }
 
 #[test]

@@ -37,19 +37,18 @@ pub fn random_checkpoint(folder: &Path, size: &str, seed: u64) -> Result<PathBuf
     let json = tokenizer_training::train(captions.iter().map(String::as_str), 400)?;
     let tokenizer = folder.join("tokenizer.json");
     std::fs::write(&tokenizer, &json)?;
-    let weights = folder.join("backbone.safetensors");
-    std::fs::write(&weights, backbone::random_file(seed)?)?;
+    let backbone = backbone::random_file(seed)?;
     let vocabulary = unimo::tokenizer::Tokenizer::from_bytes(json.as_bytes())?.vocabulary_size();
     let config = ModelConfig { vocabulary, ..ModelConfig::named(size)? };
     let mut model = Unimo::new(config, seed, &Device::Cpu)?;
     let width = model.config().region_feature;
-    let weights_of = backbone::Backbone::load(&weights)?;
+    let weights_of = backbone::Backbone::from_bytes(&backbone)?;
     let scene = unimo::image::ImagePreparation::default().tensor(&scenes::generate(seed, 0).draw());
     model.set_statistics(RegionStatistics::of(width, std::iter::once(weights_of.forward(&scene)?)))?;
     let optimizer = AdamW::new(OptimizerConfig::default(), model.weights());
     let state = RunState { step: 0, updates: 0, fingerprint: "random".into() };
     let training = "data = \"none: random weights\"\n".to_owned();
-    checkpoint::save(folder, &model, &optimizer, &state, &Companions { tokenizer, backbone: weights, training })
+    checkpoint::save(folder, &model, &optimizer, &state, &Companions { tokenizer, backbone, training })
 }
 
 /// Writes `<folder>/bundle.tar`, a pico bundle of random weights.

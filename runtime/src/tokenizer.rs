@@ -98,6 +98,12 @@ impl Tokenizer {
         id <= UNK || id == self.mask()
     }
 
+    /// Whether an id begins a word: the byte-level vocabulary spells the space before it.
+    #[must_use]
+    pub fn begins_word(&self, id: u32) -> bool {
+        self.inner.id_to_token(id).is_some_and(|token| token.starts_with('Ġ'))
+    }
+
     /// At most `max_words` ids of [`normalise`]d text, without `[CLS]` and `[SEP]`.
     #[must_use]
     pub fn encode(&self, text: &str, max_words: usize) -> Vec<u32> {

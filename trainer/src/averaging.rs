@@ -5,6 +5,7 @@ use std::path::{Path, PathBuf};
 use anyhow::{Context, Result, bail};
 use candle_core::Device;
 
+use crate::backbone::Backbone;
 use crate::checkpoint::{self, Companions, RunState};
 use crate::model::Unimo;
 use crate::optimizer::{AdamW, OptimizerConfig};
@@ -47,7 +48,7 @@ pub fn average(parts: &[(PathBuf, f64)], out: &Path) -> Result<PathBuf> {
     note.insert("average_of_checkpoints".to_owned(), toml::Value::Array(shares));
     let companions = Companions {
         tokenizer: folder.join("tokenizer.json"),
-        backbone: folder.join("backbone.safetensors"),
+        backbone: average_backbones(&folders, &parts.iter().map(|(_, share)| share / total).collect::<Vec<_>>())?,
         training: toml::to_string(&note)?,
     };
     let step = checkpoint::state(folder)?.step;
@@ -56,15 +57,30 @@ pub fn average(parts: &[(PathBuf, f64)], out: &Path) -> Result<PathBuf> {
     checkpoint::save(&checkpoints, last, &optimizer, &state, &companions)
 }
 
+/// The file of the checkpoints' averaged backbones; where they are all the same, that file itself.
+fn average_backbones(folders: &[PathBuf], shares: &[f64]) -> Result<Vec<u8>> {
+    let read = |folder: &PathBuf| {
+        let path = folder.join("backbone.safetensors");
+        std::fs::read(&path).with_context(|| format!("cannot read {}", path.display()))
+    };
+    let mut files = folders.iter().map(read).collect::<Result<Vec<_>>>()?;
+    if files.windows(2).all(|two| two[0] == two[1]) {
+        return files.pop().context("no checkpoints");
+    }
+    let backbones = files.iter().map(|bytes| Backbone::from_bytes(bytes)).collect::<Result<Vec<_>>>()?;
+    Backbone::average(&backbones, shares)?.to_bytes()
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::backbone::random_file;
     use crate::model::ModelConfig;
 
     fn run(folder: &Path, name: &str, size: ModelConfig, seed: u64) -> PathBuf {
-        let (tokenizer, backbone) = (folder.join("tokenizer.json"), folder.join("backbone.safetensors"));
+        let tokenizer = folder.join("tokenizer.json");
         std::fs::write(&tokenizer, "{}").unwrap();
-        std::fs::write(&backbone, "").unwrap();
+        let backbone = random_file(seed).unwrap();
         let model = Unimo::new(size, seed, &Device::Cpu).unwrap();
         let optimizer = AdamW::new(OptimizerConfig::default(), model.weights());
         let companions = Companions { tokenizer, backbone, training: "data = \"none\"".into() };

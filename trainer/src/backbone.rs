@@ -1,19 +1,23 @@
-//! MobileNetV2 1.0 as a frozen feature extractor: pixels to 7×7 regions of 1292 features, and the classifier on a region.
+//! MobileNetV2 1.0 as a feature extractor: pixels to 7×7 regions of 1292 features, and the classifier on a region.
 //!
 //! A region's feature is the network's last 1280 channels at that cell, and then the mean colours of the cell's four quarters,
-//! which a classifier's last layer has mostly forgotten. Inference only, with batch norm folded into the convolutions. Activations are kept as `[pixels, channels]`, so that
-//! pointwise convolutions are matrix products and depthwise ones run over contiguous channels.
+//! which a classifier's last layer has mostly forgotten. Inference only ([`crate::vision`] trains its last blocks), with batch
+//! norm folded into the convolutions. Activations are kept as `[pixels, channels]`, so that pointwise convolutions are matrix
+//! products and depthwise ones run over contiguous channels.
+//!
+//! The forward pass can be cut in two, so that the frozen part need run only once over a picture: [`Backbone::record`] computes
+//! what a feature cache keeps, [`Backbone::regions`] makes region features of it.
 
 use std::collections::HashMap;
 use std::path::Path;
 
 use anyhow::{Context, Result, bail};
-use multiversion::multiversion;
 use rand::Rng;
 use safetensors::SafeTensors;
 use safetensors::tensor::{Dtype, TensorView};
+use sha2::{Digest, Sha256};
 
-use crate::ops::kernels::{Matrix, Product, sgemm};
+use crate::ops::kernels::{Matrix, Plane, Product, depthwise_relu6, sgemm};
 
 /// Side of the input image in pixels.
 pub const INPUT: usize = 224;
@@ -49,13 +53,34 @@ pub const BLOCKS: [(usize, usize, usize); 17] = [
     (320, 6, 1),
 ];
 
-struct Convolution {
+/// One layer's weights, as the kernels want them.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Convolution {
     /// Pointwise: `[out, in]`; 3×3 full: `[out, 27]` (kernel position, then channel); depthwise: `[9, channels]`.
-    weight: Vec<f32>,
-    bias: Vec<f32>,
+    pub weight: Vec<f32>,
+    /// `[out]`.
+    pub bias: Vec<f32>,
+}
+
+/// Channels and side of what enters block `block`; of the last block's result for 17.
+#[must_use]
+pub fn entering(block: usize) -> (usize, usize) {
+    BLOCKS[..block].iter().fold((32, INPUT / 2), |(_, side), &(out, _, stride)| (out, side / stride))
+}
+
+/// Values of a picture's record in a feature cache: the region features where no block is trained, else what enters the first
+/// trained block, and the colours.
+#[must_use]
+pub fn record_values(trained_blocks: usize) -> usize {
+    if trained_blocks == 0 {
+        return GRID * GRID * FEATURES;
+    }
+    let (channels, side) = entering(BLOCKS.len() - trained_blocks);
+    side * side * channels + GRID * GRID * COLOURS
 }
 
 /// The network's weights.
+#[derive(Debug, Clone, PartialEq)]
 pub struct Backbone {
     layers: HashMap<String, Convolution>,
 }
@@ -85,9 +110,9 @@ impl Backbone {
             let bias = tensor(&file, &format!("{name}.bias"), &shape[..1])?;
             let weight = match shape[1..] {
                 // [out, 3, 3, 3] → [out, kernel position, channel]
-                [3, 3, 3] => reorder(&weight, shape[0], 3),
+                [3, 3, 3] => position_first(&weight, shape[0], 3),
                 // [channels, 1, 3, 3] → [kernel position, channels]
-                [1, 3, 3] => (0..9).flat_map(|k| (0..shape[0]).map(move |c| c * 9 + k)).map(|i| weight[i]).collect(),
+                [1, 3, 3] => position_first(&weight, 1, shape[0]),
                 _ => weight,
             };
             layers.insert(name, Convolution { weight, bias });
@@ -95,9 +120,40 @@ impl Backbone {
         Ok(Self { layers })
     }
 
-    fn layer(&self, name: &str) -> &Convolution {
-        // Every name that `forward` asks for was inserted by `from_bytes`.
+    /// A layer's weights, `stem`, `block3.project` and so on.
+    ///
+    /// # Panics
+    /// For a name that [`layer_shapes`] does not give.
+    #[must_use]
+    pub fn layer(&self, name: &str) -> &Convolution {
         &self.layers[name]
+    }
+
+    /// Replaces a layer's weights by others of the same shape.
+    ///
+    /// # Panics
+    /// For a name that [`layer_shapes`] does not give.
+    pub fn set_layer(&mut self, name: &str, convolution: Convolution) {
+        let layer = self.layers.get_mut(name).unwrap_or_else(|| panic!("no layer `{name}`"));
+        debug_assert_eq!((layer.weight.len(), layer.bias.len()), (convolution.weight.len(), convolution.bias.len()));
+        *layer = convolution;
+    }
+
+    /// SHA-256 of the layers that [`Backbone::record`] uses.
+    #[must_use]
+    pub fn record_hash(&self, trained_blocks: usize) -> [u8; 32] {
+        let last =
+            if trained_blocks == 0 { "head".to_owned() } else { format!("block{}.project", BLOCKS.len() - trained_blocks - 1) };
+        let mut hash = Sha256::new();
+        for (name, _) in layer_shapes() {
+            let layer = self.layer(&name);
+            layer.weight.iter().chain(&layer.bias).for_each(|v| hash.update(v.to_le_bytes()));
+            // With all 17 blocks trained, the stem alone is used.
+            if name == last || trained_blocks == BLOCKS.len() {
+                break;
+            }
+        }
+        hash.finalize().into()
     }
 
     /// Region features of one prepared image: `[3, 224, 224]` in [−1, 1] → `[49, 1292]`.
@@ -105,29 +161,70 @@ impl Backbone {
     /// # Errors
     /// Another number of values.
     pub fn forward(&self, pixels: &[f32]) -> Result<Vec<f32>> {
+        self.record(pixels, 0)
+    }
+
+    /// What a feature cache keeps of one prepared image, `[3, 224, 224]` in [−1, 1], when the last `trained_blocks` blocks are
+    /// still to change: [`record_values`] values.
+    ///
+    /// # Errors
+    /// Another number of pixels, or more blocks than there are.
+    pub fn record(&self, pixels: &[f32], trained_blocks: usize) -> Result<Vec<f32>> {
         if pixels.len() != 3 * INPUT * INPUT {
             bail!("the backbone takes 3×{INPUT}×{INPUT} values, not {}", pixels.len());
         }
-        let mut x = self.stem(pixels);
-        let (mut channels, mut side) = (32, INPUT / 2);
-        for (i, (out, expansion, stride)) in BLOCKS.into_iter().enumerate() {
-            let inner = channels * expansion;
-            let mut y = if expansion > 1 { self.pointwise(&format!("block{i}.expand"), &x, channels, true) } else { x.clone() };
+        let Some(first) = BLOCKS.len().checked_sub(trained_blocks) else {
+            bail!("the backbone has {} blocks to train, not {trained_blocks}", BLOCKS.len());
+        };
+        let mut record = self.blocks(0..first, self.stem(pixels));
+        record.extend(quarter_colours(pixels));
+        Ok(if trained_blocks == 0 { self.head(&record) } else { record })
+    }
+
+    /// Region features `[49, 1292]` of a record that was made with `trained_blocks`.
+    ///
+    /// # Panics
+    /// When the record has another number of values than [`record_values`].
+    #[must_use]
+    pub fn regions(&self, record: &[f32], trained_blocks: usize) -> Vec<f32> {
+        assert_eq!(record.len(), record_values(trained_blocks), "a record of other blocks");
+        if trained_blocks == 0 {
+            return record.to_vec();
+        }
+        let (activations, colours) = record.split_at(record.len() - GRID * GRID * COLOURS);
+        let mut last = self.blocks(BLOCKS.len() - trained_blocks..BLOCKS.len(), activations.to_vec());
+        last.extend(colours);
+        self.head(&last)
+    }
+
+    /// The residual blocks `range` of what enters the first of them, `[pixels, channels]`.
+    fn blocks(&self, range: std::ops::Range<usize>, mut x: Vec<f32>) -> Vec<f32> {
+        let (mut channels, mut side) = entering(range.start);
+        for i in range {
+            let (out, expansion, stride) = BLOCKS[i];
+            let plane = Plane { side, stride, channels: channels * expansion };
+            let expanded =
+                if expansion > 1 { self.pointwise(&format!("block{i}.expand"), &x, channels, true) } else { x.clone() };
             let depthwise = self.layer(&format!("block{i}.depthwise"));
-            let next = side / stride;
-            let mut filtered = vec![0f32; next * next * inner];
-            depthwise_3x3(&y, &depthwise.weight, &depthwise.bias, Plane { side, stride, channels: inner }, &mut filtered);
-            y = self.pointwise(&format!("block{i}.project"), &filtered, inner, false);
+            let mut filtered = vec![0f32; plane.outputs()];
+            depthwise_relu6(&expanded, &depthwise.weight, &depthwise.bias, plane, &mut filtered);
+            let mut y = self.pointwise(&format!("block{i}.project"), &filtered, plane.channels, false);
             if stride == 1 && channels == out {
                 for (y, x) in y.iter_mut().zip(&x) {
                     *y += x;
                 }
             }
-            (x, channels, side) = (y, out, next);
+            (x, channels, side) = (y, out, side / stride);
         }
-        let x = self.pointwise("head", &x, channels, true);
-        let colours = quarter_colours(pixels);
-        Ok(x.chunks_exact(CHANNELS).zip(colours.chunks_exact(COLOURS)).flat_map(|(x, c)| x.iter().chain(c)).copied().collect())
+        x
+    }
+
+    /// The last layer over the last block's activations, each cell followed by its colours; `last` holds all activations and
+    /// then all colours.
+    fn head(&self, last: &[f32]) -> Vec<f32> {
+        let (activations, colours) = last.split_at(last.len() - GRID * GRID * COLOURS);
+        let x = self.pointwise("head", activations, entering(BLOCKS.len()).0, true);
+        x.chunks_exact(CHANNELS).zip(colours.chunks_exact(COLOURS)).flat_map(|(x, c)| x.iter().chain(c)).copied().collect()
     }
 
     fn stem(&self, pixels: &[f32]) -> Vec<f32> {
@@ -166,6 +263,46 @@ impl Backbone {
         y
     }
 
+    /// The weighted mean of backbones, layer by layer; the shares sum to 1.
+    ///
+    /// # Errors
+    /// No backbone, or one with a classifier beside one without.
+    pub fn average(backbones: &[Self], shares: &[f64]) -> Result<Self> {
+        let Some(first) = backbones.first() else { bail!("no backbone to average") };
+        if backbones.iter().any(|b| b.has_classifier() != first.has_classifier()) {
+            bail!("one backbone has a classifier, another has none");
+        }
+        let mean = |of: &dyn Fn(&Self) -> &[f32]| -> Vec<f32> {
+            let term = |i: usize| backbones.iter().zip(shares).map(|(b, share)| f64::from(of(b)[i]) * share).sum::<f64>() as f32;
+            (0..of(first).len()).map(term).collect()
+        };
+        let layer =
+            |name: &String| Convolution { weight: mean(&|b| &b.layers[name].weight), bias: mean(&|b| &b.layers[name].bias) };
+        Ok(Self { layers: first.layers.keys().map(|name| (name.clone(), layer(name))).collect() })
+    }
+
+    /// A backbone file of these weights, 32 bits each: what [`Backbone::from_bytes`] reads.
+    ///
+    /// # Errors
+    /// Those of safetensors.
+    pub fn to_bytes(&self) -> Result<Vec<u8>> {
+        let mut tensors: Vec<(String, Vec<usize>, Vec<u8>)> = Vec::new();
+        let bytes = |values: &[f32]| values.iter().flat_map(|v| v.to_le_bytes()).collect::<Vec<u8>>();
+        for (name, shape) in layer_shapes() {
+            let Some(layer) = self.layers.get(&name) else { continue };
+            let kernels = match shape[1..] {
+                [3, 3, 3] => position_last(&layer.weight, shape[0], 3),
+                [1, 3, 3] => position_last(&layer.weight, 1, shape[0]),
+                _ => layer.weight.clone(),
+            };
+            tensors.push((format!("{name}.bias"), vec![shape[0]], bytes(&layer.bias)));
+            tensors.push((format!("{name}.weight"), shape, bytes(&kernels)));
+        }
+        let views = tensors.iter().map(|(name, shape, b)| Ok((name.as_str(), TensorView::new(Dtype::F32, shape.clone(), b)?)));
+        let views: Vec<(&str, TensorView)> = views.collect::<Result<_>>()?;
+        Ok(safetensors::serialize(views, None)?)
+    }
+
     /// Rounds the kernels to 16 bits and back: what an f16 bundle computes with. Biases stay.
     pub fn round_to_f16(&mut self) {
         for layer in self.layers.values_mut() {
@@ -179,6 +316,11 @@ impl Backbone {
     #[must_use]
     pub fn has_classifier(&self) -> bool {
         self.layers.contains_key("classifier")
+    }
+
+    /// Leaves the classifier out: it does not fit a backbone that was trained further.
+    pub fn forget_classifier(&mut self) {
+        self.layers.remove("classifier");
     }
 
     /// Class logits of region features `[n, 1292]` → `[n, 1000]`.
@@ -263,46 +405,54 @@ fn tensor(file: &SafeTensors, name: &str, shape: &[usize]) -> Result<Vec<f32>> {
     }
 }
 
-fn reorder(weight: &[f32], out: usize, channels: usize) -> Vec<f32> {
-    let mut result = Vec::with_capacity(weight.len());
-    for o in 0..out {
-        for k in 0..9 {
-            for c in 0..channels {
-                result.push(weight[(o * channels + c) * 9 + k]);
-            }
+/// `[out, channel, kernel position]` → `[out, kernel position, channel]`.
+fn position_first(weight: &[f32], out: usize, channels: usize) -> Vec<f32> {
+    let at = move |o: usize, k: usize, c: usize| weight[(o * channels + c) * 9 + k];
+    (0..out).flat_map(|o| (0..9).flat_map(move |k| (0..channels).map(move |c| at(o, k, c)))).collect()
+}
+
+/// The way back from [`position_first`].
+fn position_last(weight: &[f32], out: usize, channels: usize) -> Vec<f32> {
+    let at = move |o: usize, k: usize, c: usize| weight[(o * 9 + k) * channels + c];
+    (0..out).flat_map(|o| (0..channels).flat_map(move |c| (0..9).map(move |k| at(o, k, c)))).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn pixels() -> Vec<f32> {
+        (0..3 * INPUT * INPUT).map(|i| (i as f32 * 0.37).sin()).collect()
+    }
+
+    #[test]
+    fn a_pass_cut_anywhere_gives_the_same_regions() {
+        let backbone = Backbone::from_bytes(&random_file(3).unwrap()).unwrap();
+        let whole = backbone.forward(&pixels()).unwrap();
+        assert_eq!(whole.len(), GRID * GRID * FEATURES);
+        for trained in [0, 1, 4, 9, 17] {
+            let record = backbone.record(&pixels(), trained).unwrap();
+            assert_eq!(record.len(), record_values(trained));
+            assert_eq!(backbone.regions(&record, trained), whole, "{trained} blocks");
+        }
+        assert!(backbone.record(&pixels(), 18).is_err());
+    }
+
+    #[test]
+    fn records_are_known_by_the_layers_that_made_them() {
+        let backbone = Backbone::from_bytes(&random_file(3).unwrap()).unwrap();
+        let mut other = backbone.clone();
+        let mut changed = other.layer("block13.expand").clone();
+        changed.bias[0] += 1.0;
+        other.set_layer("block13.expand", changed);
+        for trained in 0..=17 {
+            assert_eq!(backbone.record_hash(trained) == other.record_hash(trained), trained >= 4, "{trained} blocks");
         }
     }
-    result
-}
 
-#[derive(Clone, Copy)]
-struct Plane {
-    side: usize,
-    stride: usize,
-    channels: usize,
-}
-
-/// 3×3 depthwise convolution with ReLU6. Stride 1 pads one pixel all round, stride 2 one at bottom and right.
-#[multiversion(targets("x86_64+avx512f+avx512dq+avx512bw+avx512vl", "x86_64+avx2+fma"))]
-fn depthwise_3x3(x: &[f32], weight: &[f32], bias: &[f32], plane: Plane, y: &mut [f32]) {
-    let Plane { side, stride, channels } = plane;
-    let out = side / stride;
-    let before = if stride == 1 { 1 } else { 0 };
-    for (i, y) in y.chunks_exact_mut(channels).enumerate() {
-        let (row, column) = (i / out * stride, i % out * stride);
-        y.copy_from_slice(bias);
-        for k in 0..9 {
-            let (r, c) = (row + k / 3, column + k % 3);
-            if r < before || c < before || r - before >= side || c - before >= side {
-                continue;
-            }
-            let at = ((r - before) * side + (c - before)) * channels;
-            for ((y, x), w) in y.iter_mut().zip(&x[at..at + channels]).zip(&weight[k * channels..]) {
-                *y += x * w;
-            }
-        }
-        for v in y.iter_mut() {
-            *v = v.clamp(0.0, 6.0);
-        }
+    #[test]
+    fn a_written_backbone_reads_back_the_same() {
+        let backbone = Backbone::from_bytes(&random_file(3).unwrap()).unwrap();
+        assert_eq!(Backbone::from_bytes(&backbone.to_bytes().unwrap()).unwrap(), backbone);
     }
 }

@@ -22,13 +22,13 @@ pub struct RunState {
     pub fingerprint: String,
 }
 
-/// Files that a checkpoint carries along unchanged.
+/// What a checkpoint carries beside the model.
 #[derive(Debug, Clone)]
 pub struct Companions {
     /// `tokenizer.json`.
     pub tokenizer: PathBuf,
-    /// The backbone's weights.
-    pub backbone: PathBuf,
+    /// The backbone's file.
+    pub backbone: Vec<u8>,
     /// `training.toml`: what the model was trained on and how.
     pub training: String,
 }
@@ -52,7 +52,7 @@ pub fn save(folder: &Path, model: &Unimo, optimizer: &AdamW, state: &RunState, c
         candle_core::safetensors::save(&model.tensors()?, partial.join("model.safetensors"))?;
         candle_core::safetensors::save(&optimizer.state()?.0, partial.join("optimizer.safetensors"))?;
         fs::copy(&companions.tokenizer, partial.join("tokenizer.json"))?;
-        fs::copy(&companions.backbone, partial.join("backbone.safetensors"))?;
+        fs::write(partial.join("backbone.safetensors"), &companions.backbone)?;
         fs::write(partial.join("training.toml"), &companions.training)?;
         fs::write(partial.join("state.toml"), toml::to_string(state)?)?;
         for entry in fs::read_dir(&partial)? {

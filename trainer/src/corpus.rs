@@ -205,28 +205,28 @@ impl Corpus {
         self.images.len()
     }
 
-    /// Features of pair `pair` in a view, `[49 · 1292]`.
+    /// Cached record of pair `pair` in a view; [`Vision`](crate::vision::Vision) makes region features of it.
     #[must_use]
-    pub fn pair_features(&self, pair: usize, view: usize) -> Vec<f32> {
-        self.features(self.pairs[pair].picture, view)
+    pub fn pair_record(&self, pair: usize, view: usize) -> Vec<f32> {
+        self.record(self.pairs[pair].picture, view)
     }
 
-    /// Features of a picture without captions.
+    /// Cached record of a picture without captions.
     #[must_use]
-    pub fn image_features(&self, image: usize, view: usize) -> Vec<f32> {
-        self.features(self.images[image], view)
+    pub fn image_record(&self, image: usize, view: usize) -> Vec<f32> {
+        self.record(self.images[image], view)
     }
 
-    /// Features of about `limit` pictures, evenly spread over those with and those without captions.
-    pub fn sampled_features(&self, limit: usize) -> impl Iterator<Item = Vec<f32>> {
+    /// Cached records of about `limit` pictures, evenly spread over those with and those without captions.
+    pub fn sampled_records(&self, limit: usize) -> impl Iterator<Item = Vec<f32>> {
         let (pairs, count) = (self.pairs.len(), self.pairs.len() + self.images.len());
         (0..count).step_by(count.div_ceil(limit).max(1)).map(move |i| match i.checked_sub(pairs) {
-            None => self.pair_features(i, 0),
-            Some(image) => self.image_features(image, 0),
+            None => self.pair_record(i, 0),
+            Some(image) => self.image_record(image, 0),
         })
     }
 
-    fn features(&self, picture: PictureRef, view: usize) -> Vec<f32> {
+    fn record(&self, picture: PictureRef, view: usize) -> Vec<f32> {
         self.files[picture.file as usize].get(picture.index as usize, view)
     }
 

@@ -11,6 +11,7 @@ use crate::backbone::FEATURES;
 use crate::corpus::Corpus;
 use crate::metrics::{caption_scores, recall_at_k};
 use crate::model::{Packer, Regions, Unimo};
+use crate::vision::Vision;
 
 /// Pictures or texts in one forward pass.
 const BATCH: usize = 50;
@@ -55,12 +56,13 @@ impl fmt::Display for Scores {
 ///
 /// # Errors
 /// Those of candle.
-pub fn evaluate(model: &Unimo, tokenizer: &Tokenizer, corpus: &Corpus, limit: usize) -> Result<Scores> {
+pub fn evaluate(model: &Unimo, vision: &Vision, tokenizer: &Tokenizer, corpus: &Corpus, limit: usize) -> Result<Scores> {
     let count = limit.min(corpus.pairs.len());
     let (mut captions, mut images) = (Vec::new(), Vec::new());
     for start in (0..count).step_by(BATCH) {
         let n = BATCH.min(count - start);
-        let values: Vec<f32> = (start..start + n).flat_map(|i| corpus.pair_features(i, 0)).collect();
+        let records = (start..start + n).map(|i| corpus.pair_record(i, 0)).collect();
+        let values = vision.regions(records)?.concat();
         let regions = Tensor::from_vec(values, (n, model.config().regions(), FEATURES), model.device())?;
         for ids in model.greedy_captions(&regions, MAX_WORDS)? {
             captions.push(tokenizer.decode(&ids));

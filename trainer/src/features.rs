@@ -1,7 +1,8 @@
-//! Cached region features: the frozen backbone runs once over every picture and view, not once a pass.
+//! Cached features: the frozen part of the backbone runs once over every picture and view, not once a pass.
 //!
-//! One safetensors file a shard: `features`, f16, `[pictures, views, 49, 1292]`; the metadata hold the pictures' keys and a
-//! stamp of what the features were made from (backbone, shard, views), so that a stale cache is rebuilt, not used.
+//! One safetensors file a shard: `features`, f16, `[pictures, views, values]`, each row a record ([`Backbone::record`]): the
+//! region features, or what enters the first trained block. The metadata hold the pictures' keys and a stamp of what the records
+//! were made from (the backbone's layers, shard, views), so that a stale cache is rebuilt, not used.
 
 use std::collections::HashMap;
 use std::fs::File;
@@ -20,13 +21,14 @@ use safetensors::tensor::{Dtype, TensorView};
 use sha2::{Digest, Sha256};
 use unimo::image::{DecodeLimits, ImagePreparation};
 
-use crate::backbone::{Backbone, FEATURES, GRID};
+use crate::backbone::{Backbone, record_values};
 use crate::shards::{self, Damage, ShardReport};
 
-/// Values of one picture's features.
-pub const VALUES: usize = GRID * GRID * FEATURES;
+/// Goes into the stamp: raised when views or records are made in another way.
+const VERSION: u32 = 3;
 
-/// Views of a picture: 0 as it is, 1 mirrored, then pairs of a random crop (60–100 % of the area) and a mirrored one.
+/// Views of a picture: 0 as it is, 1 mirrored, then pairs of a random crop (60–100 % of the area, brightness and contrast each
+/// changed by up to a fifth) and a mirrored one.
 #[must_use]
 pub fn view(image: &RgbImage, key: &str, view: usize) -> RgbImage {
     let cropped = if view < 2 {
@@ -39,7 +41,12 @@ pub fn view(image: &RgbImage, key: &str, view: usize) -> RgbImage {
         let (w, h) = ((image.width() as f32 * side) as u32, (image.height() as f32 * side) as u32);
         let (w, h) = (w.max(1), h.max(1));
         let (x, y) = (rng.random_range(0..=image.width() - w), rng.random_range(0..=image.height() - h));
-        imageops::crop_imm(image, x, y, w, h).to_image()
+        let mut crop = imageops::crop_imm(image, x, y, w, h).to_image();
+        let (brightness, contrast) = (rng.random_range(0.8f32..1.2), rng.random_range(0.8f32..1.2));
+        let table: Vec<u8> =
+            (0..=255u8).map(|v| ((f32::from(v) - 128.0) * contrast + 128.0) * brightness).map(|v| v as u8).collect();
+        crop.iter_mut().for_each(|v| *v = table[usize::from(*v)]);
+        crop
     };
     if is_mirrored(view) { imageops::flip_horizontal(&cropped) } else { cropped }
 }
@@ -58,10 +65,12 @@ pub struct FeatureFile {
     pub keys: Vec<String>,
     /// Views of each picture.
     pub views: usize,
+    /// Values of a record.
+    values: usize,
 }
 
 impl FeatureFile {
-    fn open(path: &Path, stamp: &str) -> Result<Option<Self>> {
+    fn open(path: &Path, stamp: &str, values: usize) -> Result<Option<Self>> {
         let Ok(file) = File::open(path) else { return Ok(None) };
         // SAFETY: cache files are written under another name and renamed when whole; nothing rewrites one in place.
         let map = unsafe { Mmap::map(&file) }.with_context(|| format!("cannot map {}", path.display()))?;
@@ -73,21 +82,21 @@ impl FeatureFile {
         let keys: Vec<String> = extra.get("keys").map(|k| serde_json::from_str(k)).transpose()?.unwrap_or_default();
         let Ok(tensors) = SafeTensors::deserialize(&map) else { return Ok(None) };
         let view = tensors.tensor("features")?;
-        if view.dtype() != Dtype::F16 || view.shape().len() != 4 || view.shape()[0] != keys.len() {
+        if view.dtype() != Dtype::F16 || view.shape().len() != 3 || view.shape()[0] != keys.len() || view.shape()[2] != values {
             return Ok(None);
         }
         let views = view.shape()[1];
         let offset = view.data().as_ptr() as usize - map.as_ptr() as usize;
-        Ok(Some(Self { map, offset, keys, views }))
+        Ok(Some(Self { map, offset, keys, views, values }))
     }
 
-    /// Features of picture `index`, `[49 · 1292]`, in one of its views (taken modulo the number of views).
+    /// Record of picture `index` in one of its views (taken modulo the number of views).
     #[must_use]
     pub fn get(&self, index: usize, view: usize) -> Vec<f32> {
-        let start = self.offset + (index * self.views + view % self.views) * VALUES * 2;
-        let bits: Vec<u16> =
-            self.map[start..start + VALUES * 2].chunks_exact(2).map(|b| u16::from_le_bytes([b[0], b[1]])).collect();
-        let mut values = vec![0f32; VALUES];
+        let bytes = self.values * 2;
+        let start = self.offset + (index * self.views + view % self.views) * bytes;
+        let bits: Vec<u16> = self.map[start..start + bytes].chunks_exact(2).map(|b| u16::from_le_bytes([b[0], b[1]])).collect();
+        let mut values = vec![0f32; self.values];
         bits.reinterpret_cast::<f16>().convert_to_f32_slice(&mut values);
         values
     }
@@ -97,10 +106,10 @@ impl FeatureFile {
 pub struct FeatureCache<'a> {
     /// Folder of the cache files.
     pub folder: &'a Path,
-    /// The network that makes features.
+    /// The network that makes records.
     pub backbone: &'a Backbone,
-    /// SHA-256 of the backbone file, in hex.
-    pub backbone_hash: &'a str,
+    /// How many of its last blocks are still to be trained.
+    pub trained_blocks: usize,
     /// Views of each picture.
     pub views: usize,
 }
@@ -113,19 +122,20 @@ impl FeatureCache<'_> {
     pub fn open(&self, shards: &[PathBuf], progress: &dyn Fn(u64)) -> Result<(Vec<FeatureFile>, Vec<Damage>)> {
         std::fs::create_dir_all(self.folder).with_context(|| format!("cannot create {}", self.folder.display()))?;
         let (mut files, mut damaged) = (Vec::new(), Vec::new());
+        let (values, made_by) = (record_values(self.trained_blocks), hex(&self.backbone.record_hash(self.trained_blocks)));
         for shard in shards::expand(shards)? {
             let size = std::fs::metadata(&shard)?.len();
             let name = shard.file_stem().unwrap_or_default().to_string_lossy().into_owned();
             let digest = Sha256::digest(
-                format!("{} {size} {} views {} of {FEATURES}", shard.display(), self.backbone_hash, self.views).as_bytes(),
+                format!("{VERSION} {} {size} {made_by} views {} of {values}", shard.display(), self.views).as_bytes(),
             );
             let stamp = hex(&digest[..8]);
             let path = self.folder.join(format!("{name}-{stamp}.safetensors"));
-            let file = match FeatureFile::open(&path, &stamp)? {
+            let file = match FeatureFile::open(&path, &stamp, values)? {
                 Some(file) => file,
                 None => {
                     damaged.extend(self.compute(&shard, &path, &stamp, progress)?.damaged);
-                    match FeatureFile::open(&path, &stamp)? {
+                    match FeatureFile::open(&path, &stamp, values)? {
                         Some(file) => file,
                         None => bail!("{} cannot be read back", path.display()),
                     }
@@ -163,7 +173,7 @@ impl FeatureCache<'_> {
             }
             progress(batch.len() as u64);
         }
-        let view = TensorView::new(Dtype::F16, vec![keys.len(), self.views, GRID * GRID, FEATURES], &data)?;
+        let view = TensorView::new(Dtype::F16, vec![keys.len(), self.views, record_values(self.trained_blocks)], &data)?;
         let metadata =
             HashMap::from([("stamp".to_owned(), stamp.to_owned()), ("keys".to_owned(), serde_json::to_string(&keys)?)]);
         let partial = path.with_extension("tmp");
@@ -175,11 +185,11 @@ impl FeatureCache<'_> {
 
     fn picture(&self, key: &str, bytes: &[u8], preparation: &ImagePreparation) -> Result<Vec<u8>> {
         let image = unimo::image::decode(bytes, &DecodeLimits::default())?;
-        let mut data = Vec::with_capacity(self.views * VALUES * 2);
+        let mut data = Vec::with_capacity(self.views * record_values(self.trained_blocks) * 2);
         for v in 0..self.views {
-            let features = self.backbone.forward(&preparation.tensor(&view(&image, key, v)))?;
-            let mut halves = vec![f16::ZERO; features.len()];
-            halves.convert_from_f32_slice(&features);
+            let record = self.backbone.record(&preparation.tensor(&view(&image, key, v)), self.trained_blocks)?;
+            let mut halves = vec![f16::ZERO; record.len()];
+            halves.convert_from_f32_slice(&record);
             data.extend(halves.iter().flat_map(|h| h.to_le_bytes()));
         }
         Ok(data)

@@ -19,3 +19,4 @@ pub mod shards;
 pub mod tfidf;
 pub mod tokenizer_training;
 pub mod training;
+pub mod vision;

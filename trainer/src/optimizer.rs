@@ -1,6 +1,6 @@
 //! AdamW with decoupled weight decay, global-norm clipping and moments that are saved and restored.
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::HashMap;
 use std::sync::Mutex;
 
 use anyhow::{Context, Result, bail};
@@ -10,6 +10,7 @@ use rayon::prelude::*;
 use serde::{Deserialize, Serialize};
 
 use crate::ops::kernels::{self, AdamWStep};
+use crate::vision;
 
 /// Values a task updates.
 const TASK_VALUES: usize = 1 << 16;
@@ -24,6 +25,8 @@ pub struct OptimizerConfig {
     pub warmup_steps: u64,
     /// Share of the peak that the cosine decay ends at.
     pub final_share: f64,
+    /// Learning rate of the backbone's trained blocks, as a share of the rest's: what they know already is worth keeping.
+    pub backbone_rate: f64,
     /// Decoupled weight decay, off LayerNorm weights, biases and the temperature.
     pub weight_decay: f64,
     /// Decay of the first moment.
@@ -42,6 +45,7 @@ impl Default for OptimizerConfig {
             learning_rate: 5e-4,
             warmup_steps: 100,
             final_share: 0.02,
+            backbone_rate: 0.1,
             weight_decay: 0.01,
             beta1: 0.9,
             beta2: 0.98,
@@ -115,9 +119,9 @@ pub struct StepReport {
 impl AdamW {
     /// Zero moments for every variable.
     #[must_use]
-    pub fn new(config: OptimizerConfig, weights: &BTreeMap<String, Var>) -> Self {
+    pub fn new<'a>(config: OptimizerConfig, weights: impl IntoIterator<Item = (&'a String, &'a Var)>) -> Self {
         let variables = weights
-            .iter()
+            .into_iter()
             .map(|(name, var)| {
                 let n = var.elem_count();
                 (name.clone(), var.clone(), Mutex::new((vec![0f32; n], vec![0f32; n])))
@@ -154,7 +158,7 @@ impl AdamW {
         for (name, var, moments) in &self.variables {
             let Some(gradient) = gradients.get(var) else { continue };
             let step = AdamWStep {
-                rate: rate as f32,
+                rate: if name.starts_with(vision::PREFIX) { (rate * c.backbone_rate) as f32 } else { rate as f32 },
                 decay: if is_decayed(name) { c.weight_decay as f32 } else { 0.0 },
                 beta1: c.beta1 as f32,
                 beta2: c.beta2 as f32,
@@ -212,6 +216,7 @@ fn is_decayed(name: &str) -> bool {
 mod tests {
     use super::*;
     use candle_core::Device;
+    use std::collections::BTreeMap;
 
     /// Values of `reference/adamw.py`: f(w) = Σ w³, three steps.
     #[test]
@@ -231,6 +236,21 @@ mod tests {
     }
 
     const ADAMW_EXPECTED: [f32; 3] = [0.967_052_5, -2.023_982, 0.468_573_2];
+
+    #[test]
+    fn the_backbone_learns_at_its_own_rate() {
+        let var = |value: f32| Var::from_vec(vec![value], 1, &Device::Cpu).unwrap();
+        let weights = BTreeMap::from(["a.bias", "backbone.head.bias"].map(|name| (name.to_owned(), var(1.0))));
+        let config = OptimizerConfig { backbone_rate: 0.25, ..Default::default() };
+        let mut optimizer = AdamW::new(config, &weights);
+        let loss = weights.values().map(|v| v.as_tensor().sum_all().unwrap()).reduce(|a, b| (a + b).unwrap()).unwrap();
+        optimizer.step(&loss.backward().unwrap(), 0.01).unwrap();
+        // Adam's first step is the learning rate itself.
+        for (name, expected) in [("a.bias", 0.99), ("backbone.head.bias", 0.9975)] {
+            let got = weights[name].as_tensor().to_vec1::<f32>().unwrap()[0];
+            assert!((got - expected).abs() < 1e-5, "{name}: {got}");
+        }
+    }
 
     #[test]
     fn a_gradient_that_is_not_finite_changes_nothing() {

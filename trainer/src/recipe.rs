@@ -3,6 +3,7 @@
 use anyhow::{Context, Result, bail};
 use serde::{Deserialize, Serialize};
 
+use crate::backbone::BLOCKS;
 use crate::optimizer::OptimizerConfig;
 
 /// A whole recipe.
@@ -17,6 +18,9 @@ pub struct Recipe {
     /// Views of each picture kept in the feature cache: 1 as it is, 2 with a mirrored one, then random crops.
     #[serde(default = "default_views")]
     pub views: usize,
+    /// Last residual blocks of the backbone that are trained with the model, its head with them; 0 leaves the backbone as it is.
+    #[serde(default)]
+    pub trained_blocks: usize,
     /// Steps between checkpoints.
     #[serde(default = "default_interval")]
     pub checkpoint_every: u64,
@@ -58,6 +62,10 @@ fn default_evaluated() -> usize {
 pub struct BatchConfig {
     /// Pictures with captions.
     pub images: usize,
+    /// Share of each picture's regions that is hidden from the model while it writes, matches and is contrasted: with few
+    /// pictures, a guard against learning them by heart.
+    #[serde(default)]
+    pub hidden_regions: f64,
     /// Captions of each picture that the language model learns to write; they share one image prefix.
     pub captions: usize,
     /// Captions of each picture drawn from the model itself and rewarded by CIDEr-D (self-critical training).
@@ -82,9 +90,15 @@ pub struct BatchConfig {
     /// Pairs encoded jointly with text or regions masked, in turn.
     #[serde(default)]
     pub masked_pairs: usize,
+    /// Pairs of which a quarter of the caption is taken out, to be written after what is left and the picture.
+    #[serde(default)]
+    pub fragment_pairs: usize,
     /// Texts alone: generated and unmasked, in turn.
     #[serde(default)]
     pub texts: usize,
+    /// Texts alone of which a quarter is taken out, to be written after what is left.
+    #[serde(default)]
+    pub fragment_texts: usize,
     /// Pictures alone, with masked regions.
     #[serde(default)]
     pub images_alone: usize,
@@ -100,6 +114,8 @@ pub struct LossWeights {
     pub self_critical: f64,
     /// Generation of texts alone.
     pub text: f64,
+    /// Generation of fragments taken out of texts.
+    pub fragments: f64,
     /// Contrast of separately encoded images and texts.
     pub contrast: f64,
     /// Cross-modal contrast over jointly encoded (own, rewritten, retrieved) and separately encoded pairs together, the paper's
@@ -123,6 +139,7 @@ impl Default for LossWeights {
             caption: 1.0,
             self_critical: 1.0,
             text: 0.5,
+            fragments: 0.5,
             contrast: 1.0,
             cross_modal: 0.0,
             matching: 0.5,
@@ -145,14 +162,25 @@ impl Recipe {
         if recipe.steps == 0 || recipe.views == 0 || recipe.checkpoint_every == 0 || recipe.evaluate_every == 0 {
             bail!("steps, views, checkpoint_every and evaluate_every must be at least 1");
         }
-        if b.images == 0 && b.texts == 0 && b.images_alone == 0 {
+        if b.images + b.texts + b.fragment_texts + b.images_alone == 0 {
             bail!("the batch is empty");
         }
-        if b.match_images.max(b.masked_pairs) > b.images {
-            bail!("match_images and masked_pairs are taken from the step's {} images", b.images);
+        if b.match_images.max(b.masked_pairs).max(b.fragment_pairs) > b.images {
+            bail!("match_images, masked_pairs and fragment_pairs are taken from the step's {} images", b.images);
         }
         if b.contrast_captions > 0 && b.images < 2 {
             bail!("a contrast needs at least 2 images in a step");
+        }
+        if !(0.0..1.0).contains(&b.hidden_regions) {
+            bail!("hidden_regions {} is not in [0, 1)", b.hidden_regions);
+        }
+        if recipe.trained_blocks > BLOCKS.len() {
+            bail!("the backbone has {} blocks to train, not {}", BLOCKS.len(), recipe.trained_blocks);
+        }
+        if recipe.trained_blocks > 0 && (b.masked_pairs > 0 || b.images_alone > 0) {
+            bail!(
+                "masked regions are learnt from a backbone that stays as it is: trained_blocks needs masked_pairs and images_alone 0"
+            );
         }
         if b.sampled_captions == 1 {
             bail!("sampled_captions are judged against each other: at least 2 are needed, or 0");
@@ -188,9 +216,16 @@ mod tests {
             ("match_images = 5", "taken from"),
             ("sampled_captions = 1", "against each other"),
             ("wings = 2", "wings"),
+            ("hidden_regions = 1.0", "hidden_regions"),
             ("[weights]\nlabel_smoothing = 1.5", "label_smoothing"),
         ] {
             let error = format!("{:#}", Recipe::from_toml(&format!("{good}{change}\n")).unwrap_err());
+            assert!(error.contains(says), "{error}");
+        }
+        for (first, last, says) in
+            [("trained_blocks = 18", "", "17 blocks"), ("trained_blocks = 2", "masked_pairs = 1", "stays as it is")]
+        {
+            let error = format!("{:#}", Recipe::from_toml(&format!("{first}\n{good}{last}\n")).unwrap_err());
             assert!(error.contains(says), "{error}");
         }
     }

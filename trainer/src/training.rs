@@ -18,11 +18,12 @@ use crate::corpus::Corpus;
 use crate::evaluation;
 use crate::features::{FeatureCache, hex};
 use crate::model::{Dropout, ModelConfig, RegionStatistics, Unimo};
-use crate::objectives::{Critic, Orders, Source, StepBatch};
+use crate::objectives::{Critic, Orders, Source, StepBatch, Vocabulary};
 use crate::optimizer::AdamW;
 use crate::recipe::Recipe;
 use crate::seed;
 use crate::tfidf::TfIdfIndex;
+use crate::vision::Vision;
 
 /// Newest checkpoints that a run keeps.
 const KEPT_CHECKPOINTS: usize = 2;
@@ -41,8 +42,8 @@ pub struct TrainingJob {
     pub init: Option<PathBuf>,
     /// `tokenizer.json`.
     pub tokenizer: PathBuf,
-    /// Backbone file.
-    pub backbone: PathBuf,
+    /// Backbone file of a fresh model; with `init`, the checkpoint's own counts, and another one is refused.
+    pub backbone: Option<PathBuf>,
     /// Shards of pictures with captions.
     pub pairs: Vec<PathBuf>,
     /// Shards of pictures alone.
@@ -74,10 +75,10 @@ fn bar(length: u64, template: &str) -> ProgressBar {
 }
 
 /// Loads what the job trains on.
-fn load_corpus(job: &TrainingJob, tokenizer: &Tokenizer, backbone: &Backbone, positions: usize) -> Result<(Corpus, Corpus)> {
-    let backbone_hash = hex(&Sha256::digest(std::fs::read(&job.backbone)?));
+fn load_corpus(job: &TrainingJob, tokenizer: &Tokenizer, vision: &Vision, positions: usize) -> Result<(Corpus, Corpus)> {
     let spinner = bar(0, "features: {pos} pictures, {elapsed}");
-    let cache = |views| FeatureCache { folder: &job.features, backbone, backbone_hash: &backbone_hash, views };
+    let cache =
+        |views| FeatureCache { folder: &job.features, backbone: vision.given(), trained_blocks: vision.trained_blocks(), views };
     let progress = |n: u64| spinner.inc(n);
     let mut corpus = Corpus::default();
     corpus.add_pairs(&job.pairs, &cache(job.recipe.views), tokenizer, positions, &progress)?;
@@ -92,7 +93,7 @@ fn load_corpus(job: &TrainingJob, tokenizer: &Tokenizer, backbone: &Backbone, po
     if job.recipe.batch.images_alone > 0 && !job.images.is_empty() {
         corpus.add_images(&job.images, &cache(job.recipe.views.min(2)), &progress)?;
     }
-    if job.recipe.batch.texts > 0 {
+    if job.recipe.batch.texts + job.recipe.batch.fragment_texts > 0 {
         for file in &job.texts {
             corpus.add_texts(file, tokenizer, positions)?;
         }
@@ -106,7 +107,7 @@ fn load_corpus(job: &TrainingJob, tokenizer: &Tokenizer, backbone: &Backbone, po
         eprintln!("skipped: {} in {}: {}", damage.key, damage.shard.display(), damage.reason);
     }
     let b = &job.recipe.batch;
-    corpus.require(b.images > 0, b.images_alone > 0, b.texts > 0)?;
+    corpus.require(b.images > 0, b.images_alone > 0, b.texts + b.fragment_texts > 0)?;
     eprintln!(
         "{} pictures with captions, {} alone, {} texts alone, {} for development; {} records skipped",
         corpus.pairs.len(),
@@ -145,20 +146,22 @@ pub fn run(job: &TrainingJob) -> Result<PathBuf> {
     }
     std::fs::create_dir_all(&checkpoints).with_context(|| format!("cannot create {}", checkpoints.display()))?;
     let tokenizer = Tokenizer::from_file(&job.tokenizer)?;
-    let backbone = Backbone::load(&job.backbone)?;
+    let backbone_file = backbone_file(job, existing.last())?;
+    let vision = Vision::new(Backbone::from_bytes(&backbone_file)?, job.recipe.trained_blocks, &device)?;
 
     let mut model = initial_model(job, existing.last(), &tokenizer, &device)?;
     if model.config().region_feature != FEATURES {
         bail!("the backbone makes {FEATURES} features of a region, the model takes {}", model.config().region_feature);
     }
-    let (corpus, development) = load_corpus(job, &tokenizer, &backbone, model.config().positions.min(48))?;
+    let (corpus, development) = load_corpus(job, &tokenizer, &vision, model.config().positions.min(48))?;
     if existing.is_empty() && job.init.is_none() {
-        let mut statistics = RegionStatistics::of(FEATURES, corpus.sampled_features(STATISTICS_PICTURES));
+        let regions = vision.regions(corpus.sampled_records(STATISTICS_PICTURES).collect())?;
+        let mut statistics = RegionStatistics::of(FEATURES, regions.into_iter());
         statistics.emphasise(CHANNELS..FEATURES, model.config().colour_emphasis as f32);
         model.set_statistics(statistics)?;
     }
     let fingerprint = fingerprint(job, model.config(), &corpus)?;
-    let mut optimizer = AdamW::new(job.recipe.optimizer.clone(), model.weights());
+    let mut optimizer = AdamW::new(job.recipe.optimizer.clone(), model.weights().iter().chain(vision.weights()));
     let mut step = 0;
     if let Some(last) = existing.last() {
         let state = checkpoint::state(last)?;
@@ -190,12 +193,12 @@ pub fn run(job: &TrainingJob) -> Result<PathBuf> {
         corpus: &corpus,
         tfidf: tfidf.as_ref(),
         first_text: &first_text,
-        backbone: &backbone,
-        mask_token: tokenizer.mask(),
+        vision: &vision,
+        vocabulary: &Vocabulary::of(&tokenizer),
         critic: critic.as_ref(),
     };
-    let companions =
-        Companions { tokenizer: job.tokenizer.clone(), backbone: job.backbone.clone(), training: training_note(job, &corpus)? };
+    let mut companions =
+        Companions { tokenizer: job.tokenizer.clone(), backbone: backbone_file, training: training_note(job, &corpus)? };
     let mut trainer = Loop { job, model, optimizer, source, orders: Orders::default(), fingerprint };
     let progress = bar(job.recipe.steps, "{bar:30} step {pos}/{len}  {msg}  {elapsed} gone, {eta} to go").with_position(step);
     let last_step = job.stop_after.map_or(job.recipe.steps, |n| job.recipe.steps.min(step + n));
@@ -209,11 +212,14 @@ pub fn run(job: &TrainingJob) -> Result<PathBuf> {
         let finished = step == job.recipe.steps;
         if step.is_multiple_of(job.recipe.checkpoint_every) || finished {
             let state = RunState { step, updates: trainer.optimizer.updates(), fingerprint: trainer.fingerprint.clone() };
+            if vision.trained_blocks() > 0 {
+                companions.backbone = vision.current()?.to_bytes()?;
+            }
             last = Some(checkpoint::save(&checkpoints, &trainer.model, &trainer.optimizer, &state, &companions)?);
             checkpoint::prune(&checkpoints, KEPT_CHECKPOINTS)?;
         }
         if !development.pairs.is_empty() && (step.is_multiple_of(job.recipe.evaluate_every) || finished) {
-            let scores = evaluation::evaluate(&trainer.model, &tokenizer, &development, job.recipe.evaluate_images)?;
+            let scores = evaluation::evaluate(&trainer.model, &vision, &tokenizer, &development, job.recipe.evaluate_images)?;
             let mut entry = serde_json::to_value(&scores)?;
             entry["schema"] = json!(1);
             entry["step"] = json!(step);
@@ -238,6 +244,23 @@ fn initial_model(job: &TrainingJob, resumed: Option<&PathBuf>, tokenizer: &Token
         bail!("the tokenizer has {} tokens, the model {}", tokenizer.vocabulary_size(), model.config().vocabulary);
     }
     Ok(model)
+}
+
+/// The backbone's file: that of the checkpoint to go on with or to start from, else the job's.
+fn backbone_file(job: &TrainingJob, resumed: Option<&PathBuf>) -> Result<Vec<u8>> {
+    let read = |path: &Path| std::fs::read(path).with_context(|| format!("cannot read the backbone {}", path.display()));
+    let given = job.backbone.as_deref().map(read).transpose()?;
+    if let Some(resumed) = resumed {
+        return read(&resumed.join("backbone.safetensors"));
+    }
+    let Some(init) = &job.init else {
+        return given.context("a fresh model needs a backbone: give --backbone");
+    };
+    let own = read(&checkpoint::resolve(init)?.join("backbone.safetensors"))?;
+    if given.is_some_and(|given| given != own) {
+        bail!("{} has a backbone of its own, which is not the one given; leave --backbone out", init.display());
+    }
+    Ok(own)
 }
 
 struct Loop<'a> {

@@ -13,10 +13,10 @@ use unimo_train::recipe::Recipe;
 use unimo_train::training;
 
 const EXAMPLES: &str = "Examples:
-  unimo-train finetune caption --init runs/edge-s --tokenizer tokenizer.json --backbone mobilenetv2.safetensors \\
+  unimo-train finetune caption --init runs/edge-s --tokenizer tokenizer.json \\
       --pairs flickr8k/train --dev flickr8k/dev-0000.tar --out runs/edge-s-caption
   unimo-train finetune self-critical --init runs/edge-s-caption --tokenizer tokenizer.json \\
-      --backbone mobilenetv2.safetensors --pairs flickr8k/train --dev flickr8k/dev-0000.tar --out runs/edge-s-final";
+      --pairs flickr8k/train --dev flickr8k/dev-0000.tar --out runs/edge-s-final";
 
 /// Adapt a pretrained checkpoint.
 #[derive(Debug, clap::Args)]

@@ -24,9 +24,9 @@ pub struct DataArgs {
     /// `tokenizer.json` (see `unimo-train tokenizer`)
     #[arg(long, value_name = "FILE")]
     pub tokenizer: PathBuf,
-    /// MobileNetV2 weights, safetensors with batch norm folded in
+    /// MobileNetV2 weights, safetensors with batch norm folded in; a checkpoint to start from brings its own
     #[arg(long, value_name = "FILE")]
-    pub backbone: PathBuf,
+    pub backbone: Option<PathBuf>,
     /// Shards (or folders of shards) of pictures with captions
     #[arg(long, num_args = 1.., required = true, value_name = "SHARD")]
     pub pairs: Vec<PathBuf>,

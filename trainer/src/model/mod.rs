@@ -16,7 +16,7 @@ use rand::Rng;
 
 pub use config::ModelConfig;
 pub use generate::{ImageCache, Step};
-pub use packing::{ImageRows, PackedBatch, Packer, Regions, region_boxes};
+pub use packing::{Features, ImageRows, PackedBatch, Packer, Regions, region_boxes};
 pub use statistics::RegionStatistics;
 
 use crate::ops;

@@ -5,11 +5,20 @@ use candle_core::{Device, Result, Tensor};
 use super::{ModelConfig, RegionStatistics, Unimo};
 use crate::ops::{AttentionGroup, AttentionPlan, QueryBlock};
 
-/// Region features of one image, `[regions · region_feature]`, and which regions are hidden from the model.
+/// Where the region features of a packed image come from.
+#[derive(Clone, Copy)]
+pub enum Features<'a> {
+    /// Row-major values `[regions · region_feature]`, as the backbone gives them.
+    Values(&'a [f32]),
+    /// Picture of this number among those that [`Packer::finish_with`] is given.
+    Picture(usize),
+}
+
+/// Region features of one image, and which regions are hidden from the model.
 #[derive(Clone, Copy)]
 pub struct Regions<'a> {
-    /// Row-major features, as the backbone gives them.
-    pub features: &'a [f32],
+    /// Features.
+    pub features: Features<'a>,
     /// Regions whose features are zeroed (after standardisation) and left out of the mean that makes `[IMG]`.
     pub masked: &'a [usize],
 }
@@ -18,7 +27,13 @@ impl<'a> Regions<'a> {
     /// All regions visible.
     #[must_use]
     pub fn visible(features: &'a [f32]) -> Self {
-        Self { features, masked: &[] }
+        Self::masked(features, &[])
+    }
+
+    /// Some regions hidden.
+    #[must_use]
+    pub fn masked(features: &'a [f32], masked: &'a [usize]) -> Self {
+        Self { features: Features::Values(features), masked }
     }
 }
 
@@ -68,6 +83,8 @@ pub struct Packer<'a> {
     ids: Vec<u32>,
     positions: Vec<u32>,
     features: Vec<f32>,
+    pictures: Vec<u32>,
+    visible: Vec<f32>,
     images: usize,
     origins: Vec<Origin>,
     plan: AttentionPlan,
@@ -83,6 +100,8 @@ impl<'a> Packer<'a> {
             ids: Vec::new(),
             positions: Vec::new(),
             features: Vec::new(),
+            pictures: Vec::new(),
+            visible: Vec::new(),
             images: 0,
             origins: Vec::new(),
             plan: AttentionPlan::default(),
@@ -104,6 +123,22 @@ impl<'a> Packer<'a> {
         }
         self.close(start, blocks);
         ImageRows { image: start, texts }
+    }
+
+    /// A target that is written from left to right, reading a source that sees itself only: a text, after an image or alone.
+    /// Returns the first row of the target.
+    pub fn target_after(&mut self, regions: Option<Regions>, source: &[u32], target: &[u32]) -> usize {
+        let start = self.origins.len();
+        if let Some(regions) = regions {
+            self.push_image(regions);
+        }
+        self.push_text(source);
+        let first = self.origins.len();
+        self.push_text(target);
+        let (seen, end) = (first - start, self.origins.len() - start);
+        let source = QueryBlock { rows: 0..seen, context: 0..0, causal: false };
+        self.close(start, vec![source, QueryBlock { rows: seen..end, context: 0..seen, causal: true }]);
+        first
     }
 
     /// An image and a text that see each other fully.
@@ -134,15 +169,32 @@ impl<'a> Packer<'a> {
     }
 
     fn push_image(&mut self, regions: Regions) {
+        let count = self.config.regions();
+        match regions.features {
+            Features::Values(values) => self.push_values(values, regions.masked),
+            Features::Picture(picture) => {
+                self.pictures.push(picture as u32);
+                let first = self.visible.len();
+                self.visible.resize(first + count, 1.0);
+                regions.masked.iter().for_each(|&region| self.visible[first + region] = 0.0);
+            }
+        }
+        for token in 0..=count {
+            self.origins.push(Origin::Image((self.images * (count + 1) + token) as u32));
+        }
+        self.images += 1;
+    }
+
+    fn push_values(&mut self, values: &[f32], masked: &[usize]) {
         let width = self.config.region_feature;
         let count = self.config.regions();
-        debug_assert_eq!(regions.features.len(), count * width);
+        debug_assert_eq!(values.len(), count * width);
         let mean_at = self.features.len();
         self.features.resize(mean_at + width, 0.0);
-        let share = 1.0 / (count - regions.masked.len()).max(1) as f32;
-        let standard = self.statistics.standardise(regions.features);
+        let share = 1.0 / (count - masked.len()).max(1) as f32;
+        let standard = self.statistics.standardise(values);
         for (r, feature) in standard.chunks_exact(width).enumerate() {
-            if regions.masked.contains(&r) {
+            if masked.contains(&r) {
                 self.features.resize(self.features.len() + width, 0.0);
             } else {
                 self.features.extend_from_slice(feature);
@@ -151,10 +203,6 @@ impl<'a> Packer<'a> {
                 }
             }
         }
-        for token in 0..=count {
-            self.origins.push(Origin::Image((self.images * (count + 1) + token) as u32));
-        }
-        self.images += 1;
     }
 
     fn close(&mut self, start: usize, blocks: Vec<QueryBlock>) {
@@ -164,8 +212,17 @@ impl<'a> Packer<'a> {
     /// Moves the batch to the device.
     ///
     /// # Errors
-    /// Those of candle.
+    /// Images given as [`Features::Picture`], and those of candle.
     pub fn finish(self, device: &Device) -> Result<PackedBatch> {
+        self.finish_with(device, None)
+    }
+
+    /// Moves the batch to the device; `pictures`, `[pictures, regions, region_feature]` as the backbone gives them, are the
+    /// features of all its images, and gradients flow into them.
+    ///
+    /// # Errors
+    /// Images of both kinds in one batch, pictures out of range, and those of candle.
+    pub fn finish_with(self, device: &Device, pictures: Option<&Tensor>) -> Result<PackedBatch> {
         let texts = self.ids.len() as u32;
         let order: Vec<u32> = self
             .origins
@@ -178,7 +235,11 @@ impl<'a> Packer<'a> {
         let (mut features, mut boxes) = (None, None);
         if self.images > 0 {
             let rows = self.images * self.config.image_tokens();
-            features = Some(Tensor::from_vec(self.features, (rows, self.config.region_feature), device)?);
+            features = Some(match pictures {
+                _ if self.pictures.is_empty() => Tensor::from_vec(self.features, (rows, self.config.region_feature), device)?,
+                Some(pictures) if self.features.is_empty() => self.embedded(pictures)?,
+                _ => candle_core::bail!("a batch takes the features of all its images from one place"),
+            });
             let one = region_boxes(self.config.grid);
             boxes = Some(Tensor::from_vec(one.repeat(self.images), (rows, 5), device)?);
         }
@@ -190,6 +251,25 @@ impl<'a> Packer<'a> {
             order: Tensor::new(order.as_slice(), device)?,
             plan: std::sync::Arc::new(self.plan),
         })
+    }
+}
+
+impl Packer<'_> {
+    /// Standardised features of every image and, before them, the mean of the visible ones: what [`Packer::push_values`] makes
+    /// of values, `[images · image_tokens, region_feature]`.
+    fn embedded(&self, pictures: &Tensor) -> Result<Tensor> {
+        let (device, count, width) = (pictures.device(), self.config.regions(), self.config.region_feature);
+        let mean = Tensor::new(self.statistics.mean.as_slice(), device)?;
+        let deviation = Tensor::new(self.statistics.deviation.as_slice(), device)?;
+        let standard = pictures.broadcast_sub(&mean)?.broadcast_div(&deviation)?;
+        let mut regions = standard.index_select(&Tensor::new(self.pictures.as_slice(), device)?, 0)?;
+        let mut shares = vec![1.0 / count as f32; self.images];
+        if self.visible.contains(&0.0) {
+            regions = regions.broadcast_mul(&Tensor::from_slice(&self.visible, (self.images, count, 1), device)?)?;
+            shares = self.visible.chunks_exact(count).map(|v| 1.0 / v.iter().sum::<f32>().max(1.0)).collect();
+        }
+        let mean = regions.sum_keepdim(1)?.broadcast_mul(&Tensor::from_vec(shares, (self.images, 1, 1), device)?)?;
+        Tensor::cat(&[mean, regions], 1)?.reshape((self.images * (count + 1), width))
     }
 }
 
@@ -214,7 +294,7 @@ mod tests {
     /// Standardised rows of one packed image.
     fn rows(model: &Unimo, features: &[f32], masked: &[usize]) -> Vec<Vec<f32>> {
         let mut packer = Packer::new(model);
-        packer.image_with_captions(Regions { features, masked }, &[]);
+        packer.image_with_captions(Regions::masked(features, masked), &[]);
         packer.finish(&Device::Cpu).unwrap().features.unwrap().to_vec2().unwrap()
     }
 
@@ -235,5 +315,63 @@ mod tests {
         assert_eq!(seen[1], [-2.0, -1.0, -0.5]);
         let mean: Vec<f32> = (0..3).map(|i| (seen[1][i] + seen[3][i] + seen[4][i]) / 3.0).collect();
         assert!(seen[0].iter().zip(&mean).all(|(a, b)| (a - b).abs() < 1e-5), "{:?} is not {mean:?}", seen[0]);
+    }
+
+    #[test]
+    fn features_of_a_step_are_packed_like_values() {
+        let config = ModelConfig { grid: 2, region_feature: 3, ..ModelConfig::named("pico").unwrap() };
+        let mut model = Unimo::new(config, 1, &Device::Cpu).unwrap();
+        model.set_statistics(RegionStatistics { mean: vec![1.0, 2.0, 3.0], deviation: vec![0.5, 1.0, 2.0] }).unwrap();
+        let values: Vec<f32> = (0..24).map(|v| (v as f32).cos()).collect();
+        let pictures = Tensor::from_slice(&values, (2, 4, 3), &Device::Cpu).unwrap();
+        // The second picture twice, once with a region masked, before the first.
+        let images: [(usize, &[usize]); 3] = [(1, &[]), (1, &[2]), (0, &[])];
+        let (mut by_value, mut by_picture) = (Packer::new(&model), Packer::new(&model));
+        for (picture, masked) in images {
+            by_value.image_with_captions(Regions::masked(&values[picture * 12..(picture + 1) * 12], masked), &[]);
+            by_picture.image_with_captions(Regions { features: Features::Picture(picture), masked }, &[]);
+        }
+        let rows = |packed: PackedBatch| packed.features.unwrap().to_vec2::<f32>().unwrap();
+        let expected = rows(by_value.finish(&Device::Cpu).unwrap());
+        let got = rows(by_picture.finish_with(&Device::Cpu, Some(&pictures)).unwrap());
+        assert_eq!(expected.len(), 15);
+        for (a, b) in expected.iter().flatten().zip(got.iter().flatten()) {
+            assert!((a - b).abs() < 1e-5, "{a} {b}");
+        }
+    }
+
+    /// Hidden states of a source and a target packed together, and the row at which the target starts.
+    fn source_and_target(model: &Unimo, with_image: bool, source: &[u32], target: &[u32]) -> (Vec<Vec<f32>>, usize) {
+        let features: Vec<f32> = (0..12).map(|v| (v as f32).sin()).collect();
+        let mut packer = Packer::new(model);
+        let first = packer.target_after(with_image.then(|| Regions::visible(&features)), source, target);
+        let hidden = model.evaluate(&packer.finish(&Device::Cpu).unwrap()).unwrap();
+        (hidden.to_vec2().unwrap(), first)
+    }
+
+    #[test]
+    fn a_target_reads_its_source_and_its_own_past_and_the_source_reads_neither_future_nor_target() {
+        let config = ModelConfig { grid: 2, region_feature: 3, ..ModelConfig::named("pico").unwrap() };
+        let model = Unimo::new(config, 1, &Device::Cpu).unwrap();
+        let near = |a: &[f32], b: &[f32]| a.iter().zip(b).all(|(a, b)| (a - b).abs() < 1e-6);
+        for with_image in [false, true] {
+            let (plain, first) = source_and_target(&model, with_image, &[0, 9, 2], &[0, 7, 8, 2]);
+            assert_eq!((first, plain.len()), (if with_image { 8 } else { 3 }, first + 4));
+            let (other, _) = source_and_target(&model, with_image, &[0, 9, 2], &[0, 7, 5, 2]);
+            for row in 0..plain.len() {
+                assert_eq!(near(&plain[row], &other[row]), row < first + 2, "row {row} of a changed target");
+            }
+            let (other, _) = source_and_target(&model, with_image, &[0, 6, 2], &[0, 7, 8, 2]);
+            assert!((0..plain.len()).all(|row| !near(&plain[row], &other[row])), "a changed source is not read everywhere");
+        }
+    }
+
+    #[test]
+    fn a_batch_of_pictures_needs_them() {
+        let config = ModelConfig { grid: 2, region_feature: 3, ..ModelConfig::named("pico").unwrap() };
+        let model = Unimo::new(config, 1, &Device::Cpu).unwrap();
+        let mut packer = Packer::new(&model);
+        packer.image_with_captions(Regions { features: Features::Picture(0), masked: &[] }, &[]);
+        assert!(packer.finish(&Device::Cpu).is_err());
     }
 }

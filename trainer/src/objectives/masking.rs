@@ -1,13 +1,49 @@
-//! What is hidden from the model: spans of text, blocks of neighbouring regions.
+//! What is hidden from the model: spans of text, fragments of text that it is to write, blocks of neighbouring regions.
+
+use std::ops::Range;
 
 use rand::Rng;
 use rand_chacha::ChaCha8Rng;
-use unimo::tokenizer::UNK;
+use unimo::tokenizer::{CLS, SEP, Tokenizer, UNK};
 
-/// Success rate of the geometric span lengths, and their maximum (SpanBERT; arXiv 2012.15409, section 2.3).
+/// Success rate of the geometric span lengths, and their maximum, in words (SpanBERT; arXiv 2012.15409, section 2.3).
 const SPAN: (f64, usize) = (0.2, 10);
 /// Share of a text that is masked.
 const MASKED_TEXT: f64 = 0.15;
+/// Share of a text that is taken out as fragments (arXiv 2012.15409, section 2.3), and the longest fragment in words (the paper
+/// says only that lengths are uniform).
+const FRAGMENTS: (f64, usize) = (0.25, 8);
+
+/// What masking has to know of a vocabulary.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Vocabulary {
+    /// `[MASK]`.
+    pub mask_token: u32,
+    begins_word: Vec<bool>,
+}
+
+impl Vocabulary {
+    /// That of a tokenizer.
+    #[must_use]
+    pub fn of(tokenizer: &Tokenizer) -> Self {
+        let ids = 0..tokenizer.vocabulary_size() as u32;
+        Self { mask_token: tokenizer.mask(), begins_word: ids.map(|id| tokenizer.begins_word(id)).collect() }
+    }
+
+    /// Ranges of the words of `[CLS] … [SEP]`; a token that continues a word belongs to it.
+    fn words(&self, ids: &[u32]) -> Vec<Range<usize>> {
+        let mut words: Vec<Range<usize>> = Vec::new();
+        let begins = |id: u32| self.begins_word.get(id as usize).is_some_and(|&begins| begins);
+        let inner = ids.iter().enumerate().take(ids.len().saturating_sub(1)).skip(1);
+        for (at, &id) in inner {
+            match words.last_mut() {
+                Some(word) if !begins(id) => word.end = at + 1,
+                _ => words.push(at..at + 1),
+            }
+        }
+        words
+    }
+}
 
 /// A text with hidden tokens.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -18,39 +54,89 @@ pub struct MaskedText {
     pub targets: Vec<(usize, u32)>,
 }
 
-/// Hides spans of `ids` (`[CLS] … [SEP]`, whose ends stay) until 15 % are hidden, at least one. A span becomes `[MASK]` in
-/// 80 % of cases, random tokens in 10 %, and stays in 10 %.
+/// Hides spans of whole words of `ids` (`[CLS] … [SEP]`, whose ends stay) until 15 % of the tokens are hidden, at least one word.
+/// A span becomes `[MASK]` in 80 % of cases, random tokens in 10 %, and stays in 10 %.
 #[must_use]
-pub fn mask_text(ids: &[u32], mask_token: u32, rng: &mut ChaCha8Rng) -> MaskedText {
-    let words = ids.len().saturating_sub(2);
+pub fn mask_text(ids: &[u32], vocabulary: &Vocabulary, rng: &mut ChaCha8Rng) -> MaskedText {
     let mut masked = MaskedText { ids: ids.to_vec(), targets: Vec::new() };
-    if words == 0 {
-        return masked;
-    }
-    let budget = ((words as f64 * MASKED_TEXT).round() as usize).max(1);
-    let mut hidden = vec![false; ids.len()];
-    while masked.targets.len() < budget {
+    let geometric = |rng: &mut ChaCha8Rng| {
         let mut length = 1;
         while length < SPAN.1 && !rng.random_bool(SPAN.0) {
             length += 1;
         }
-        let length = length.min(budget - masked.targets.len()).min(words);
-        let start = rng.random_range(1..=1 + words - length);
+        length
+    };
+    for span in spans(&vocabulary.words(ids), MASKED_TEXT, geometric, rng) {
         let kind: f64 = rng.random();
-        for position in start..start + length {
-            if !hidden[position] {
-                hidden[position] = true;
-                masked.targets.push((position, ids[position]));
-                if kind < 0.8 {
-                    masked.ids[position] = mask_token;
-                } else if kind < 0.9 {
-                    masked.ids[position] = rng.random_range(UNK + 1..mask_token);
-                }
+        for position in span {
+            masked.targets.push((position, ids[position]));
+            if kind < 0.8 {
+                masked.ids[position] = vocabulary.mask_token;
+            } else if kind < 0.9 {
+                masked.ids[position] = rng.random_range(UNK + 1..vocabulary.mask_token);
             }
         }
     }
-    masked.targets.sort_unstable();
     masked
+}
+
+/// A text with fragments taken out, and the fragments.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Fragments {
+    /// `[CLS] what is left [SEP]`; the gaps are closed.
+    pub source: Vec<u32>,
+    /// `[CLS] fragment [SEP] fragment [SEP] …`, in the order of the text.
+    pub target: Vec<u32>,
+}
+
+/// Takes fragments of whole words, of uniform lengths, out of `ids` (`[CLS] … [SEP]`) until a quarter of the tokens is taken, at
+/// least one word. Neighbouring fragments are one.
+#[must_use]
+pub fn take_fragments(ids: &[u32], vocabulary: &Vocabulary, rng: &mut ChaCha8Rng) -> Fragments {
+    let uniform = |rng: &mut ChaCha8Rng| rng.random_range(1..=FRAGMENTS.1);
+    let taken = spans(&vocabulary.words(ids), FRAGMENTS.0, uniform, rng);
+    let mut fragments = Fragments { source: Vec::new(), target: vec![CLS] };
+    let mut at = 0;
+    for span in &taken {
+        fragments.source.extend(&ids[at..span.start]);
+        if at == span.start && fragments.target.len() > 1 {
+            fragments.target.pop();
+        }
+        fragments.target.extend(&ids[span.clone()]);
+        fragments.target.push(SEP);
+        at = span.end;
+    }
+    fragments.source.extend(&ids[at..]);
+    fragments
+}
+
+/// Draws spans of whole words, disjoint and in order, until `share` of the tokens is in one; the last is cut to what is left, but
+/// not below a word.
+fn spans(
+    words: &[Range<usize>],
+    share: f64,
+    length: impl Fn(&mut ChaCha8Rng) -> usize,
+    rng: &mut ChaCha8Rng,
+) -> Vec<Range<usize>> {
+    let (Some(first), Some(last)) = (words.first(), words.last()) else { return Vec::new() };
+    let budget = (((last.end - first.start) as f64 * share).round() as usize).max(1);
+    let (mut count, mut hidden) = (0, vec![false; words.len()]);
+    let mut spans = Vec::new();
+    while count < budget {
+        let longest = length(rng);
+        let start = rng.random_range(0..words.len());
+        let mut end = start;
+        while end < words.len() && end - start < longest && !hidden[end] && (end == start || count + words[end].len() <= budget) {
+            hidden[end] = true;
+            count += words[end].len();
+            end += 1;
+        }
+        if end > start {
+            spans.push(words[start].start..words[end - 1].end);
+        }
+    }
+    spans.sort_unstable_by_key(|span| span.start);
+    spans
 }
 
 /// Hides blocks of neighbouring cells (2×2, or what of it lies inside) until `share` of the grid is hidden. Returns sorted
@@ -76,13 +162,18 @@ pub fn mask_regions(grid: usize, share: f64, rng: &mut ChaCha8Rng) -> Vec<usize>
 mod tests {
     use super::*;
 
+    /// 501 tokens, `[MASK]` last; odd ones continue a word where `long_words`.
+    fn vocabulary(long_words: bool) -> Vocabulary {
+        Vocabulary { mask_token: 500, begins_word: (0..501).map(|id| !long_words || id % 2 == 0).collect() }
+    }
+
     #[test]
     fn text_masking_hides_the_asked_share_and_keeps_the_ends() {
         let mut rng = crate::seed::rng(3);
         let ids: Vec<u32> = std::iter::once(0).chain(10..110).chain([2]).collect();
         let (mut masked, mut random, mut kept) = (0, 0, 0);
         for _ in 0..400 {
-            let m = mask_text(&ids, 500, &mut rng);
+            let m = mask_text(&ids, &vocabulary(false), &mut rng);
             assert_eq!(m.targets.len(), 15);
             assert_eq!((m.ids[0], m.ids[101]), (0, 2));
             for &(position, target) in &m.targets {
@@ -98,7 +189,52 @@ mod tests {
         }
         let share = |n: i32| f64::from(n) / 6000.0;
         assert!((share(masked) - 0.8).abs() < 0.05 && (share(random) - 0.1).abs() < 0.04 && (share(kept) - 0.1).abs() < 0.04);
-        assert_eq!(mask_text(&[0, 2], 500, &mut rng).targets, []);
+        assert_eq!(mask_text(&[0, 2], &vocabulary(false), &mut rng).targets, []);
+    }
+
+    #[test]
+    fn words_are_masked_whole_and_in_spans() {
+        let mut rng = crate::seed::rng(5);
+        let ids: Vec<u32> = std::iter::once(0).chain(10..110).chain([2]).collect();
+        let (mut runs, mut hidden) = (0, 0);
+        for _ in 0..200 {
+            let positions: Vec<usize> = mask_text(&ids, &vocabulary(true), &mut rng).targets.iter().map(|t| t.0).collect();
+            // Two tokens a word: 15 are reached by the eighth word.
+            assert_eq!(positions.len(), 16);
+            for pair in positions.chunks(2) {
+                assert_eq!((pair[0] % 2, pair[1]), (1, pair[0] + 1), "half a word is masked");
+            }
+            runs += 1 + positions.windows(2).filter(|w| w[1] != w[0] + 1).count();
+            hidden += positions.len() / 2;
+        }
+        // Geometric lengths of mean 1/0.2, cut at 10 words and by what is left of 8.
+        let mean = hidden as f64 / runs as f64;
+        assert!((2.0..6.0).contains(&mean), "spans of {mean} words on average");
+    }
+
+    #[test]
+    fn fragments_and_what_is_left_are_the_whole_text() {
+        let mut rng = crate::seed::rng(6);
+        let ids: Vec<u32> = std::iter::once(CLS).chain(10..110).chain([SEP]).collect();
+        let mut counts = [0usize; 2];
+        for _ in 0..200 {
+            let Fragments { source, target } = take_fragments(&ids, &vocabulary(true), &mut rng);
+            assert_eq!((source[0], source.last(), target[0], target.last()), (CLS, Some(&SEP), CLS, Some(&SEP)));
+            let taken: Vec<u32> = target.iter().copied().filter(|id| *id >= 10).collect();
+            assert!((25..=26).contains(&taken.len()), "{} tokens taken", taken.len());
+            let mut all: Vec<u32> = source.iter().chain(&taken).copied().filter(|id| *id >= 10).collect();
+            all.sort_unstable();
+            assert_eq!(all, (10..110).collect::<Vec<u32>>());
+            for fragment in target[1..].split(|&id| id == SEP).filter(|f| !f.is_empty()) {
+                assert!(fragment.windows(2).all(|w| w[1] == w[0] + 1) && fragment[0] % 2 == 0, "{fragment:?} is no run of words");
+                counts[0] += 1;
+                counts[1] += fragment.len() / 2;
+            }
+        }
+        let mean = counts[1] as f64 / counts[0] as f64;
+        assert!((2.0..6.0).contains(&mean), "fragments of {mean} words on average");
+        let nothing = Fragments { source: vec![CLS, SEP], target: vec![CLS] };
+        assert_eq!(take_fragments(&[CLS, SEP], &vocabulary(true), &mut rng), nothing);
     }
 
     #[test]

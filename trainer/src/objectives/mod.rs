@@ -14,16 +14,17 @@ use rand::seq::{IndexedRandom, SliceRandom};
 use rand_chacha::ChaCha8Rng;
 
 pub use contrastive::{Contrast, contrastive_loss, cross_modal_contrast};
-pub use masking::{MaskedText, mask_regions, mask_text};
+pub use masking::{Fragments, MaskedText, Vocabulary, mask_regions, mask_text, take_fragments};
 pub use self_critical::Critic;
 
 use crate::backbone::{Backbone, CLASSES, FEATURES};
 use crate::corpus::Corpus;
-use crate::model::{Dropout, PackedBatch, Packer, Regions, Unimo};
+use crate::model::{Dropout, Features, PackedBatch, Packer, Regions, Unimo};
 use crate::ops::reference::log_softmax;
 use crate::recipe::{BatchConfig, Recipe};
 use crate::seed;
 use crate::tfidf::TfIdfIndex;
+use crate::vision::Vision;
 
 /// Share of the regions that is masked.
 const MASKED_REGIONS: f64 = 0.15;
@@ -73,6 +74,7 @@ pub struct StepBatch {
     captions: Predictions,
     sampled: Sampled,
     texts: Predictions,
+    fragments: Predictions,
     masked_words: Predictions,
     regions: RegionTargets,
     image_rows: Vec<usize>,
@@ -94,10 +96,10 @@ pub struct Source<'a> {
     pub tfidf: Option<&'a TfIdfIndex>,
     /// First text in `tfidf` of each pair.
     pub first_text: &'a [usize],
-    /// Makes the soft labels of masked regions.
-    pub backbone: &'a Backbone,
-    /// `[MASK]`.
-    pub mask_token: u32,
+    /// Makes region features of records, and the soft labels of masked regions.
+    pub vision: &'a Vision,
+    /// What masking has to know of the tokenizer.
+    pub vocabulary: &'a Vocabulary,
     /// Rewards sampled captions.
     pub critic: Option<&'a Critic>,
 }
@@ -122,9 +124,12 @@ pub struct Orders {
 }
 
 struct Picture {
+    /// Its place in the step.
+    number: usize,
     pair: usize,
     view: usize,
-    features: Vec<f32>,
+    /// Region features with a frozen backbone, else what they are computed from.
+    record: Vec<f32>,
 }
 
 impl StepBatch {
@@ -135,40 +140,60 @@ impl StepBatch {
     pub fn build(model: &Unimo, recipe: &Recipe, source: &Source, orders: &mut Orders, step: u64) -> Result<Self> {
         let b = &recipe.batch;
         let mut rng = seed::rng(seed::mix(recipe.seed ^ 0x5eed_0001, step));
-        let mut draft = Draft { packer: Packer::new(model), grid: model.config().grid, source, parts: Parts::default() };
+        let mut draft = Draft {
+            packer: Packer::new(model),
+            grid: model.config().grid,
+            hidden_regions: b.hidden_regions,
+            source,
+            parts: Parts::default(),
+        };
         let pictures: Vec<Picture> = (0..b.images)
-            .map(|i| {
-                let pair = shuffled(recipe.seed, source.corpus.pairs.len(), step * b.images as u64 + i as u64, &mut orders.pairs);
+            .map(|number| {
+                let at = step * b.images as u64 + number as u64;
+                let pair = shuffled(recipe.seed, source.corpus.pairs.len(), at, &mut orders.pairs);
                 let view = rng.random_range(0..source.corpus.views(pair));
-                Picture { pair, view, features: source.corpus.pair_features(pair, view) }
+                Picture { number, pair, view, record: source.corpus.pair_record(pair, view) }
             })
             .collect();
-        let samples = sample(model, recipe, &pictures, step)?;
+        let mut seen = None;
+        if source.vision.trained_blocks() > 0 && !pictures.is_empty() {
+            let records: Vec<&[f32]> = pictures.iter().map(|p| p.record.as_slice()).collect();
+            seen = Some(source.vision.differentiable_regions(&records, model.device())?);
+        }
+        let samples = sample(model, recipe, &pictures, seen.as_ref(), step)?;
         for (i, picture) in pictures.iter().enumerate() {
             let samples = &samples[i * b.sampled_captions..(i + 1) * b.sampled_captions];
-            draft.generate_and_contrast(i, picture, samples, b, &mut rng);
+            draft.generate_and_contrast(picture, samples, b, &mut rng);
         }
-        for (i, picture) in pictures.iter().take(b.match_images).enumerate() {
-            draft.match_pairs(i, picture, b, &mut rng);
+        for picture in pictures.iter().take(b.match_images) {
+            draft.match_pairs(picture, b, &mut rng);
         }
         for (i, picture) in pictures.iter().rev().take(b.masked_pairs).enumerate() {
             draft.masked_pair(picture, (step + i as u64).is_multiple_of(2), &mut rng);
         }
-        for i in 0..b.texts {
-            let at = step * b.texts as u64 + i as u64;
+        for picture in pictures.iter().rev().take(b.fragment_pairs) {
+            draft.fragment_pair(picture, &mut rng);
+        }
+        for i in 0..b.texts + b.fragment_texts {
+            let at = step * (b.texts + b.fragment_texts) as u64 + i as u64;
             let text = shuffled(recipe.seed ^ 0x7e87, source.corpus.texts.len(), at, &mut orders.texts);
-            draft.text(&source.corpus.texts[text], i % 2 == 0, &mut rng);
+            let ids = &source.corpus.texts[text];
+            match i.checked_sub(b.texts) {
+                None => draft.text(ids, i % 2 == 0, &mut rng),
+                Some(_) => draft.fragments(None, ids, &mut rng),
+            }
         }
         for i in 0..b.images_alone {
             let at = step * b.images_alone as u64 + i as u64;
             let image = shuffled(recipe.seed ^ 0x1337, source.corpus.image_count(), at, &mut orders.images);
-            let features = source.corpus.image_features(image, rng.random_range(0..2));
+            let features = source.corpus.image_record(image, rng.random_range(0..2));
             draft.masked_image(&features, &mut rng);
         }
         let Parts {
             captions,
             sampled,
             texts,
+            fragments,
             masked_words,
             regions,
             image_rows,
@@ -180,10 +205,11 @@ impl StepBatch {
             match_image_of,
         } = draft.parts;
         Ok(Self {
-            packed: draft.packer.finish(model.device())?,
+            packed: draft.packer.finish_with(model.device(), seen.as_ref())?,
             captions,
             sampled,
             texts,
+            fragments,
             masked_words,
             regions,
             image_rows,
@@ -228,6 +254,7 @@ impl StepBatch {
         for (name, weight, predictions, smoothing) in [
             ("caption", w.caption, &self.captions, smoothing),
             ("text", w.text, &self.texts, smoothing),
+            ("fragments", w.fragments, &self.fragments, smoothing),
             ("masked_language", w.masked_language, &self.masked_words, 0.0),
         ] {
             if !predictions.rows.is_empty() {
@@ -267,7 +294,7 @@ impl StepBatch {
             let rows = model.rows(&hidden, &self.regions.rows)?;
             losses.push(("region_features", w.region_features, region_regression(model, &rows, &self.regions.features)?));
             if w.region_classes > 0.0 {
-                let loss = region_classification(model, source.backbone, &rows, &self.regions.features)?;
+                let loss = region_classification(model, source.vision.given(), &rows, &self.regions.features)?;
                 losses.push(("region_classes", w.region_classes, loss));
             }
         }
@@ -275,14 +302,20 @@ impl StepBatch {
     }
 }
 
-/// Captions drawn from the model as it is, without dropout, `sampled_captions` of each picture.
-fn sample(model: &Unimo, recipe: &Recipe, pictures: &[Picture], step: u64) -> Result<Vec<Vec<u32>>> {
+/// Captions drawn from the model as it is, without dropout, `sampled_captions` of each picture. `seen` holds the pictures' region
+/// features where the backbone is trained; else their records are that.
+fn sample(model: &Unimo, recipe: &Recipe, pictures: &[Picture], seen: Option<&Tensor>, step: u64) -> Result<Vec<Vec<u32>>> {
     let each = recipe.batch.sampled_captions;
     if each == 0 || pictures.is_empty() {
         return Ok(Vec::new());
     }
-    let features: Vec<f32> = pictures.iter().flat_map(|p| p.features.iter().copied()).collect();
-    let regions = Tensor::from_vec(features, (pictures.len(), model.config().regions(), FEATURES), model.device())?;
+    let regions = match seen {
+        Some(seen) => seen.detach(),
+        None => {
+            let features: Vec<f32> = pictures.iter().flat_map(|p| p.record.iter().copied()).collect();
+            Tensor::from_vec(features, (pictures.len(), model.config().regions(), FEATURES), model.device())?
+        }
+    };
     let seed_value = seed::mix(recipe.seed ^ 0x5a3b_1e00, step);
     Ok(model.sample_captions(&regions, each, SAMPLED_TOKENS, recipe.batch.sampling_temperature, seed_value)?)
 }
@@ -319,6 +352,7 @@ struct Parts {
     captions: Predictions,
     sampled: Sampled,
     texts: Predictions,
+    fragments: Predictions,
     masked_words: Predictions,
     regions: RegionTargets,
     image_rows: Vec<usize>,
@@ -333,19 +367,29 @@ struct Parts {
 struct Draft<'a> {
     packer: Packer<'a>,
     grid: usize,
+    hidden_regions: f64,
     source: &'a Source<'a>,
     parts: Parts,
 }
 
 impl Draft<'_> {
-    fn generate_and_contrast(
-        &mut self,
-        image: usize,
-        picture: &Picture,
-        samples: &[Vec<u32>],
-        batch: &BatchConfig,
-        rng: &mut ChaCha8Rng,
-    ) {
+    /// Where a picture's region features come from.
+    fn features<'p>(&self, picture: &'p Picture) -> Features<'p> {
+        match self.source.vision.trained_blocks() {
+            0 => Features::Values(&picture.record),
+            _ => Features::Picture(picture.number),
+        }
+    }
+
+    /// Regions that the model is not shown this time: each with the recipe's probability.
+    fn hidden(&self, rng: &mut ChaCha8Rng) -> Vec<usize> {
+        if self.hidden_regions == 0.0 {
+            return Vec::new();
+        }
+        (0..self.grid * self.grid).filter(|_| rng.random_bool(self.hidden_regions)).collect()
+    }
+
+    fn generate_and_contrast(&mut self, picture: &Picture, samples: &[Vec<u32>], batch: &BatchConfig, rng: &mut ChaCha8Rng) {
         let pair = &self.source.corpus.pairs[picture.pair];
         let mut order: Vec<usize> = (0..pair.captions.len()).collect();
         order.shuffle(rng);
@@ -353,7 +397,9 @@ impl Draft<'_> {
         let chosen: Vec<&[u32]> = order.iter().take(batch.captions).map(|&c| all[c].as_slice()).collect();
         let inputs: Vec<&[u32]> =
             chosen.iter().copied().chain(samples.iter().map(Vec::as_slice)).map(|ids| &ids[..ids.len() - 1]).collect();
-        let rows = self.packer.image_with_captions(Regions::visible(&picture.features), &inputs);
+        let hidden = self.hidden(rng);
+        let regions = Regions { features: self.features(picture), masked: &hidden };
+        let rows = self.packer.image_with_captions(regions, &inputs);
         let (written, sampled) = rows.texts.split_at(chosen.len());
         for (&first, ids) in written.iter().zip(&chosen) {
             self.parts.captions.next_tokens(first, ids);
@@ -370,11 +416,11 @@ impl Draft<'_> {
         self.parts.image_rows.push(rows.image);
         for &c in order.iter().rev().take(batch.contrast_captions) {
             self.parts.text_rows.push(self.packer.text(&all[c], false));
-            self.parts.image_of_text.push(image);
+            self.parts.image_of_text.push(picture.number);
         }
     }
 
-    fn match_pairs(&mut self, image: usize, picture: &Picture, batch: &BatchConfig, rng: &mut ChaCha8Rng) {
+    fn match_pairs(&mut self, picture: &Picture, batch: &BatchConfig, rng: &mut ChaCha8Rng) {
         let corpus = self.source.corpus;
         let pair = &corpus.pairs[picture.pair];
         let own = rng.random_range(0..pair.captions.len());
@@ -396,12 +442,13 @@ impl Draft<'_> {
         }
         let rewritten = pair.rewrites_for(picture.view, own).choose_multiple(rng, batch.match_rewrites);
         candidates.extend(rewritten.map(|ids| (ids.clone(), 0.0)));
+        let hidden = self.hidden(rng);
         for (ids, label) in candidates {
-            let rows = self.packer.pair(Regions::visible(&picture.features), &ids);
+            let rows = self.packer.pair(Regions { features: self.features(picture), masked: &hidden }, &ids);
             self.parts.match_images.push(rows.image);
             self.parts.match_texts.push(rows.texts[0]);
             self.parts.match_labels.push(label);
-            self.parts.match_image_of.push(image);
+            self.parts.match_image_of.push(picture.number);
         }
     }
 
@@ -418,19 +465,33 @@ impl Draft<'_> {
         let pair = &self.source.corpus.pairs[picture.pair];
         let ids = &pair.captions_for(picture.view)[rng.random_range(0..pair.captions.len())];
         if words {
-            let masked = mask_text(ids, self.source.mask_token, rng);
-            let rows = self.packer.pair(Regions::visible(&picture.features), &masked.ids);
+            let masked = mask_text(ids, self.source.vocabulary, rng);
+            let rows = self.packer.pair(Regions::visible(&picture.record), &masked.ids);
             self.parts.masked_words.masked(rows.texts[0], &masked);
         } else {
             let masked = mask_regions(self.grid, MASKED_REGIONS, rng);
-            let rows = self.packer.pair(Regions { features: &picture.features, masked: &masked }, ids);
-            self.region_targets(rows.image, &picture.features, &masked);
+            let rows = self.packer.pair(Regions::masked(&picture.record, &masked), ids);
+            self.region_targets(rows.image, &picture.record, &masked);
+        }
+    }
+
+    fn fragment_pair(&mut self, picture: &Picture, rng: &mut ChaCha8Rng) {
+        let pair = &self.source.corpus.pairs[picture.pair];
+        let ids = &pair.captions_for(picture.view)[rng.random_range(0..pair.captions.len())];
+        self.fragments(Some(Regions { features: self.features(picture), masked: &[] }), ids, rng);
+    }
+
+    fn fragments(&mut self, regions: Option<Regions>, ids: &[u32], rng: &mut ChaCha8Rng) {
+        let Fragments { source, target } = take_fragments(ids, self.source.vocabulary, rng);
+        if target.len() > 1 {
+            let first = self.packer.target_after(regions, &source, &target[..target.len() - 1]);
+            self.parts.fragments.next_tokens(first, &target);
         }
     }
 
     fn masked_image(&mut self, features: &[f32], rng: &mut ChaCha8Rng) {
         let masked = mask_regions(self.grid, MASKED_REGIONS, rng);
-        let rows = self.packer.image_with_captions(Regions { features, masked: &masked }, &[]);
+        let rows = self.packer.image_with_captions(Regions::masked(features, &masked), &[]);
         self.region_targets(rows.image, features, &masked);
     }
 
@@ -446,7 +507,7 @@ impl Draft<'_> {
             let first = self.packer.text(&ids[..ids.len() - 1], true);
             self.parts.texts.next_tokens(first, ids);
         } else {
-            let masked = mask_text(ids, self.source.mask_token, rng);
+            let masked = mask_text(ids, self.source.vocabulary, rng);
             let first = self.packer.text(&masked.ids, false);
             self.parts.masked_words.masked(first, &masked);
         }

@@ -66,6 +66,7 @@ mod tests {
     use crate::scenes::{CorpusOptions, write_corpus};
     use crate::shards::read_shards;
     use crate::tokenizer_training;
+    use crate::vision::Vision;
     use candle_core::{Device, Tensor};
 
     #[test]
@@ -92,7 +93,7 @@ mod tests {
         let tokenizer = Tokenizer::from_file(&file("tokenizer.json")).unwrap();
         std::fs::write(file("backbone"), backbone::random_file(1).unwrap()).unwrap();
         let backbone = Backbone::load(&file("backbone")).unwrap();
-        let cache = FeatureCache { folder: &file("features"), backbone: &backbone, backbone_hash: "1", views: 2 };
+        let cache = FeatureCache { folder: &file("features"), backbone: &backbone, trained_blocks: 0, views: 2 };
         let mut corpus = Corpus::default();
         corpus.add_pairs(&[shards], &cache, &tokenizer, 48, &|_| ()).unwrap();
         (corpus, backbone, tokenizer)
@@ -113,8 +114,8 @@ mod tests {
             corpus: &corpus,
             tfidf: None,
             first_text: &[],
-            backbone: &backbone,
-            mask_token: tokenizer.mask(),
+            vision: &Vision::new(backbone, 0, &Device::Cpu).unwrap(),
+            vocabulary: &super::super::Vocabulary::of(&tokenizer),
             critic: Some(&critic),
         };
         let recipe = "steps = 1\nviews = 2\n[batch]\nimages = 5\ncaptions = 1\nsampled_captions = 3";

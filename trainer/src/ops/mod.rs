@@ -5,6 +5,7 @@
 //! candle's differentiable operators ([`reference`](mod@reference)), which also serves devices other than the CPU.
 
 mod attention;
+mod convolution;
 mod cross_entropy;
 mod elementwise;
 pub mod kernels;
@@ -12,6 +13,7 @@ mod linear;
 pub mod reference;
 
 pub use attention::{AttentionGroup, AttentionPlan, QueryBlock, attention};
+pub use convolution::{depthwise_relu6, pointwise_relu6, relu6};
 pub use cross_entropy::tied_cross_entropy;
 pub use elementwise::{dropout_add, gelu, layer_norm};
 pub use linear::linear;

@@ -93,3 +93,26 @@ pub fn attention(qkv: &Tensor, plan: &AttentionPlan, heads: usize) -> Result<Ten
     }
     Tensor::cat(&outputs, 0)
 }
+
+/// See [`relu6`](super::relu6).
+///
+/// # Errors
+/// Those of candle.
+pub fn relu6(x: &Tensor) -> Result<Tensor> {
+    x.relu()? - (x - 6.0)?.relu()?
+}
+
+/// See [`depthwise_relu6`](super::depthwise_relu6).
+///
+/// # Errors
+/// Shapes that do not fit.
+pub fn depthwise_relu6(x: &Tensor, weight: &Tensor, bias: &Tensor, stride: usize) -> Result<Tensor> {
+    let (images, pixels, channels) = x.dims3()?;
+    let side = pixels.isqrt();
+    let before = if stride == 1 { 1 } else { 0 };
+    let planes = x.transpose(1, 2)?.reshape((images, channels, side, side))?;
+    let padded = planes.pad_with_zeros(2, before, 1)?.pad_with_zeros(3, before, 1)?;
+    let kernel = weight.t()?.reshape((channels, 1, 3, 3))?;
+    let y = padded.conv2d(&kernel, 0, stride, 1, channels)?.broadcast_add(&bias.reshape((1, channels, 1, 1))?)?;
+    relu6(&y.flatten_from(2)?.transpose(1, 2)?)
+}

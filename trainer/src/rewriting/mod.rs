@@ -76,11 +76,9 @@ mod tests {
         [objects, attributes, relations]
     }
 
-    /// Captions labelled by hand before the parser was run on them, by rules that `reference/README.md` gives.
-    #[test]
-    fn scene_graphs_agree_with_labels_made_by_hand() {
+    /// F1 of objects, attributes and relations over labelled captions, and the number of captions.
+    fn f1_on(labelled: &str) -> ([f64; 3], usize) {
         let mut agreement = [Agreement::default(); 3];
-        let labelled = include_str!("reference/captions.jsonl");
         for line in labelled.lines() {
             let line: Labelled = serde_json::from_str(line).unwrap();
             let [objects, attributes, relations] = facts(&line.caption);
@@ -102,9 +100,24 @@ mod tests {
             agreement[1].add(&attributes, &described);
             agreement[2].add(&relations, &related);
         }
-        let f1 = agreement.map(|a| a.f1());
-        eprintln!("{f1:?} {agreement:?}");
-        assert!(labelled.lines().count() >= 100);
-        assert!(f1[0] > 0.94 && f1[1] > 0.86 && f1[2] > 0.88, "F1 of objects, attributes and relations: {f1:?}");
+        eprintln!("{agreement:?}");
+        (agreement.map(|a| a.f1()), labelled.lines().count())
+    }
+
+    /// Captions labelled by hand before the parser was run on them, by rules that `reference/README.md` gives: those with which
+    /// the parser's rules were mended, and others on which it was measured once, afterwards.
+    #[test]
+    fn scene_graphs_agree_with_labels_made_by_hand() {
+        for (name, labelled, least) in [
+            ("captions", include_str!("reference/captions.jsonl"), [0.94, 0.86, 0.88]),
+            ("held out", include_str!("reference/held_out.jsonl"), [0.95, 0.88, 0.82]),
+        ] {
+            let (f1, count) = f1_on(labelled);
+            assert!(count >= 100, "{name}: {count} captions");
+            eprintln!("{name}: {f1:?}");
+            for (f1, least) in f1.iter().zip(least) {
+                assert!(*f1 > least, "{name}: F1 of objects, attributes and relations: {f1:?}");
+            }
+        }
     }
 }

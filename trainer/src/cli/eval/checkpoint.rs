@@ -6,12 +6,12 @@ use std::process::ExitCode;
 use anyhow::{Result, bail};
 use candle_core::Device;
 use clap::Args;
-use sha2::{Digest, Sha256};
 use unimo::tokenizer::Tokenizer;
 use unimo_train::backbone::Backbone;
 use unimo_train::corpus::Corpus;
-use unimo_train::features::{FeatureCache, hex};
+use unimo_train::features::FeatureCache;
 use unimo_train::model::Unimo;
+use unimo_train::vision::Vision;
 use unimo_train::{checkpoint, evaluation};
 
 const EXAMPLES: &str = "Example:
@@ -48,17 +48,15 @@ pub fn run(args: &CheckpointArgs) -> Result<ExitCode> {
     let folder = checkpoint::resolve(&args.checkpoint)?;
     let model = Unimo::load(&folder, &Device::Cpu)?;
     let tokenizer = Tokenizer::from_file(&folder.join("tokenizer.json"))?;
-    let path = folder.join("backbone.safetensors");
-    let backbone = Backbone::load(&path)?;
-    let backbone_hash = hex(&Sha256::digest(std::fs::read(&path)?));
-    let cache = FeatureCache { folder: &args.features, backbone: &backbone, backbone_hash: &backbone_hash, views: 1 };
+    let vision = Vision::new(Backbone::load(&folder.join("backbone.safetensors"))?, 0, &Device::Cpu)?;
+    let cache = FeatureCache { folder: &args.features, backbone: vision.given(), trained_blocks: 0, views: 1 };
     let mut corpus = Corpus::default();
     corpus.add_pairs(&args.dev, &cache, &tokenizer, model.config().positions, &|_| {})?;
     super::super::data::warn_damaged(&corpus.damaged);
     if corpus.pairs.is_empty() {
         bail!("the shards hold no pictures with captions");
     }
-    let scores = evaluation::evaluate(&model, &tokenizer, &corpus, args.limit)?;
+    let scores = evaluation::evaluate(&model, &vision, &tokenizer, &corpus, args.limit)?;
     if args.json {
         let mut value = serde_json::to_value(&scores)?;
         value["schema"] = 1.into();

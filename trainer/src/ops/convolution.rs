@@ -1,0 +1,148 @@
+//! The convolutional backbone's operators on `[pixels, channels]`: 3×3 depthwise convolution with ReLU6, and ReLU6 alone
+//! (pointwise convolutions are [`linear`](super::linear)).
+
+use candle_core::{CpuStorage, CustomOp1, CustomOp3, Layout, Result, Shape, Tensor};
+use rayon::prelude::*;
+
+use super::kernels::{self, DepthwiseGradient, Plane, add_assign};
+use super::{TASK_VALUES, f32_slice, reference, with_values};
+
+struct Depthwise {
+    plane: Plane,
+}
+
+impl CustomOp3 for Depthwise {
+    fn name(&self) -> &'static str {
+        "depthwise_relu6"
+    }
+
+    fn cpu_fwd(
+        &self,
+        s1: &CpuStorage,
+        l1: &Layout,
+        s2: &CpuStorage,
+        l2: &Layout,
+        s3: &CpuStorage,
+        l3: &Layout,
+    ) -> Result<(CpuStorage, Shape)> {
+        let x = f32_slice(self.name(), s1, l1)?;
+        let (weight, bias) = (f32_slice(self.name(), s2, l2)?, f32_slice(self.name(), s3, l3)?);
+        let images = x.len() / self.plane.inputs();
+        let mut y = vec![0f32; images * self.plane.outputs()];
+        y.par_chunks_exact_mut(self.plane.outputs())
+            .zip(x.par_chunks_exact(self.plane.inputs()))
+            .for_each(|(y, x)| kernels::depthwise_relu6(x, weight, bias, self.plane, y));
+        let pixels = self.plane.outputs() / self.plane.channels;
+        Ok((CpuStorage::F32(y), Shape::from((images, pixels, self.plane.channels))))
+    }
+
+    fn bwd(
+        &self,
+        x: &Tensor,
+        weight: &Tensor,
+        _bias: &Tensor,
+        result: &Tensor,
+        gradient: &Tensor,
+    ) -> Result<(Option<Tensor>, Option<Tensor>, Option<Tensor>)> {
+        let (name, plane) = (self.name(), self.plane);
+        let (dx, dw, db) = with_values(name, x, |x| {
+            with_values(name, weight, |weight| {
+                with_values(name, result, |y| {
+                    with_values(name, gradient, |dy| {
+                        let mut dx = vec![0f32; x.len()];
+                        let partial: Vec<(Vec<f32>, Vec<f32>)> = dx
+                            .par_chunks_exact_mut(plane.inputs())
+                            .zip(x.par_chunks_exact(plane.inputs()))
+                            .zip(y.par_chunks_exact(plane.outputs()).zip(dy.par_chunks_exact(plane.outputs())))
+                            .map(|((dx, x), (y, dy))| {
+                                let (mut dw, mut db) = (vec![0f32; weight.len()], vec![0f32; plane.channels]);
+                                let of = DepthwiseGradient { x, weight, y, dy };
+                                kernels::depthwise_relu6_backward(of, plane, dx, &mut dw, &mut db);
+                                (dw, db)
+                            })
+                            .collect();
+                        // Summed in order, so that a run does not depend on the threads' timing.
+                        let (mut dw, mut db) = (vec![0f32; weight.len()], vec![0f32; plane.channels]);
+                        for (w, b) in &partial {
+                            add_assign(&mut dw, w);
+                            add_assign(&mut db, b);
+                        }
+                        (dx, dw, db)
+                    })
+                })
+            })
+        })????;
+        let device = x.device();
+        Ok((
+            Some(Tensor::from_vec(dx, x.shape(), device)?),
+            Some(Tensor::from_vec(dw, weight.shape(), device)?),
+            Some(Tensor::from_vec(db, plane.channels, device)?),
+        ))
+    }
+}
+
+/// ReLU6 of a 3×3 depthwise convolution over square images: `x` is `[images, side², channels]`, `weight` `[9, channels]` (kernel
+/// position first), `bias` `[channels]`; the result `[images, (side / stride)², channels]`. Stride 1 pads one pixel all round,
+/// stride 2 one at bottom and right.
+///
+/// # Errors
+/// Shapes that do not fit, or a dtype other than f32.
+pub fn depthwise_relu6(x: &Tensor, weight: &Tensor, bias: &Tensor, stride: usize) -> Result<Tensor> {
+    let (_, pixels, channels) = x.dims3()?;
+    let plane = Plane { side: pixels.isqrt(), stride, channels };
+    let fits = plane.side * plane.side == pixels && (stride == 1 || (stride == 2 && plane.side.is_multiple_of(2)));
+    if !fits || weight.dims() != [9, channels] || bias.dims() != [channels] {
+        candle_core::bail!("depthwise_relu6: {:?} by {:?} + {:?}, stride {stride}", x.dims(), weight.dims(), bias.dims());
+    }
+    if !x.device().is_cpu() {
+        return reference::depthwise_relu6(x, weight, bias, stride);
+    }
+    x.contiguous()?.apply_op3(weight, bias, Depthwise { plane })
+}
+
+struct Relu6;
+
+impl CustomOp1 for Relu6 {
+    fn name(&self) -> &'static str {
+        "relu6"
+    }
+
+    fn cpu_fwd(&self, storage: &CpuStorage, layout: &Layout) -> Result<(CpuStorage, Shape)> {
+        let x = f32_slice(self.name(), storage, layout)?;
+        let mut y = vec![0f32; x.len()];
+        y.par_chunks_mut(TASK_VALUES).zip(x.par_chunks(TASK_VALUES)).for_each(|(y, x)| kernels::relu6(x, y));
+        Ok((CpuStorage::F32(y), layout.shape().clone()))
+    }
+
+    fn bwd(&self, _x: &Tensor, result: &Tensor, gradient: &Tensor) -> Result<Option<Tensor>> {
+        let dx = with_values(self.name(), result, |y| {
+            with_values(self.name(), gradient, |dy| {
+                let mut dx = vec![0f32; y.len()];
+                dx.par_chunks_mut(TASK_VALUES)
+                    .zip(y.par_chunks(TASK_VALUES).zip(dy.par_chunks(TASK_VALUES)))
+                    .for_each(|(dx, (y, dy))| kernels::relu6_backward(y, dy, dx));
+                dx
+            })
+        })??;
+        Ok(Some(Tensor::from_vec(dx, result.shape(), result.device())?))
+    }
+}
+
+/// `min(max(x, 0), 6)`; the gradient is 0 at both ends.
+///
+/// # Errors
+/// A dtype other than f32.
+pub fn relu6(x: &Tensor) -> Result<Tensor> {
+    if !x.device().is_cpu() {
+        return reference::relu6(x);
+    }
+    x.contiguous()?.apply_op1(Relu6)
+}
+
+/// ReLU6 of a pointwise convolution: [`linear`](super::linear), then [`relu6`].
+///
+/// # Errors
+/// As [`linear`](super::linear).
+pub fn pointwise_relu6(x: &Tensor, weight: &Tensor, bias: &Tensor) -> Result<Tensor> {
+    relu6(&super::linear(x, weight, bias)?)
+}

@@ -1,0 +1,202 @@
+//! From a picture's cached record to region features: with a frozen backbone the record holds them; with trained blocks they
+//! are computed anew in every step, and gradients flow into those blocks.
+//!
+//! The first blocks see general edges and textures and cost most of the time; the last ones are the largest and decide what is
+//! told apart. Training those alone needs no pixels: a cache keeps what enters the first of them.
+
+use std::collections::BTreeMap;
+
+use anyhow::Result;
+use candle_core::{Device, Tensor, Var};
+use rayon::prelude::*;
+
+use crate::backbone::{BLOCKS, Backbone, CHANNELS, COLOURS, Convolution, FEATURES, GRID, entering};
+use crate::ops;
+
+/// Prefix of the names under which the optimiser knows the backbone's weights.
+pub const PREFIX: &str = "backbone.";
+
+/// A backbone, and which of its blocks are trained.
+pub struct Vision {
+    backbone: Backbone,
+    trained_blocks: usize,
+    weights: BTreeMap<String, Var>,
+}
+
+impl Vision {
+    /// Trains the last `trained_blocks` inverted residual blocks and the head behind them; 0 trains nothing.
+    ///
+    /// # Errors
+    /// Those of candle.
+    pub fn new(backbone: Backbone, trained_blocks: usize, device: &Device) -> Result<Self> {
+        let mut weights = BTreeMap::new();
+        for name in trained_layers(trained_blocks) {
+            let Convolution { weight, bias } = backbone.layer(&name);
+            let rows = if name.ends_with("depthwise") { 9 } else { bias.len() };
+            let shape = (rows, weight.len() / rows);
+            weights.insert(format!("{PREFIX}{name}.weight"), Var::from_slice(weight, shape, device)?);
+            weights.insert(format!("{PREFIX}{name}.bias"), Var::from_slice(bias, bias.len(), device)?);
+        }
+        Ok(Self { backbone, trained_blocks, weights })
+    }
+
+    /// The trained weights by name, as the kernels want them: pointwise `[out, in]`, depthwise `[9, channels]`.
+    #[must_use]
+    pub fn weights(&self) -> &BTreeMap<String, Var> {
+        &self.weights
+    }
+
+    /// Number of trained blocks.
+    #[must_use]
+    pub fn trained_blocks(&self) -> usize {
+        self.trained_blocks
+    }
+
+    /// The backbone as it was given, untrained.
+    #[must_use]
+    pub fn given(&self) -> &Backbone {
+        &self.backbone
+    }
+
+    /// The backbone with the trained weights as they are now, and then without its classifier.
+    ///
+    /// # Errors
+    /// Those of candle.
+    pub fn current(&self) -> Result<Backbone> {
+        let mut backbone = self.backbone.clone();
+        if self.trained_blocks > 0 {
+            backbone.forget_classifier();
+        }
+        for name in trained_layers(self.trained_blocks) {
+            let values = |kind: &str| self.weights[&format!("{PREFIX}{name}.{kind}")].as_tensor().flatten_all()?.to_vec1();
+            backbone.set_layer(&name, Convolution { weight: values("weight")?, bias: values("bias")? });
+        }
+        Ok(backbone)
+    }
+
+    /// Region features `[49 · 1292]` of each record, without gradients.
+    ///
+    /// # Errors
+    /// Those of candle.
+    pub fn regions(&self, records: Vec<Vec<f32>>) -> Result<Vec<Vec<f32>>> {
+        if self.trained_blocks == 0 {
+            return Ok(records);
+        }
+        let backbone = self.current()?;
+        Ok(records.par_iter().map(|record| backbone.regions(record, self.trained_blocks)).collect())
+    }
+
+    /// Region features `[records, 49, 1292]`, through which gradients reach the trained weights.
+    ///
+    /// # Errors
+    /// Those of candle.
+    ///
+    /// # Panics
+    /// When no block is trained, or a record has another length than such records have.
+    pub fn differentiable_regions(&self, records: &[&[f32]], device: &Device) -> Result<Tensor> {
+        let first = BLOCKS.len() - self.trained_blocks;
+        let (mut channels, side) = entering(first);
+        let (cut, cells) = (side * side * channels, GRID * GRID);
+        let activations: Vec<f32> = records.iter().flat_map(|r| &r[..cut]).copied().collect();
+        let colours: Vec<f32> = records.iter().flat_map(|r| &r[cut..]).copied().collect();
+        let mut x = Tensor::from_vec(activations, (records.len(), side * side, channels), device)?;
+        for (i, &(out, expansion, stride)) in BLOCKS.iter().enumerate().skip(first) {
+            let part = |kind: &str| format!("block{i}.{kind}");
+            let mut y = x.clone();
+            if expansion > 1 {
+                let (weight, bias) = self.layer(&part("expand"));
+                y = ops::pointwise_relu6(&y, weight, bias)?;
+            }
+            let (weight, bias) = self.layer(&part("depthwise"));
+            y = ops::depthwise_relu6(&y, weight, bias, stride)?;
+            let (weight, bias) = self.layer(&part("project"));
+            y = ops::linear(&y, weight, bias)?;
+            x = if stride == 1 && channels == out { (y + x)? } else { y };
+            channels = out;
+        }
+        let (weight, bias) = self.layer("head");
+        let features = ops::pointwise_relu6(&x, weight, bias)?;
+        debug_assert_eq!(features.dims(), [records.len(), cells, CHANNELS]);
+        let colours = Tensor::from_vec(colours, (records.len(), cells, COLOURS), device)?;
+        let regions = Tensor::cat(&[features, colours], 2)?;
+        debug_assert_eq!(regions.dims()[2], FEATURES);
+        Ok(regions)
+    }
+
+    fn layer(&self, name: &str) -> (&Tensor, &Tensor) {
+        let weight = |kind: &str| self.weights[&format!("{PREFIX}{name}.{kind}")].as_tensor();
+        (weight("weight"), weight("bias"))
+    }
+}
+
+/// Layers of the last `blocks` blocks and the head; none for 0.
+fn trained_layers(blocks: usize) -> Vec<String> {
+    if blocks == 0 {
+        return Vec::new();
+    }
+    let of_block = |(i, &(_, expansion, _)): (usize, &(usize, usize, usize))| {
+        let parts: &[&str] = if expansion > 1 { &["expand", "depthwise", "project"] } else { &["depthwise", "project"] };
+        parts.iter().map(move |part| format!("block{i}.{part}"))
+    };
+    let mut layers: Vec<String> = BLOCKS.iter().enumerate().skip(BLOCKS.len() - blocks).flat_map(of_block).collect();
+    layers.push("head".to_owned());
+    layers
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::backbone::{INPUT, random_file};
+
+    fn records(backbone: &Backbone, blocks: usize) -> Vec<Vec<f32>> {
+        let pixels = |phase: f32| (0..3 * INPUT * INPUT).map(|i| (i as f32 * 0.37 + phase).sin()).collect::<Vec<f32>>();
+        [0.0, 1.0].map(|phase| backbone.record(&pixels(phase), blocks).unwrap()).to_vec()
+    }
+
+    fn gradients(vision: &Vision, records: &[&[f32]]) -> candle_core::backprop::GradStore {
+        let regions = vision.differentiable_regions(records, &Device::Cpu).unwrap();
+        regions.narrow(2, 0, CHANNELS).unwrap().sqr().unwrap().mean_all().unwrap().backward().unwrap()
+    }
+
+    #[test]
+    fn training_and_inference_see_the_same_regions_and_every_trained_weight_has_a_gradient() {
+        let backbone = Backbone::from_bytes(&random_file(3).unwrap()).unwrap();
+        for blocks in [1, 4, 17] {
+            let vision = Vision::new(backbone.clone(), blocks, &Device::Cpu).unwrap();
+            let records = records(&backbone, blocks);
+            let slices: Vec<&[f32]> = records.iter().map(Vec::as_slice).collect();
+            let trained = vision.differentiable_regions(&slices, &Device::Cpu).unwrap().to_vec3::<f32>().unwrap();
+            let plain = vision.regions(records.clone()).unwrap();
+            for (trained, plain) in trained.iter().zip(&plain) {
+                // Sums of up to 960 products of order 1 in f32, in another order.
+                assert!(trained.iter().flatten().zip(plain).all(|(a, b)| (a - b).abs() < 1e-3), "{blocks} blocks");
+            }
+            let gradients = gradients(&vision, &slices);
+            for (name, var) in vision.weights() {
+                let gradient = gradients.get(var).unwrap_or_else(|| panic!("{name} has no gradient"));
+                let norm = gradient.sqr().unwrap().sum_all().unwrap().to_scalar::<f32>().unwrap();
+                assert!(norm.is_finite() && norm > 0.0, "{name}: {norm}");
+            }
+        }
+    }
+
+    #[test]
+    fn what_was_trained_is_what_the_current_backbone_computes() {
+        let backbone = Backbone::from_bytes(&random_file(3).unwrap()).unwrap();
+        let vision = Vision::new(backbone.clone(), 2, &Device::Cpu).unwrap();
+        let records = records(&backbone, 2);
+        let before = vision.regions(records.clone()).unwrap();
+        let slices: Vec<&[f32]> = records.iter().map(Vec::as_slice).collect();
+        let gradients = gradients(&vision, &slices);
+        for var in vision.weights().values() {
+            var.set(&(var.as_tensor() - (gradients.get(var).unwrap() * 0.1).unwrap()).unwrap()).unwrap();
+        }
+        let after = vision.regions(records).unwrap();
+        let energy = |regions: &[Vec<f32>]| {
+            regions.iter().flat_map(|r| r.chunks_exact(FEATURES)).flat_map(|f| &f[..CHANNELS]).map(|v| v * v).sum::<f32>()
+        };
+        assert!(energy(&after) < energy(&before), "{} is not below {}", energy(&after), energy(&before));
+        assert_eq!(vision.given(), &backbone);
+        assert_ne!(vision.current().unwrap(), backbone);
+    }
+}
