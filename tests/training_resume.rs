@@ -4,6 +4,7 @@ use std::path::{Path, PathBuf};
 
 use unimo_train::model::ModelConfig;
 use unimo_train::recipe::Recipe;
+use unimo_train::retrieval::{RetrievalJob, retrieve};
 use unimo_train::rewriting::{Counts, RewriteJob, rewrite};
 use unimo_train::scenes::{CorpusOptions, write_corpus};
 use unimo_train::training::{self, TrainingJob};
@@ -22,6 +23,9 @@ contrast_captions = 2
 match_images = 2
 match_negatives = 2
 match_rewrites = 1
+retrieved_pairs = 2
+retrieved_images = 2
+retrieved_texts = 1
 masked_pairs = 2
 fragment_pairs = 2
 texts = 4
@@ -61,17 +65,37 @@ fn rewritten(shards: &Path, out: &Path) {
     rewrite(&job, &|_| ()).unwrap();
 }
 
+fn retrieved(folder: &Path) {
+    let shards = vec![folder.join("scenes")];
+    let job = RetrievalJob {
+        pairs: shards.clone(),
+        images: shards,
+        texts: vec![folder.join("texts.txt")],
+        backbone: folder.join("backbone.safetensors"),
+        features: folder.join("looks"),
+        count: 3,
+        out: folder.join("retrieved"),
+    };
+    let report = retrieve(&job, &|_| ()).unwrap();
+    assert!(report.found.iter().all(|&found| found >= 10), "{report:?}");
+}
+
 fn job(folder: &Path, run: &str) -> TrainingJob {
     let shards = folder.join("scenes");
     let (tokenizer, backbone, texts) =
         (folder.join("tokenizer.json"), folder.join("backbone.safetensors"), folder.join("texts.txt"));
     if !shards.exists() {
         write_corpus(&shards, &CorpusOptions { seed: 5, count: 10, ..Default::default() }).unwrap();
-        let lines: Vec<String> = (0..20).map(|i| format!("a text about {} things and {} more", i, i % 3)).collect();
+        let line = |i: usize| match i % 4 {
+            0 => format!("a {} circle in the background", ["red", "blue", "green", "yellow", "orange"][i / 4]),
+            _ => format!("a text about {i} things and {} more", i % 3),
+        };
+        let lines: Vec<String> = (0..20).map(line).collect();
         std::fs::write(&texts, lines.join("\n")).unwrap();
         std::fs::write(&tokenizer, tokenizer_training::train(lines.iter().map(String::as_str), 300).unwrap()).unwrap();
         std::fs::write(&backbone, backbone::random_file(1).unwrap()).unwrap();
         rewritten(&shards, &folder.join("rewrites"));
+        retrieved(folder);
     }
     TrainingJob {
         recipe: Recipe::from_toml(RECIPE).unwrap(),
@@ -83,6 +107,7 @@ fn job(folder: &Path, run: &str) -> TrainingJob {
         images: vec![shards],
         texts: vec![texts],
         rewrites: vec![folder.join("rewrites")],
+        retrieved: vec![folder.join("retrieved")],
         development: Vec::new(),
         features: folder.join("features"),
         run: folder.join(run),
@@ -141,6 +166,50 @@ fn a_resumed_run_has_the_curve_of_an_uninterrupted_one() {
     std::fs::write(cut.run.join("log.jsonl"), &log[..log.len() - 20]).unwrap();
     training::run(&TrainingJob { resume: true, ..cut.clone() }).unwrap();
     assert_eq!(curve(&cut.run), expected);
+}
+
+/// Losses by objective of every line of a run's log.
+fn losses(run: &Path) -> Vec<std::collections::BTreeMap<String, f64>> {
+    let log = std::fs::read_to_string(run.join("log.jsonl")).unwrap();
+    let of_line = |line: &str| {
+        let entry: serde_json::Value = serde_json::from_str(line).unwrap();
+        entry["objectives"].as_object().unwrap().iter().map(|(name, loss)| (name.clone(), loss.as_f64().unwrap())).collect()
+    };
+    log.lines().map(of_line).collect()
+}
+
+#[test]
+fn a_step_in_chunks_teaches_what_one_pass_does() {
+    let folder = tempfile::tempdir().unwrap();
+    for (name, recipe) in [("frozen", RECIPE), ("trained", WITH_BACKBONE)] {
+        let run = |chunks: usize| {
+            // Dropout would differ: it goes by a row's place in its pass. Captions are drawn by place, too.
+            let mut job = job(folder.path(), &format!("{name}-{chunks}"));
+            job.size.dropout = 0.0;
+            job.recipe = Recipe::from_toml(recipe).unwrap();
+            job.recipe.steps = 2;
+            job.recipe.batch.chunks = chunks;
+            job.recipe.batch.sampled_captions = 0;
+            job.recipe.weights.cross_modal = 0.5;
+            training::run(&job).unwrap();
+            job.run
+        };
+        let (whole, cut) = (run(1), run(3));
+        for (step, (one, many)) in losses(&whole).iter().zip(losses(&cut)).enumerate() {
+            assert_eq!(one.keys().collect::<Vec<_>>(), many.keys().collect::<Vec<_>>());
+            // Sums in f32, in another order; the second step starts from weights that differ by as much.
+            for (objective, loss) in one {
+                assert!((loss - many[objective]).abs() < 1e-4 * (1.0 + loss.abs()), "{name} {step} {objective}: {loss} {many:?}");
+            }
+        }
+        let (one, many) = (moments(&whole), moments(&cut));
+        for (weight, moment) in one.iter().filter(|(weight, _)| weight.ends_with(".first")) {
+            let scale = moment.abs().unwrap().flatten_all().unwrap().max(0).unwrap().to_scalar::<f32>().unwrap();
+            let difference = (moment - &many[weight]).unwrap().abs().unwrap().flatten_all().unwrap().max(0).unwrap();
+            let difference = difference.to_scalar::<f32>().unwrap();
+            assert!(difference <= 1e-2 * scale + 1e-7, "{name}: {weight} differs by {difference} of {scale}");
+        }
+    }
 }
 
 #[test]

@@ -7,6 +7,7 @@ use anyhow::{Context, Result, bail};
 use unimo::tokenizer::{CLS, SEP, Tokenizer};
 
 use crate::features::{FeatureCache, FeatureFile, is_mirrored};
+use crate::retrieval;
 use crate::rewriting;
 use crate::shards::{self, Damage};
 
@@ -31,6 +32,10 @@ pub struct Pair {
     pub references: Vec<String>,
     /// Rewritten captions that are false of the picture, those of each caption; and for mirrored views. Empty without rewrites.
     rewritten: [Vec<Vec<Vec<u32>>>; 2],
+    /// Texts alone that read like its captions; and for mirrored views.
+    retrieved_texts: [Vec<Vec<u32>>; 2],
+    /// Images alone that look like it.
+    retrieved_images: Vec<usize>,
 }
 
 impl Pair {
@@ -38,6 +43,18 @@ impl Pair {
     #[must_use]
     pub fn captions_for(&self, view: usize) -> &[Vec<u32>] {
         if is_mirrored(view) { &self.mirrored } else { &self.captions }
+    }
+
+    /// Texts alone that were retrieved for this pair, as fits a view.
+    #[must_use]
+    pub fn retrieved_texts(&self, view: usize) -> &[Vec<u32>] {
+        &self.retrieved_texts[usize::from(is_mirrored(view))]
+    }
+
+    /// Images alone that were retrieved for this pair, by their number in the corpus.
+    #[must_use]
+    pub fn retrieved_images(&self) -> &[usize] {
+        &self.retrieved_images
     }
 
     /// What caption `caption` was rewritten to, as fits a view: all false of the picture.
@@ -54,6 +71,8 @@ pub struct Corpus {
     /// Pictures with captions.
     pub pairs: Vec<Pair>,
     images: Vec<PictureRef>,
+    /// Number of each image alone, by its key.
+    image_numbers: HashMap<String, usize>,
     /// Ids of each text alone, `[CLS] … [SEP]`.
     pub texts: Vec<Vec<u32>>,
     /// Records that were skipped.
@@ -113,6 +132,8 @@ impl Corpus {
                         key: sample.key,
                         references: sample.captions,
                         rewritten: [Vec::new(), Vec::new()],
+                        retrieved_texts: [Vec::new(), Vec::new()],
+                        retrieved_images: Vec::new(),
                     });
                 }
                 Ok(())
@@ -131,7 +152,10 @@ impl Corpus {
         self.damaged.extend(damaged);
         let mut places: Vec<_> = places.into_iter().collect();
         places.sort_unstable_by(|a, b| a.0.cmp(&b.0));
-        self.images.extend(places.into_iter().map(|(_, place)| place));
+        for (key, place) in places {
+            self.image_numbers.insert(key, self.images.len());
+            self.images.push(place);
+        }
         Ok(())
     }
 
@@ -169,6 +193,39 @@ impl Corpus {
         }
         if found == 0 {
             bail!("{} holds rewrites of none of these pictures", folder.display());
+        }
+        Ok(found)
+    }
+
+    /// Adds what `unimo-train retrieve` found, texts and, where asked for, images; gives the number of pictures for which it found
+    /// something. Images alone must have been added before.
+    ///
+    /// # Errors
+    /// What was retrieved for none of these pictures, or images that are not there.
+    pub fn add_retrieved(&mut self, folder: &Path, images: bool, tokenizer: &Tokenizer, positions: usize) -> Result<usize> {
+        let mut by_key: HashMap<String, _> =
+            retrieval::read_retrieved(folder)?.into_iter().map(|picture| (picture.key.clone(), picture)).collect();
+        let mut found = 0;
+        for pair in &mut self.pairs {
+            let Some(picture) = by_key.remove(&pair.key) else { continue };
+            let number = |image: &retrieval::FoundImage| {
+                let missing = || format!("{} names the image {}, which --images does not hold", folder.display(), image.key);
+                self.image_numbers.get(&image.key).copied().with_context(missing)
+            };
+            if images {
+                pair.retrieved_images = picture.images.iter().map(number).collect::<Result<_>>()?;
+            }
+            for (mirrored, texts) in pair.retrieved_texts.iter_mut().enumerate() {
+                let ids = |found: &retrieval::FoundText| {
+                    let text = if mirrored == 1 { mirror_text(&found.text) } else { found.text.clone() };
+                    text_ids(tokenizer, &text, positions)
+                };
+                *texts = picture.texts.iter().map(ids).collect();
+            }
+            found += 1;
+        }
+        if found == 0 {
+            bail!("{} holds nothing for any of these pictures", folder.display());
         }
         Ok(found)
     }

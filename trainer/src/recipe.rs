@@ -43,6 +43,9 @@ pub struct Recipe {
 fn plain_temperature() -> f64 {
     1.0
 }
+fn one_chunk() -> usize {
+    1
+}
 fn default_seed() -> u64 {
     1
 }
@@ -60,6 +63,10 @@ fn default_evaluated() -> usize {
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct BatchConfig {
+    /// Passes that a step is cut into. More than one hold memory to one pass's activations, whatever the size of the step and its
+    /// contrasts, for a second forward pass over what is contrasted; the gradients are the same.
+    #[serde(default = "one_chunk")]
+    pub chunks: usize,
     /// Pictures with captions.
     pub images: usize,
     /// Share of each picture's regions that is hidden from the model while it writes, matches and is contrasted: with few
@@ -87,6 +94,16 @@ pub struct BatchConfig {
     /// Captions of each of those rewritten to be false (needs --rewrites).
     #[serde(default)]
     pub match_rewrites: usize,
+    /// Pictures that bring what was retrieved for them from images alone and texts alone (needs --retrieved), as positives of the
+    /// cross-modal contrast.
+    #[serde(default)]
+    pub retrieved_pairs: usize,
+    /// Retrieved images of each of those.
+    #[serde(default)]
+    pub retrieved_images: usize,
+    /// Retrieved texts of each of those.
+    #[serde(default)]
+    pub retrieved_texts: usize,
     /// Pairs encoded jointly with text or regions masked, in turn.
     #[serde(default)]
     pub masked_pairs: usize,
@@ -165,8 +182,14 @@ impl Recipe {
         if b.images + b.texts + b.fragment_texts + b.images_alone == 0 {
             bail!("the batch is empty");
         }
-        if b.match_images.max(b.masked_pairs).max(b.fragment_pairs) > b.images {
-            bail!("match_images, masked_pairs and fragment_pairs are taken from the step's {} images", b.images);
+        if b.match_images.max(b.masked_pairs).max(b.fragment_pairs).max(b.retrieved_pairs) > b.images {
+            bail!("match_images, masked_pairs, fragment_pairs and retrieved_pairs are taken from the step's {} images", b.images);
+        }
+        if b.chunks == 0 || b.chunks > b.images.max(1) {
+            bail!("a step of {} images is cut into 1 to {} chunks, not {}", b.images, b.images.max(1), b.chunks);
+        }
+        if b.retrieved_pairs > 0 && (b.retrieved_images + b.retrieved_texts == 0 || recipe.weights.cross_modal == 0.0) {
+            bail!("retrieved_pairs need retrieved_images or retrieved_texts, and the weight cross_modal, which alone uses them");
         }
         if b.contrast_captions > 0 && b.images < 2 {
             bail!("a contrast needs at least 2 images in a step");
@@ -217,6 +240,8 @@ mod tests {
             ("sampled_captions = 1", "against each other"),
             ("wings = 2", "wings"),
             ("hidden_regions = 1.0", "hidden_regions"),
+            ("chunks = 5", "1 to 4 chunks"),
+            ("retrieved_pairs = 2\nretrieved_texts = 1", "cross_modal"),
             ("[weights]\nlabel_smoothing = 1.5", "label_smoothing"),
         ] {
             let error = format!("{:#}", Recipe::from_toml(&format!("{good}{change}\n")).unwrap_err());

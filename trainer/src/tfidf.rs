@@ -9,6 +9,8 @@ pub struct TfIdfIndex {
     /// For each term, the texts that hold it with its weight there; terms in more than a tenth of the texts are left out.
     postings: Vec<Vec<(u32, f32)>>,
     image_of: Vec<u32>,
+    /// Logarithm of the inverse share of the texts that hold each term.
+    idf: Vec<f32>,
 }
 
 impl TfIdfIndex {
@@ -23,23 +25,8 @@ impl TfIdfIndex {
             }
         }
         let n = texts.len() as f32;
-        let idf = |term: u32| (n / document_frequency[term as usize] as f32).ln();
-        let vectors: Vec<Vec<(u32, f32)>> = texts
-            .iter()
-            .map(|text| {
-                let mut counts: HashMap<u32, f32> = HashMap::new();
-                for &term in *text {
-                    *counts.entry(term).or_default() += 1.0;
-                }
-                let mut vector: Vec<(u32, f32)> = counts.into_iter().map(|(t, c)| (t, c * idf(t))).collect();
-                vector.sort_unstable_by_key(|&(t, _)| t);
-                let norm = vector.iter().map(|(_, w)| w * w).sum::<f32>().sqrt().max(1e-12);
-                for (_, weight) in &mut vector {
-                    *weight /= norm;
-                }
-                vector
-            })
-            .collect();
+        let idf: Vec<f32> = document_frequency.iter().map(|&texts| (n / texts.max(1) as f32).ln()).collect();
+        let vectors: Vec<Vec<(u32, f32)>> = texts.iter().map(|text| vector(text, &idf)).collect();
         let common = (texts.len() / 10).max(8) as u32;
         let mut postings = vec![Vec::new(); terms];
         for (i, vector) in vectors.iter().enumerate() {
@@ -49,23 +36,51 @@ impl TfIdfIndex {
                 }
             }
         }
-        Self { vectors, postings, image_of }
+        Self { vectors, postings, image_of, idf }
     }
 
     /// The `count` texts of other images with the largest cosine similarity to text `text`, best first; ties by index.
     #[must_use]
     pub fn hard_negatives(&self, text: usize, count: usize) -> Vec<usize> {
+        let others = |other: usize| self.image_of[other] != self.image_of[text];
+        self.ranked(&self.vectors[text], others, count).into_iter().map(|(other, _)| other).collect()
+    }
+
+    /// The `count` texts with the largest cosine similarity to other terms, and that similarity, best first; ties by index.
+    /// Texts that share no term, and terms that no text holds, count nothing.
+    #[must_use]
+    pub fn nearest(&self, terms: &[u32], count: usize) -> Vec<(usize, f32)> {
+        self.ranked(&vector(terms, &self.idf), |_| true, count)
+    }
+
+    fn ranked(&self, query: &[(u32, f32)], allowed: impl Fn(usize) -> bool, count: usize) -> Vec<(usize, f32)> {
         let mut scores: HashMap<u32, f32> = HashMap::new();
-        for &(term, weight) in &self.vectors[text] {
+        for &(term, weight) in query {
             for &(other, other_weight) in &self.postings[term as usize] {
                 *scores.entry(other).or_default() += weight * other_weight;
             }
         }
-        let mut ranked: Vec<(u32, f32)> =
-            scores.into_iter().filter(|&(other, _)| self.image_of[other as usize] != self.image_of[text]).collect();
+        let mut ranked: Vec<(usize, f32)> =
+            scores.into_iter().map(|(other, score)| (other as usize, score)).filter(|&(other, _)| allowed(other)).collect();
         ranked.sort_unstable_by(|a, b| b.1.total_cmp(&a.1).then(a.0.cmp(&b.0)));
-        ranked.into_iter().take(count).map(|(other, _)| other as usize).collect()
+        ranked.truncate(count);
+        ranked
     }
+}
+
+/// TF-IDF weights of length 1, sorted by term; terms beyond the index are left out.
+fn vector(terms: &[u32], idf: &[f32]) -> Vec<(u32, f32)> {
+    let mut counts: HashMap<u32, f32> = HashMap::new();
+    for &term in terms.iter().filter(|&&term| (term as usize) < idf.len()) {
+        *counts.entry(term).or_default() += 1.0;
+    }
+    let mut vector: Vec<(u32, f32)> = counts.into_iter().map(|(t, c)| (t, c * idf[t as usize])).collect();
+    vector.sort_unstable_by_key(|&(t, _)| t);
+    let norm = vector.iter().map(|(_, w)| w * w).sum::<f32>().sqrt().max(1e-12);
+    for (_, weight) in &mut vector {
+        *weight /= norm;
+    }
+    vector
 }
 
 #[cfg(test)]

@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 use std::time::Instant;
 
 use anyhow::{Context, Result, bail};
-use candle_core::{Device, Tensor};
+use candle_core::Device;
 use indicatif::{ProgressBar, ProgressStyle};
 use serde_json::json;
 use sha2::{Digest, Sha256};
@@ -52,6 +52,8 @@ pub struct TrainingJob {
     pub texts: Vec<PathBuf>,
     /// Folders of rewritten captions.
     pub rewrites: Vec<PathBuf>,
+    /// Folders of what was retrieved.
+    pub retrieved: Vec<PathBuf>,
     /// Development shards.
     pub development: Vec<PathBuf>,
     /// Folder of the feature cache.
@@ -90,8 +92,17 @@ fn load_corpus(job: &TrainingJob, tokenizer: &Tokenizer, vision: &Vision, positi
             corpus.add_rewrites(folder, tokenizer, positions)?;
         }
     }
-    if job.recipe.batch.images_alone > 0 && !job.images.is_empty() {
+    let batch = &job.recipe.batch;
+    if (batch.images_alone > 0 || batch.retrieved_images > 0) && !job.images.is_empty() {
         corpus.add_images(&job.images, &cache(job.recipe.views.min(2)), &progress)?;
+    }
+    if batch.retrieved_pairs > 0 {
+        if job.retrieved.is_empty() {
+            bail!("the recipe trains on retrieved images and texts (`retrieved_pairs`), and none were given with --retrieved");
+        }
+        for folder in &job.retrieved {
+            corpus.add_retrieved(folder, batch.retrieved_images > 0, tokenizer, positions)?;
+        }
     }
     if job.recipe.batch.texts + job.recipe.batch.fragment_texts > 0 {
         for file in &job.texts {
@@ -278,28 +289,19 @@ impl Loop<'_> {
         let recipe = &self.job.recipe;
         let batch = StepBatch::build(&self.model, recipe, &self.source, &mut self.orders, step)?;
         let dropout = Dropout { rate: self.model.config().dropout as f32, seed: seed::mix(recipe.seed ^ 0xd409, step) };
-        let losses = batch.losses(&self.model, recipe, &self.source, dropout)?;
-        let mut total: Option<Tensor> = None;
-        let mut parts = serde_json::Map::new();
-        for (name, weight, loss) in &losses {
-            parts.insert((*name).to_owned(), json!(loss.to_scalar::<f32>()?));
-            let weighted = loss.affine(*weight, 0.0)?;
-            total = Some(match total {
-                None => weighted,
-                Some(sum) => (sum + weighted)?,
-            });
-        }
-        let Some(total) = total else { bail!("the step has no objective") };
+        let learnt = batch.learn(&self.model, recipe, &self.source, dropout)?;
+        let objectives: serde_json::Map<_, _> =
+            learnt.losses.iter().map(|(name, loss)| ((*name).to_owned(), json!(loss))).collect();
         let rate = recipe.optimizer.rate(step, recipe.steps);
-        let report = self.optimizer.step(&total.backward()?, rate)?;
+        let report = self.optimizer.step(&learnt.gradients, rate)?;
         if report.skipped {
             eprintln!("step {}: the gradient is not finite; the update was left out", step + 1);
         }
         Ok(json!({
             "schema": 1,
             "step": step + 1,
-            "loss": total.to_scalar::<f32>()?,
-            "objectives": parts,
+            "loss": learnt.total,
+            "objectives": objectives,
             "rate": rate,
             "gradient_norm": report.gradient_norm,
             "skipped": report.skipped,

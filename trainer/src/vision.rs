@@ -93,7 +93,7 @@ impl Vision {
     ///
     /// # Panics
     /// When no block is trained, or a record has another length than such records have.
-    pub fn differentiable_regions(&self, records: &[&[f32]], device: &Device) -> Result<Tensor> {
+    pub fn differentiable_regions(&self, records: &[Vec<f32>], device: &Device) -> Result<Tensor> {
         let first = BLOCKS.len() - self.trained_blocks;
         let (mut channels, side) = entering(first);
         let (cut, cells) = (side * side * channels, GRID * GRID);
@@ -153,7 +153,7 @@ mod tests {
         [0.0, 1.0].map(|phase| backbone.record(&pixels(phase), blocks).unwrap()).to_vec()
     }
 
-    fn gradients(vision: &Vision, records: &[&[f32]]) -> candle_core::backprop::GradStore {
+    fn gradients(vision: &Vision, records: &[Vec<f32>]) -> candle_core::backprop::GradStore {
         let regions = vision.differentiable_regions(records, &Device::Cpu).unwrap();
         regions.narrow(2, 0, CHANNELS).unwrap().sqr().unwrap().mean_all().unwrap().backward().unwrap()
     }
@@ -164,14 +164,13 @@ mod tests {
         for blocks in [1, 4, 17] {
             let vision = Vision::new(backbone.clone(), blocks, &Device::Cpu).unwrap();
             let records = records(&backbone, blocks);
-            let slices: Vec<&[f32]> = records.iter().map(Vec::as_slice).collect();
-            let trained = vision.differentiable_regions(&slices, &Device::Cpu).unwrap().to_vec3::<f32>().unwrap();
+            let trained = vision.differentiable_regions(&records, &Device::Cpu).unwrap().to_vec3::<f32>().unwrap();
             let plain = vision.regions(records.clone()).unwrap();
             for (trained, plain) in trained.iter().zip(&plain) {
                 // Sums of up to 960 products of order 1 in f32, in another order.
                 assert!(trained.iter().flatten().zip(plain).all(|(a, b)| (a - b).abs() < 1e-3), "{blocks} blocks");
             }
-            let gradients = gradients(&vision, &slices);
+            let gradients = gradients(&vision, &records);
             for (name, var) in vision.weights() {
                 let gradient = gradients.get(var).unwrap_or_else(|| panic!("{name} has no gradient"));
                 let norm = gradient.sqr().unwrap().sum_all().unwrap().to_scalar::<f32>().unwrap();
@@ -186,8 +185,7 @@ mod tests {
         let vision = Vision::new(backbone.clone(), 2, &Device::Cpu).unwrap();
         let records = records(&backbone, 2);
         let before = vision.regions(records.clone()).unwrap();
-        let slices: Vec<&[f32]> = records.iter().map(Vec::as_slice).collect();
-        let gradients = gradients(&vision, &slices);
+        let gradients = gradients(&vision, &records);
         for var in vision.weights().values() {
             var.set(&(var.as_tensor() - (gradients.get(var).unwrap() * 0.1).unwrap()).unwrap()).unwrap();
         }

@@ -5,6 +5,7 @@ pub mod data;
 pub mod eval;
 pub mod finetune;
 pub mod pretrain;
+pub mod retrieve;
 pub mod rewrite;
 pub mod tokenizer;
 
@@ -39,6 +40,8 @@ enum Command {
     Tokenizer(tokenizer::Args),
     /// Make negatives of captions by rewriting them
     Rewrite(rewrite::Args),
+    /// Find images alone and texts alone that are like each pair
+    Retrieve(retrieve::Args),
     /// Train a model from nothing, or go on from a checkpoint, on all objectives of a recipe
     Pretrain(pretrain::Args),
     /// Adapt a pretrained checkpoint to captioning or retrieval
@@ -58,6 +61,7 @@ pub fn run(cli: Cli) -> Result<ExitCode> {
         Command::Data(args) => data::run(args),
         Command::Tokenizer(args) => tokenizer::run(&args),
         Command::Rewrite(args) => rewrite::run(&args),
+        Command::Retrieve(args) => retrieve::run(&args),
         Command::Pretrain(args) => pretrain::run(&args),
         Command::Finetune(args) => finetune::run(&args),
         Command::Average(args) => average::run(&args),

@@ -39,6 +39,9 @@ pub struct DataArgs {
     /// Folders of rewritten captions (see `unimo-train rewrite`)
     #[arg(long, num_args = 1.., value_name = "FOLDER")]
     pub rewrites: Vec<PathBuf>,
+    /// Folders of retrieved images and texts (see `unimo-train retrieve`)
+    #[arg(long, num_args = 1.., value_name = "FOLDER")]
+    pub retrieved: Vec<PathBuf>,
     /// Development shards, evaluated on the way
     #[arg(long, num_args = 1.., value_name = "SHARD")]
     pub dev: Vec<PathBuf>,
@@ -90,6 +93,7 @@ impl DataArgs {
             images: self.images.clone(),
             texts: self.texts.clone(),
             rewrites: self.rewrites.clone(),
+            retrieved: self.retrieved.clone(),
             development: self.dev.clone(),
             features: self.features.clone().unwrap_or_else(|| self.out.join("features")),
             run: self.out.clone(),

@@ -138,6 +138,6 @@ impl Unimo {
     /// # Errors
     /// Those of [`Unimo::forward`].
     pub fn evaluate(&self, batch: &PackedBatch) -> Result<Tensor> {
-        Ok(self.forward(batch, Dropout::OFF)?.detach())
+        Ok(self.forward(batch, None, Dropout::OFF)?.detach())
     }
 }

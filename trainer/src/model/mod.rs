@@ -214,17 +214,18 @@ impl Unimo {
         self.norm("image.norm", &sum)
     }
 
-    /// Runs the Transformer over a packed batch; the result is `[rows, hidden]`.
+    /// Runs the Transformer over a packed batch; the result is `[rows, hidden]`. `pictures` are the region features of a batch
+    /// whose images were packed by picture, `[pictures, regions, region_feature]`, and nothing for another.
     ///
     /// # Errors
-    /// Ids or positions out of range, and those of candle.
-    pub fn forward(&self, batch: &PackedBatch, dropout: Dropout) -> candle_core::Result<Tensor> {
+    /// Ids, positions or pictures out of range, and those of candle.
+    pub fn forward(&self, batch: &PackedBatch, pictures: Option<&Tensor>, dropout: Dropout) -> candle_core::Result<Tensor> {
         let mut parts = Vec::new();
         if batch.ids.elem_count() > 0 {
             parts.push(self.embed_tokens(&batch.ids, &batch.positions)?);
         }
         if let (Some(features), Some(boxes)) = (&batch.features, &batch.boxes) {
-            parts.push(self.embed_regions(features, boxes)?);
+            parts.push(self.embed_regions(&features.rows(pictures, &self.statistics)?, boxes)?);
         }
         let mut x = Tensor::cat(&parts, 0)?.index_select(&batch.order, 0)?;
         if dropout.rate > 0.0 {

@@ -10,7 +10,7 @@ use crate::ops::{AttentionGroup, AttentionPlan, QueryBlock};
 pub enum Features<'a> {
     /// Row-major values `[regions · region_feature]`, as the backbone gives them.
     Values(&'a [f32]),
-    /// Picture of this number among those that [`Packer::finish_with`] is given.
+    /// Picture of this number among those that [`Unimo::forward`] is given.
     Picture(usize),
 }
 
@@ -52,8 +52,8 @@ pub struct PackedBatch {
     pub(super) ids: Tensor,
     /// Position of each text row inside its text.
     pub(super) positions: Tensor,
-    /// Standardised, `[images · image_tokens, region_feature]`, `[IMG]`'s mean included; absent without images.
-    pub(super) features: Option<Tensor>,
+    /// Features of the image rows; absent without images.
+    pub(super) features: Option<PackedFeatures>,
     /// `[images · image_tokens, 5]`.
     pub(super) boxes: Option<Tensor>,
     /// For each packed row, its place in texts ++ images.
@@ -67,6 +67,43 @@ impl PackedBatch {
     #[must_use]
     pub fn rows(&self) -> usize {
         self.plan.rows()
+    }
+}
+
+/// Features of a batch's image rows.
+pub(super) enum PackedFeatures {
+    /// Standardised, `[images · image_tokens, region_feature]`, `[IMG]`'s mean included.
+    Values(Tensor),
+    /// To be taken from the pictures that the forward pass is given.
+    Pictures {
+        /// Picture of each image, `[images]`.
+        of: Tensor,
+        /// 1 for each region that is seen and 0 for each masked one, `[images, regions, 1]`; absent where all are seen.
+        visible: Option<Tensor>,
+        /// One divided by the number of visible regions, `[images, 1, 1]`.
+        shares: Tensor,
+    },
+}
+
+impl PackedFeatures {
+    /// Standardised features of every image row, `[images · image_tokens, region_feature]`. `pictures` is
+    /// `[pictures, regions, region_feature]`, as the backbone gives them; gradients flow into it.
+    pub(super) fn rows(&self, pictures: Option<&Tensor>, statistics: &RegionStatistics) -> Result<Tensor> {
+        let (of, visible, shares) = match (self, pictures) {
+            (Self::Values(values), None) => return Ok(values.clone()),
+            (Self::Pictures { of, visible, shares }, Some(_)) => (of, visible, shares),
+            _ => candle_core::bail!("a batch packed by picture, and it alone, is run with the pictures' features"),
+        };
+        let Some(pictures) = pictures else { candle_core::bail!("no pictures") };
+        let mean = Tensor::new(statistics.mean.as_slice(), pictures.device())?;
+        let deviation = Tensor::new(statistics.deviation.as_slice(), pictures.device())?;
+        let standard = pictures.broadcast_sub(&mean)?.broadcast_div(&deviation)?;
+        let mut regions = standard.index_select(of, 0)?;
+        if let Some(visible) = visible {
+            regions = regions.broadcast_mul(visible)?;
+        }
+        let mean = regions.sum_keepdim(1)?.broadcast_mul(shares)?;
+        Tensor::cat(&[mean, regions], 1)?.flatten(0, 1)
     }
 }
 
@@ -212,17 +249,8 @@ impl<'a> Packer<'a> {
     /// Moves the batch to the device.
     ///
     /// # Errors
-    /// Images given as [`Features::Picture`], and those of candle.
+    /// Images given by value and images given by picture in one batch, and those of candle.
     pub fn finish(self, device: &Device) -> Result<PackedBatch> {
-        self.finish_with(device, None)
-    }
-
-    /// Moves the batch to the device; `pictures`, `[pictures, regions, region_feature]` as the backbone gives them, are the
-    /// features of all its images, and gradients flow into them.
-    ///
-    /// # Errors
-    /// Images of both kinds in one batch, pictures out of range, and those of candle.
-    pub fn finish_with(self, device: &Device, pictures: Option<&Tensor>) -> Result<PackedBatch> {
         let texts = self.ids.len() as u32;
         let order: Vec<u32> = self
             .origins
@@ -235,10 +263,20 @@ impl<'a> Packer<'a> {
         let (mut features, mut boxes) = (None, None);
         if self.images > 0 {
             let rows = self.images * self.config.image_tokens();
-            features = Some(match pictures {
-                _ if self.pictures.is_empty() => Tensor::from_vec(self.features, (rows, self.config.region_feature), device)?,
-                Some(pictures) if self.features.is_empty() => self.embedded(pictures)?,
-                _ => candle_core::bail!("a batch takes the features of all its images from one place"),
+            features = Some(if self.pictures.is_empty() {
+                PackedFeatures::Values(Tensor::from_vec(self.features, (rows, self.config.region_feature), device)?)
+            } else if self.features.is_empty() {
+                let count = self.config.regions();
+                let seen = self.visible.chunks_exact(count).map(|v| 1.0 / v.iter().sum::<f32>().max(1.0)).collect();
+                let visible =
+                    self.visible.contains(&0.0).then(|| Tensor::from_vec(self.visible, (self.images, count, 1), device));
+                PackedFeatures::Pictures {
+                    of: Tensor::new(self.pictures.as_slice(), device)?,
+                    visible: visible.transpose()?,
+                    shares: Tensor::from_vec(seen, (self.images, 1, 1), device)?,
+                }
+            } else {
+                candle_core::bail!("a batch takes the features of all its images from one place")
             });
             let one = region_boxes(self.config.grid);
             boxes = Some(Tensor::from_vec(one.repeat(self.images), (rows, 5), device)?);
@@ -251,25 +289,6 @@ impl<'a> Packer<'a> {
             order: Tensor::new(order.as_slice(), device)?,
             plan: std::sync::Arc::new(self.plan),
         })
-    }
-}
-
-impl Packer<'_> {
-    /// Standardised features of every image and, before them, the mean of the visible ones: what [`Packer::push_values`] makes
-    /// of values, `[images · image_tokens, region_feature]`.
-    fn embedded(&self, pictures: &Tensor) -> Result<Tensor> {
-        let (device, count, width) = (pictures.device(), self.config.regions(), self.config.region_feature);
-        let mean = Tensor::new(self.statistics.mean.as_slice(), device)?;
-        let deviation = Tensor::new(self.statistics.deviation.as_slice(), device)?;
-        let standard = pictures.broadcast_sub(&mean)?.broadcast_div(&deviation)?;
-        let mut regions = standard.index_select(&Tensor::new(self.pictures.as_slice(), device)?, 0)?;
-        let mut shares = vec![1.0 / count as f32; self.images];
-        if self.visible.contains(&0.0) {
-            regions = regions.broadcast_mul(&Tensor::from_slice(&self.visible, (self.images, count, 1), device)?)?;
-            shares = self.visible.chunks_exact(count).map(|v| 1.0 / v.iter().sum::<f32>().max(1.0)).collect();
-        }
-        let mean = regions.sum_keepdim(1)?.broadcast_mul(&Tensor::from_vec(shares, (self.images, 1, 1), device)?)?;
-        Tensor::cat(&[mean, regions], 1)?.reshape((self.images * (count + 1), width))
     }
 }
 
@@ -290,12 +309,13 @@ pub fn region_boxes(grid: usize) -> Vec<f32> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::model::Dropout;
 
     /// Standardised rows of one packed image.
     fn rows(model: &Unimo, features: &[f32], masked: &[usize]) -> Vec<Vec<f32>> {
         let mut packer = Packer::new(model);
         packer.image_with_captions(Regions::masked(features, masked), &[]);
-        packer.finish(&Device::Cpu).unwrap().features.unwrap().to_vec2().unwrap()
+        packer.finish(&Device::Cpu).unwrap().features.unwrap().rows(None, model.statistics()).unwrap().to_vec2().unwrap()
     }
 
     #[test]
@@ -331,9 +351,12 @@ mod tests {
             by_value.image_with_captions(Regions::masked(&values[picture * 12..(picture + 1) * 12], masked), &[]);
             by_picture.image_with_captions(Regions { features: Features::Picture(picture), masked }, &[]);
         }
-        let rows = |packed: PackedBatch| packed.features.unwrap().to_vec2::<f32>().unwrap();
-        let expected = rows(by_value.finish(&Device::Cpu).unwrap());
-        let got = rows(by_picture.finish_with(&Device::Cpu, Some(&pictures)).unwrap());
+        let rows = |packer: Packer, pictures: Option<&Tensor>| {
+            let features = packer.finish(&Device::Cpu).unwrap().features.unwrap();
+            features.rows(pictures, model.statistics()).unwrap().to_vec2::<f32>().unwrap()
+        };
+        let expected = rows(by_value, None);
+        let got = rows(by_picture, Some(&pictures));
         assert_eq!(expected.len(), 15);
         for (a, b) in expected.iter().flatten().zip(got.iter().flatten()) {
             assert!((a - b).abs() < 1e-5, "{a} {b}");
@@ -372,6 +395,7 @@ mod tests {
         let model = Unimo::new(config, 1, &Device::Cpu).unwrap();
         let mut packer = Packer::new(&model);
         packer.image_with_captions(Regions { features: Features::Picture(0), masked: &[] }, &[]);
-        assert!(packer.finish(&Device::Cpu).is_err());
+        let batch = packer.finish(&Device::Cpu).unwrap();
+        assert!(model.forward(&batch, None, Dropout::OFF).is_err());
     }
 }

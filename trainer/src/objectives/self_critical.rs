@@ -122,12 +122,12 @@ mod tests {
         let recipe = Recipe::from_toml(recipe).unwrap();
         let batch = StepBatch::build(&model, &recipe, &source, &mut Orders::default(), 0).unwrap();
 
-        let sampled = &batch.sampled;
+        let sampled = &batch.chunks[0].parts.sampled;
         let mut captions = vec![vec![unimo::tokenizer::CLS]];
         for &token in &sampled.predictions.targets {
             let last = captions.last_mut().unwrap();
             last.push(token);
-            if token == SEP || last.len() > super::super::SAMPLED_TOKENS {
+            if token == SEP || last.len() > super::super::step::SAMPLED_TOKENS {
                 captions.push(vec![unimo::tokenizer::CLS]);
             }
         }

@@ -1,7 +1,6 @@
 //! Negatives of whole corpora as files beside the shards: one JSON object a picture, one file a shard, resumable.
 
 use std::collections::HashMap;
-use std::fmt::Write as _;
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, bail};
@@ -12,6 +11,7 @@ use sha2::{Digest, Sha256};
 use super::rewriter::{Counts, Rewriter};
 use crate::features::hex;
 use crate::shards::{self, Damage};
+use crate::work_files;
 
 /// File that says what a folder of rewrites was made of.
 const ABOUT: &str = "rewrites.toml";
@@ -116,7 +116,7 @@ pub fn rewrite(job: &RewriteJob, progress: &(dyn Fn(u64) + Sync)) -> Result<Rewr
     }
     let paraphrases = job.paraphrases.as_deref().map(read_paraphrases).transpose()?.unwrap_or_default();
     claim(job, &pictures, &captions, &paraphrases)?;
-    let files: Vec<PathBuf> = shards.iter().enumerate().map(|(i, shard)| job.out.join(file_name(i, shard))).collect();
+    let files: Vec<PathBuf> = shards.iter().enumerate().map(|(i, shard)| job.out.join(work_files::file_name(i, shard))).collect();
     report.kept = files.iter().filter(|file| file.exists()).count();
     if report.kept == files.len() {
         return Ok(report);
@@ -148,15 +148,10 @@ pub fn rewrite(job: &RewriteJob, progress: &(dyn Fn(u64) + Sync)) -> Result<Rewr
                 *sum += made.len();
             }
         }
-        write_lines(file, &lines)?;
+        work_files::write_lines(file, &lines)?;
         report.written += 1;
     }
     Ok(report)
-}
-
-fn file_name(number: usize, shard: &Path) -> String {
-    let stem = shard.file_stem().map_or_else(|| "shard".into(), |s| s.to_string_lossy());
-    format!("{number:04}-{stem}.jsonl")
 }
 
 /// Makes the folder this job's, or refuses it.
@@ -174,36 +169,7 @@ fn claim(
     sorted.sort_unstable();
     hash.update(serde_json::to_vec(&sorted)?);
     let about = About { schema: 1, fingerprint: hex(&hash.finalize()[..16]), seed: job.seed, counts: job.counts };
-    let text = toml::to_string(&about)?;
-    let path = job.out.join(ABOUT);
-    match std::fs::read_to_string(&path) {
-        Ok(found) if found == text => Ok(()),
-        Ok(_) => bail!("{} holds rewrites of other captions or by other settings; choose another --out", job.out.display()),
-        Err(_) => {
-            std::fs::create_dir_all(&job.out).with_context(|| format!("cannot create {}", job.out.display()))?;
-            write_whole(&path, text.as_bytes())
-        }
-    }
-}
-
-fn write_lines(path: &Path, lines: &[RewrittenPicture]) -> Result<()> {
-    let mut text = String::new();
-    for line in lines {
-        let _ = writeln!(text, "{}", serde_json::to_string(line)?);
-    }
-    write_whole(path, text.as_bytes())
-}
-
-/// The file appears under its name only when all of it is on the disk.
-fn write_whole(path: &Path, bytes: &[u8]) -> Result<()> {
-    let partial = path.with_extension("tmp");
-    let write = || -> std::io::Result<()> {
-        let mut file = std::fs::File::create(&partial)?;
-        std::io::Write::write_all(&mut file, bytes)?;
-        file.sync_all()?;
-        std::fs::rename(&partial, path)
-    };
-    write().with_context(|| format!("cannot write {}", path.display()))
+    work_files::claim(&job.out, ABOUT, &about)
 }
 
 fn read_paraphrases(path: &Path) -> Result<HashMap<String, Vec<String>>> {
@@ -222,24 +188,7 @@ fn read_paraphrases(path: &Path) -> Result<HashMap<String, Vec<String>>> {
 /// # Errors
 /// A folder that holds none, or a damaged line.
 pub fn read_rewrites(folder: &Path) -> Result<Vec<RewrittenPicture>> {
-    if !folder.join(ABOUT).is_file() {
-        bail!("{} holds no rewrites; `unimo-train rewrite` makes them", folder.display());
-    }
-    let mut files: Vec<PathBuf> = std::fs::read_dir(folder)
-        .with_context(|| format!("cannot list {}", folder.display()))?
-        .filter_map(|entry| entry.ok().map(|e| e.path()))
-        .filter(|path| path.extension().is_some_and(|e| e == "jsonl"))
-        .collect();
-    files.sort();
-    let mut pictures = Vec::new();
-    for file in files {
-        let text = std::fs::read_to_string(&file).with_context(|| format!("cannot read {}", file.display()))?;
-        for (number, line) in text.lines().enumerate() {
-            let picture = serde_json::from_str(line).with_context(|| format!("line {} of {}", number + 1, file.display()))?;
-            pictures.push(picture);
-        }
-    }
-    Ok(pictures)
+    work_files::read_lines(folder, ABOUT, "rewrite")
 }
 
 #[cfg(test)]

@@ -1,0 +1,290 @@
+//! Draws the samples of one chunk of a step and packs them, with notes of what each row has to predict.
+
+use rand::Rng;
+use rand::seq::{IndexedRandom, SliceRandom};
+use rand_chacha::ChaCha8Rng;
+
+use super::self_critical;
+use super::{Fragments, MaskedText, Source, mask_regions, mask_text, take_fragments};
+use crate::backbone::FEATURES;
+use crate::model::{Features, Packer, Regions};
+use crate::recipe::BatchConfig;
+
+/// Share of the regions that is masked.
+const MASKED_REGIONS: f64 = 0.15;
+
+/// Rows that predict tokens.
+#[derive(Default)]
+pub(super) struct Predictions {
+    pub rows: Vec<usize>,
+    pub targets: Vec<u32>,
+}
+
+impl Predictions {
+    /// The rows of `ids[..len−1]`, starting at `first`, predict the token after them.
+    fn next_tokens(&mut self, first: usize, ids: &[u32]) {
+        self.rows.extend(first..first + ids.len() - 1);
+        self.targets.extend(&ids[1..]);
+    }
+
+    fn masked(&mut self, first: usize, masked: &MaskedText) {
+        for &(position, target) in &masked.targets {
+            self.rows.push(first + position);
+            self.targets.push(target);
+        }
+    }
+}
+
+/// Rows that predict sampled tokens, and how much better than its siblings each row's caption was.
+#[derive(Default)]
+pub(super) struct Sampled {
+    pub predictions: Predictions,
+    pub advantages: Vec<f32>,
+    pub rewards: Vec<f64>,
+}
+
+/// Masked regions: where they are and what they were.
+#[derive(Default)]
+pub(super) struct RegionTargets {
+    pub rows: Vec<usize>,
+    pub features: Vec<f32>,
+}
+
+/// A picture with captions, drawn for a step.
+pub(super) struct Picture {
+    /// Its number in the step.
+    pub number: usize,
+    /// Its place among the pictures of its chunk.
+    pub place: usize,
+    /// Which pair of the corpus.
+    pub pair: usize,
+    /// Which view of it.
+    pub view: usize,
+    /// Region features with a frozen backbone, else what they are computed from.
+    pub record: Vec<f32>,
+}
+
+/// What the rows of a chunk have to predict, and which of them are contrasted. Rows count from the start of the chunk, pictures
+/// from the start of the step.
+#[derive(Default)]
+pub(super) struct Parts {
+    /// Captions to write.
+    pub captions: Predictions,
+    /// Captions that the model drew.
+    pub sampled: Sampled,
+    /// Texts to write.
+    pub texts: Predictions,
+    /// Fragments to write.
+    pub fragments: Predictions,
+    /// Masked words.
+    pub masked_words: Predictions,
+    /// Masked regions.
+    pub regions: RegionTargets,
+    /// `[IMG]` of each picture encoded alone.
+    pub image_rows: Vec<usize>,
+    /// `[CLS]` of each caption encoded alone, and its picture.
+    pub text_rows: Vec<usize>,
+    /// See `text_rows`.
+    pub image_of_text: Vec<usize>,
+    /// `[IMG]` of each image retrieved for a picture, and that picture.
+    pub retrieved_image_rows: Vec<usize>,
+    /// See `retrieved_image_rows`.
+    pub retrieved_image_of: Vec<usize>,
+    /// `[CLS]` of each text retrieved for a picture, and that picture.
+    pub retrieved_text_rows: Vec<usize>,
+    /// See `retrieved_text_rows`.
+    pub retrieved_text_of: Vec<usize>,
+    /// `[IMG]` of each pair encoded jointly.
+    pub match_images: Vec<usize>,
+    /// `[CLS]` of each pair encoded jointly.
+    pub match_texts: Vec<usize>,
+    /// Whether they belong together.
+    pub match_labels: Vec<f32>,
+    /// Picture of each such pair.
+    pub match_image_of: Vec<usize>,
+}
+
+/// A chunk in the making.
+pub(super) struct Draft<'a> {
+    /// Collects rows.
+    pub packer: Packer<'a>,
+    /// Cells along a side of the region grid.
+    pub grid: usize,
+    /// The recipe's batch.
+    pub batch: &'a BatchConfig,
+    /// What is drawn from.
+    pub source: &'a Source<'a>,
+    /// What to predict.
+    pub parts: Parts,
+    /// Records of the pictures that are packed by their place; with a frozen backbone none are.
+    pub records: Vec<Vec<f32>>,
+}
+
+impl Draft<'_> {
+    /// Whether pictures are packed by their place, because their features are still to be computed.
+    fn by_place(&self) -> bool {
+        self.source.vision.trained_blocks() > 0
+    }
+
+    /// Where a picture's region features come from.
+    fn features<'p>(&self, picture: &'p Picture) -> Features<'p> {
+        if self.by_place() { Features::Picture(picture.place) } else { Features::Values(&picture.record) }
+    }
+
+    /// Regions that the model is not shown this time: each with the recipe's probability.
+    fn hidden(&self, rng: &mut ChaCha8Rng) -> Vec<usize> {
+        let share = self.batch.hidden_regions;
+        if share == 0.0 {
+            return Vec::new();
+        }
+        (0..self.grid * self.grid).filter(|_| rng.random_bool(share)).collect()
+    }
+
+    /// Images and texts retrieved for a picture, each encoded alone.
+    pub fn retrieved(&mut self, picture: &Picture, rng: &mut ChaCha8Rng) {
+        let corpus = self.source.corpus;
+        let pair = &corpus.pairs[picture.pair];
+        for &image in pair.retrieved_images().choose_multiple(rng, self.batch.retrieved_images) {
+            // Views of images alone are plain or mirrored.
+            let record = corpus.image_record(image, rng.random_range(0..2));
+            let place = self.records.len();
+            let features = if self.by_place() { Features::Picture(place) } else { Features::Values(&record) };
+            let rows = self.packer.image_with_captions(Regions { features, masked: &[] }, &[]);
+            self.parts.retrieved_image_rows.push(rows.image);
+            self.parts.retrieved_image_of.push(picture.number);
+            if self.by_place() {
+                self.records.push(record);
+            }
+        }
+        for ids in pair.retrieved_texts(picture.view).choose_multiple(rng, self.batch.retrieved_texts) {
+            self.parts.retrieved_text_rows.push(self.packer.text(ids, false));
+            self.parts.retrieved_text_of.push(picture.number);
+        }
+    }
+
+    pub fn generate_and_contrast(&mut self, picture: &Picture, samples: &[Vec<u32>], rng: &mut ChaCha8Rng) {
+        let batch = self.batch;
+        let pair = &self.source.corpus.pairs[picture.pair];
+        let mut order: Vec<usize> = (0..pair.captions.len()).collect();
+        order.shuffle(rng);
+        let all = pair.captions_for(picture.view);
+        let chosen: Vec<&[u32]> = order.iter().take(batch.captions).map(|&c| all[c].as_slice()).collect();
+        let inputs: Vec<&[u32]> =
+            chosen.iter().copied().chain(samples.iter().map(Vec::as_slice)).map(|ids| &ids[..ids.len() - 1]).collect();
+        let hidden = self.hidden(rng);
+        let regions = Regions { features: self.features(picture), masked: &hidden };
+        let rows = self.packer.image_with_captions(regions, &inputs);
+        let (written, sampled) = rows.texts.split_at(chosen.len());
+        for (&first, ids) in written.iter().zip(&chosen) {
+            self.parts.captions.next_tokens(first, ids);
+        }
+        if let Some(critic) = self.source.critic {
+            let parts = &mut self.parts.sampled;
+            let rewards = critic.rewards(picture.pair, picture.view, samples);
+            for ((&first, ids), advantage) in sampled.iter().zip(samples).zip(self_critical::advantages(&rewards)) {
+                parts.predictions.next_tokens(first, ids);
+                parts.advantages.resize(parts.predictions.rows.len(), advantage as f32);
+            }
+            parts.rewards.extend(rewards);
+        }
+        self.parts.image_rows.push(rows.image);
+        for &c in order.iter().rev().take(batch.contrast_captions) {
+            self.parts.text_rows.push(self.packer.text(&all[c], false));
+            self.parts.image_of_text.push(picture.number);
+        }
+    }
+
+    pub fn match_pairs(&mut self, picture: &Picture, rng: &mut ChaCha8Rng) {
+        let batch = self.batch;
+        let corpus = self.source.corpus;
+        let pair = &corpus.pairs[picture.pair];
+        let own = rng.random_range(0..pair.captions.len());
+        let mut candidates = vec![(pair.captions_for(picture.view)[own].clone(), 1.0)];
+        let near = self
+            .source
+            .tfidf
+            .map(|index| index.hard_negatives(self.source.first_text[picture.pair] + own, 24))
+            .unwrap_or_default();
+        for k in 0..batch.match_negatives {
+            // Every other negative is any caption at all: with near ones alone the head never learns what is far.
+            let text = if k % 2 == 0 && !near.is_empty() {
+                near[rng.random_range(0..near.len())]
+            } else {
+                self.any_other_text(picture.pair, rng)
+            };
+            let other = self.source.first_text.partition_point(|&first| first <= text) - 1;
+            candidates.push((corpus.pairs[other].captions_for(picture.view)[text - self.source.first_text[other]].clone(), 0.0));
+        }
+        let rewritten = pair.rewrites_for(picture.view, own).choose_multiple(rng, batch.match_rewrites);
+        candidates.extend(rewritten.map(|ids| (ids.clone(), 0.0)));
+        let hidden = self.hidden(rng);
+        for (ids, label) in candidates {
+            let rows = self.packer.pair(Regions { features: self.features(picture), masked: &hidden }, &ids);
+            self.parts.match_images.push(rows.image);
+            self.parts.match_texts.push(rows.texts[0]);
+            self.parts.match_labels.push(label);
+            self.parts.match_image_of.push(picture.number);
+        }
+    }
+
+    fn any_other_text(&self, pair: usize, rng: &mut ChaCha8Rng) -> usize {
+        let pairs = &self.source.corpus.pairs;
+        let mut other = rng.random_range(0..pairs.len());
+        if other == pair {
+            other = (other + 1) % pairs.len();
+        }
+        self.source.first_text[other] + rng.random_range(0..pairs[other].captions.len())
+    }
+
+    pub fn masked_pair(&mut self, picture: &Picture, words: bool, rng: &mut ChaCha8Rng) {
+        let pair = &self.source.corpus.pairs[picture.pair];
+        let ids = &pair.captions_for(picture.view)[rng.random_range(0..pair.captions.len())];
+        if words {
+            let masked = mask_text(ids, self.source.vocabulary, rng);
+            let rows = self.packer.pair(Regions::visible(&picture.record), &masked.ids);
+            self.parts.masked_words.masked(rows.texts[0], &masked);
+        } else {
+            let masked = mask_regions(self.grid, MASKED_REGIONS, rng);
+            let rows = self.packer.pair(Regions::masked(&picture.record, &masked), ids);
+            self.region_targets(rows.image, &picture.record, &masked);
+        }
+    }
+
+    pub fn fragment_pair(&mut self, picture: &Picture, rng: &mut ChaCha8Rng) {
+        let pair = &self.source.corpus.pairs[picture.pair];
+        let ids = &pair.captions_for(picture.view)[rng.random_range(0..pair.captions.len())];
+        self.fragments(Some(Regions { features: self.features(picture), masked: &[] }), ids, rng);
+    }
+
+    pub fn fragments(&mut self, regions: Option<Regions>, ids: &[u32], rng: &mut ChaCha8Rng) {
+        let Fragments { source, target } = take_fragments(ids, self.source.vocabulary, rng);
+        if target.len() > 1 {
+            let first = self.packer.target_after(regions, &source, &target[..target.len() - 1]);
+            self.parts.fragments.next_tokens(first, &target);
+        }
+    }
+
+    pub fn masked_image(&mut self, features: &[f32], rng: &mut ChaCha8Rng) {
+        let masked = mask_regions(self.grid, MASKED_REGIONS, rng);
+        let rows = self.packer.image_with_captions(Regions::masked(features, &masked), &[]);
+        self.region_targets(rows.image, features, &masked);
+    }
+
+    fn region_targets(&mut self, image_row: usize, features: &[f32], masked: &[usize]) {
+        for &region in masked {
+            self.parts.regions.rows.push(image_row + 1 + region);
+            self.parts.regions.features.extend_from_slice(&features[region * FEATURES..(region + 1) * FEATURES]);
+        }
+    }
+
+    pub fn text(&mut self, ids: &[u32], generate: bool, rng: &mut ChaCha8Rng) {
+        if generate {
+            let first = self.packer.text(&ids[..ids.len() - 1], true);
+            self.parts.texts.next_tokens(first, ids);
+        } else {
+            let masked = mask_text(ids, self.source.vocabulary, rng);
+            let first = self.packer.text(&masked.ids, false);
+            self.parts.masked_words.masked(first, &masked);
+        }
+    }
+}

@@ -1,0 +1,507 @@
+//! A step: its samples in one or several chunks, their losses and gradients.
+
+use anyhow::{Context, Result};
+use candle_core::backprop::GradStore;
+use candle_core::{Tensor, Var};
+use rand::Rng;
+
+use super::draft::{Draft, Parts, Picture, Predictions};
+use super::{Contrast, Orders, Source, contrastive_loss, cross_modal_contrast, matching_loss, shuffled};
+use super::{region_classification, region_regression};
+use crate::backbone::FEATURES;
+use crate::model::{Dropout, PackedBatch, Packer, Unimo};
+use crate::recipe::Recipe;
+use crate::seed;
+
+/// Tokens after which a sampled caption is cut off.
+pub(super) const SAMPLED_TOKENS: usize = 20;
+
+/// Streams of draws: what they decide, so that no two are alike.
+#[derive(Clone, Copy)]
+enum Stream {
+    View = 1,
+    Caption,
+    Match,
+    Masked,
+    Fragments,
+    Text,
+    ImageAlone,
+    Retrieved,
+}
+
+/// One forward pass of a step.
+pub(super) struct Chunk {
+    packed: PackedBatch,
+    pub(super) parts: Parts,
+    /// Records of its pictures where the backbone is trained.
+    records: Vec<Vec<f32>>,
+}
+
+/// One step's samples, packed, with what each row has to predict.
+pub struct StepBatch {
+    pub(super) chunks: Vec<Chunk>,
+    /// Pictures in the step, for throughput.
+    pub pictures: usize,
+}
+
+/// What a step taught.
+pub struct Learnt {
+    /// The weighted sum of the losses.
+    pub total: f64,
+    /// Every objective's unweighted loss, by name. Objectives without samples are absent.
+    pub losses: Vec<(&'static str, f64)>,
+    /// Gradients of the weighted sum.
+    pub gradients: GradStore,
+}
+
+/// An objective's loss in one forward pass.
+struct Term {
+    name: &'static str,
+    weight: f64,
+    /// Share of the objective's samples that lie in this pass.
+    share: f64,
+    loss: Tensor,
+}
+
+/// What the contrasts compare; each absent where a chunk or step has none.
+#[derive(Default, Clone)]
+struct Encoded {
+    /// Unified-space embeddings `[n, embedding]` of pictures, captions, retrieved images and retrieved texts; then the matching
+    /// logits `[n]` of jointly encoded pairs.
+    tensors: [Option<Tensor>; 5],
+}
+
+impl Encoded {
+    fn detached(&self) -> Self {
+        Self { tensors: self.tensors.clone().map(|t| t.map(|t| t.detach())) }
+    }
+}
+
+/// The part of `0..count` that falls to chunk `chunk` of `chunks`.
+fn part(count: usize, chunk: usize, chunks: usize) -> std::ops::Range<usize> {
+    count * chunk / chunks..count * (chunk + 1) / chunks
+}
+
+impl StepBatch {
+    /// Draws and packs step `step` of a recipe.
+    ///
+    /// # Errors
+    /// Those of candle.
+    pub fn build(model: &Unimo, recipe: &Recipe, source: &Source, orders: &mut Orders, step: u64) -> Result<Self> {
+        let b = &recipe.batch;
+        let chunks = (0..b.chunks).map(|chunk| {
+            let rng = |stream: Stream, number: usize| {
+                let of_step = seed::mix(recipe.seed ^ 0x5eed_0001 ^ ((stream as u64) << 32), step);
+                seed::rng(seed::mix(of_step, number as u64))
+            };
+            let first = part(b.images, chunk, b.chunks).start;
+            let pictures: Vec<Picture> = part(b.images, chunk, b.chunks)
+                .map(|number| {
+                    let at = step * b.images as u64 + number as u64;
+                    let pair = shuffled(recipe.seed, source.corpus.pairs.len(), at, &mut orders.pairs);
+                    let view = rng(Stream::View, number).random_range(0..source.corpus.views(pair));
+                    let record = source.corpus.pair_record(pair, view);
+                    Picture { number, place: number - first, pair, view, record }
+                })
+                .collect();
+            let records = match source.vision.trained_blocks() {
+                0 => Vec::new(),
+                _ => pictures.iter().map(|p| p.record.clone()).collect(),
+            };
+            let samples = sample(model, recipe, source, &pictures, step)?;
+            let mut draft = Draft {
+                packer: Packer::new(model),
+                grid: model.config().grid,
+                batch: b,
+                source,
+                parts: Parts::default(),
+                records,
+            };
+            for (i, picture) in pictures.iter().enumerate() {
+                let samples = &samples[i * b.sampled_captions..(i + 1) * b.sampled_captions];
+                draft.generate_and_contrast(picture, samples, &mut rng(Stream::Caption, picture.number));
+            }
+            // Some objectives take the step's first pictures, some its last ones: with few of each they are not the same.
+            let (number, last) = (|p: &&Picture| p.number, |p: &&Picture| b.images - 1 - p.number);
+            for picture in pictures.iter().filter(|p| number(p) < b.match_images) {
+                draft.match_pairs(picture, &mut rng(Stream::Match, picture.number));
+            }
+            for picture in pictures.iter().filter(|p| number(p) < b.retrieved_pairs) {
+                draft.retrieved(picture, &mut rng(Stream::Retrieved, picture.number));
+            }
+            for picture in pictures.iter().filter(|p| last(p) < b.masked_pairs) {
+                let words = (step + last(&picture) as u64).is_multiple_of(2);
+                draft.masked_pair(picture, words, &mut rng(Stream::Masked, picture.number));
+            }
+            for picture in pictures.iter().filter(|p| last(p) < b.fragment_pairs) {
+                draft.fragment_pair(picture, &mut rng(Stream::Fragments, picture.number));
+            }
+            let texts = b.texts + b.fragment_texts;
+            for i in part(texts, chunk, b.chunks) {
+                let at = step * texts as u64 + i as u64;
+                let text = shuffled(recipe.seed ^ 0x7e87, source.corpus.texts.len(), at, &mut orders.texts);
+                let (ids, rng) = (&source.corpus.texts[text], &mut rng(Stream::Text, i));
+                match i.checked_sub(b.texts) {
+                    None => draft.text(ids, i % 2 == 0, rng),
+                    Some(_) => draft.fragments(None, ids, rng),
+                }
+            }
+            for i in part(b.images_alone, chunk, b.chunks) {
+                let at = step * b.images_alone as u64 + i as u64;
+                let image = shuffled(recipe.seed ^ 0x1337, source.corpus.image_count(), at, &mut orders.images);
+                let rng = &mut rng(Stream::ImageAlone, i);
+                let features = source.corpus.image_record(image, rng.random_range(0..2));
+                draft.masked_image(&features, rng);
+            }
+            Ok(Chunk { packed: draft.packer.finish(model.device())?, parts: draft.parts, records: draft.records })
+        });
+        Ok(Self { chunks: chunks.collect::<Result<_>>()?, pictures: b.images })
+    }
+
+    /// Rows of the packed chunks.
+    #[must_use]
+    pub fn rows(&self) -> usize {
+        self.chunks.iter().map(|chunk| chunk.packed.rows()).sum()
+    }
+
+    /// Mean reward of the step's sampled captions, if there are any.
+    #[must_use]
+    pub fn reward(&self) -> Option<f64> {
+        let rewards: Vec<f64> = self.chunks.iter().flat_map(|chunk| &chunk.parts.sampled.rewards).copied().collect();
+        (!rewards.is_empty()).then(|| rewards.iter().sum::<f64>() / rewards.len() as f64)
+    }
+
+    /// The step's losses and their gradients.
+    ///
+    /// With several chunks, memory holds the activations of one: embeddings are computed first and without activations kept, the
+    /// contrasts' gradients by them are taken, and then each chunk is run again and carries its part of those gradients back
+    /// together with its own losses (Gao et al., arXiv 2101.06983). The result is that of one large pass.
+    ///
+    /// # Errors
+    /// Those of candle.
+    pub fn learn(&self, model: &Unimo, recipe: &Recipe, source: &Source, dropout: Dropout) -> Result<Learnt> {
+        let mut learnt = Learning::default();
+        if let [chunk] = self.chunks.as_slice() {
+            let hidden = chunk.forward(model, source, dropout)?;
+            let mut terms = self.local_terms(chunk, &hidden, model, recipe, source)?;
+            terms.extend(self.contrast_terms(&chunk.encode(&hidden, model, recipe)?, model, recipe)?);
+            learnt.add(terms, None)?;
+            return learnt.finish();
+        }
+        let of_chunk = |i: usize| Dropout { seed: seed::mix(dropout.seed, i as u64), ..dropout };
+        let mut first = Vec::new();
+        for (i, chunk) in self.chunks.iter().enumerate() {
+            first.push(chunk.encode(&chunk.forward(model, source, of_chunk(i))?, model, recipe)?.detached());
+        }
+        let mut leaves: [Option<Var>; 5] = Default::default();
+        for (kind, leaf) in leaves.iter_mut().enumerate() {
+            let tensors: Vec<&Tensor> = first.iter().filter_map(|e| e.tensors[kind].as_ref()).collect();
+            if !tensors.is_empty() {
+                *leaf = Some(Var::from_tensor(&Tensor::cat(&tensors, 0)?)?);
+            }
+        }
+        let whole = Encoded { tensors: leaves.clone().map(|leaf| leaf.map(|leaf| leaf.as_tensor().clone())) };
+        let mut by_leaf: [Option<Tensor>; 5] = Default::default();
+        let terms = self.contrast_terms(&whole, model, recipe)?;
+        if !terms.is_empty() {
+            learnt.add(terms, None)?;
+            let gradients = learnt.gradients.as_ref();
+            by_leaf = leaves.each_ref().map(|leaf| gradients?.get(leaf.as_ref()?.as_tensor()).cloned());
+        }
+        let mut at = [0; 5];
+        for (i, chunk) in self.chunks.iter().enumerate() {
+            let hidden = chunk.forward(model, source, of_chunk(i))?;
+            let terms = self.local_terms(chunk, &hidden, model, recipe, source)?;
+            let mut carried: Option<Tensor> = None;
+            for (kind, tensor) in chunk.encode(&hidden, model, recipe)?.tensors.into_iter().enumerate() {
+                let Some(tensor) = tensor else { continue };
+                let (start, count) = (at[kind], tensor.dim(0)?);
+                at[kind] += count;
+                let Some(gradient) = &by_leaf[kind] else { continue };
+                let product = (tensor * gradient.narrow(0, start, count)?)?.sum_all()?;
+                carried = Some(match carried {
+                    Some(sum) => (sum + product)?,
+                    None => product,
+                });
+            }
+            learnt.add(terms, carried)?;
+        }
+        learnt.finish()
+    }
+
+    /// Samples of the step that `count` finds in a chunk.
+    fn count(&self, count: impl Fn(&Parts) -> usize) -> f64 {
+        self.chunks.iter().map(|chunk| count(&chunk.parts)).sum::<usize>() as f64
+    }
+
+    /// Objectives whose loss is a mean over samples, each in one chunk.
+    fn local_terms(&self, chunk: &Chunk, hidden: &Tensor, model: &Unimo, recipe: &Recipe, source: &Source) -> Result<Vec<Term>> {
+        type Of = fn(&Parts) -> &Predictions;
+        let (parts, w) = (&chunk.parts, &recipe.weights);
+        let smoothing = w.label_smoothing as f32;
+        let generated: [(&str, f64, f32, Of); 4] = [
+            ("caption", w.caption, smoothing, |p| &p.captions),
+            ("text", w.text, smoothing, |p| &p.texts),
+            ("fragments", w.fragments, smoothing, |p| &p.fragments),
+            ("masked_language", w.masked_language, 0.0, |p| &p.masked_words),
+        ];
+        let mut terms = Vec::new();
+        let mut put =
+            |name, weight, count: usize, all: f64, loss| terms.push(Term { name, weight, share: count as f64 / all, loss });
+        for (name, weight, smoothing, of) in generated {
+            let Predictions { rows, targets } = of(parts);
+            if !rows.is_empty() {
+                let loss = model.language_loss(&model.rows(hidden, rows)?, targets.clone(), smoothing)?;
+                put(name, weight, rows.len(), self.count(|p| of(p).rows.len()), loss);
+            }
+        }
+        let Predictions { rows, targets } = &parts.sampled.predictions;
+        if !rows.is_empty() {
+            let (advantages, temperature) = (parts.sampled.advantages.clone(), recipe.batch.sampling_temperature);
+            let loss = model.policy_loss(&model.rows(hidden, rows)?, targets.clone(), advantages, temperature)?;
+            put("self_critical", w.self_critical, rows.len(), self.count(|p| p.sampled.predictions.rows.len()), loss);
+        }
+        if let Some(logits) = chunk.match_logits(hidden, model)? {
+            let loss = matching_loss(&logits, &parts.match_labels)?;
+            put("matching", w.matching, parts.match_labels.len(), self.count(|p| p.match_labels.len()), loss);
+        }
+        let regions = &parts.regions;
+        if !regions.rows.is_empty() {
+            let (rows, all) = (model.rows(hidden, &regions.rows)?, self.count(|p| p.regions.rows.len()));
+            put(
+                "region_features",
+                w.region_features,
+                regions.rows.len(),
+                all,
+                region_regression(model, &rows, &regions.features)?,
+            );
+            if w.region_classes > 0.0 {
+                let loss = region_classification(model, source.vision.given(), &rows, &regions.features)?;
+                put("region_classes", w.region_classes, regions.rows.len(), all, loss);
+            }
+        }
+        Ok(terms)
+    }
+
+    /// Objectives that compare samples of all chunks.
+    fn contrast_terms(&self, encoded: &Encoded, model: &Unimo, recipe: &Recipe) -> Result<Vec<Term>> {
+        let [Some(images), Some(texts), retrieved_images, retrieved_texts, joint] = &encoded.tensors else {
+            return Ok(Vec::new());
+        };
+        let w = &recipe.weights;
+        let members = self.members();
+        let temperature = model.temperature()?;
+        let mut terms = Vec::new();
+        if w.contrast > 0.0 {
+            let loss = contrastive_loss(images, texts, &members.image_of_text, &temperature)?;
+            terms.push(Term { name: "contrast", weight: w.contrast, share: 1.0, loss });
+        }
+        if w.cross_modal > 0.0 {
+            let similarity =
+                |images: &Tensor, texts: &Tensor| images.matmul(&texts.t()?)?.broadcast_div(&temperature)?.flatten_all();
+            let mut scores = vec![similarity(images, texts)?];
+            scores.extend(retrieved_images.as_ref().map(|found| similarity(found, texts)).transpose()?);
+            scores.extend(retrieved_texts.as_ref().map(|found| similarity(images, found)).transpose()?);
+            scores.extend(joint.clone());
+            let loss = cross_modal_contrast(&Tensor::cat(&scores, 0)?, &members.contrasts())?;
+            terms.push(Term { name: "cross_modal", weight: w.cross_modal, share: 1.0, loss });
+        }
+        Ok(terms)
+    }
+
+    fn members(&self) -> Members {
+        let all = |of: fn(&Parts) -> &Vec<usize>| self.chunks.iter().flat_map(|c| of(&c.parts)).copied().collect();
+        Members {
+            images: self.chunks.iter().map(|c| c.parts.image_rows.len()).sum(),
+            image_of_text: all(|p| &p.image_of_text),
+            retrieved_image_of: all(|p| &p.retrieved_image_of),
+            retrieved_text_of: all(|p| &p.retrieved_text_of),
+            joint_image_of: all(|p| &p.match_image_of),
+            joint_labels: self.chunks.iter().flat_map(|c| &c.parts.match_labels).copied().collect(),
+        }
+    }
+}
+
+impl Chunk {
+    fn forward(&self, model: &Unimo, source: &Source, dropout: Dropout) -> Result<Tensor> {
+        let mut pictures = None;
+        if !self.records.is_empty() {
+            pictures = Some(source.vision.differentiable_regions(&self.records, model.device())?);
+        }
+        Ok(model.forward(&self.packed, pictures.as_ref(), dropout)?)
+    }
+
+    fn match_logits(&self, hidden: &Tensor, model: &Unimo) -> Result<Option<Tensor>> {
+        let parts = &self.parts;
+        if parts.match_labels.is_empty() {
+            return Ok(None);
+        }
+        Ok(Some(model.match_logits(&model.rows(hidden, &parts.match_images)?, &model.rows(hidden, &parts.match_texts)?)?))
+    }
+
+    fn encode(&self, hidden: &Tensor, model: &Unimo, recipe: &Recipe) -> Result<Encoded> {
+        let parts = &self.parts;
+        if parts.text_rows.is_empty() {
+            return Ok(Encoded::default());
+        }
+        let images = |rows: &[usize]| -> Result<Option<Tensor>> {
+            Ok(if rows.is_empty() { None } else { Some(model.image_embedding(&model.rows(hidden, rows)?)?) })
+        };
+        let texts = |rows: &[usize]| -> Result<Option<Tensor>> {
+            Ok(if rows.is_empty() { None } else { Some(model.text_embedding(&model.rows(hidden, rows)?)?) })
+        };
+        Ok(Encoded {
+            tensors: [
+                images(&parts.image_rows)?,
+                texts(&parts.text_rows)?,
+                images(&parts.retrieved_image_rows)?,
+                texts(&parts.retrieved_text_rows)?,
+                if recipe.weights.cross_modal > 0.0 { self.match_logits(hidden, model)? } else { None },
+            ],
+        })
+    }
+}
+
+/// Sums of a step's passes.
+#[derive(Default)]
+struct Learning {
+    total: f64,
+    losses: Vec<(&'static str, f64)>,
+    gradients: Option<GradStore>,
+}
+
+impl Learning {
+    /// Takes the losses of one pass, and what it carries for the contrasts of all, and adds their gradients.
+    fn add(&mut self, terms: Vec<Term>, carried: Option<Tensor>) -> Result<()> {
+        let mut sum = carried;
+        for Term { name, weight, share, loss } in terms {
+            let value = f64::from(loss.to_scalar::<f32>()?) * share;
+            self.total += weight * value;
+            match self.losses.iter_mut().find(|(known, _)| *known == name) {
+                Some((_, so_far)) => *so_far += value,
+                None => self.losses.push((name, value)),
+            }
+            let weighted = loss.affine(weight * share, 0.0)?;
+            sum = Some(match sum {
+                Some(sum) => (sum + weighted)?,
+                None => weighted,
+            });
+        }
+        let Some(sum) = sum else { return Ok(()) };
+        let gradients = sum.backward()?;
+        match &mut self.gradients {
+            Some(so_far) => so_far.extend(gradients)?,
+            None => self.gradients = Some(gradients),
+        }
+        Ok(())
+    }
+
+    fn finish(self) -> Result<Learnt> {
+        let gradients = self.gradients.context("the step has no objective")?;
+        Ok(Learnt { total: self.total, losses: self.losses, gradients })
+    }
+}
+
+/// Captions drawn from the model as it is, without dropout, `sampled_captions` of each picture.
+fn sample(model: &Unimo, recipe: &Recipe, source: &Source, pictures: &[Picture], step: u64) -> Result<Vec<Vec<u32>>> {
+    let each = recipe.batch.sampled_captions;
+    let Some(first) = pictures.first().filter(|_| each > 0) else { return Ok(Vec::new()) };
+    let features = source.vision.regions(pictures.iter().map(|p| p.record.clone()).collect())?.concat();
+    let regions = Tensor::from_vec(features, (pictures.len(), model.config().regions(), FEATURES), model.device())?;
+    // By the picture's number, so that the draws do not depend on the chunks.
+    let seed_value = seed::mix(seed::mix(recipe.seed ^ 0x5a3b_1e00, step), first.number as u64);
+    Ok(model.sample_captions(&regions, each, SAMPLED_TOKENS, recipe.batch.sampling_temperature, seed_value)?)
+}
+
+/// Whose scores a step's contrast compares. The vector of scores holds, one after the other, those of every picture with every
+/// caption, of every retrieved image with every caption, of every picture with every retrieved text, and of the pairs encoded
+/// jointly.
+struct Members {
+    images: usize,
+    image_of_text: Vec<usize>,
+    retrieved_image_of: Vec<usize>,
+    retrieved_text_of: Vec<usize>,
+    joint_image_of: Vec<usize>,
+    joint_labels: Vec<f32>,
+}
+
+impl Members {
+    /// The contrast of every picture with captions (arXiv 2012.15409, equation 1). Positives: its captions, encoded alone and
+    /// jointly; the images retrieved for it with its captions; it with the texts retrieved for it. Negatives: rewritten and
+    /// neighbouring captions encoded with it; the step's other captions with it, and its captions with the step's other pictures.
+    /// What was retrieved for others counts neither way: it may well fit this picture too.
+    fn contrasts(&self) -> Vec<Contrast> {
+        let texts = self.image_of_text.len();
+        let of_retrieved_images = self.images * texts;
+        let of_retrieved_texts = of_retrieved_images + self.retrieved_image_of.len() * texts;
+        let of_joint = of_retrieved_texts + self.images * self.retrieved_text_of.len();
+        let of_image = |image: usize| {
+            let mut contrast = Contrast::default();
+            for (text, &of) in self.image_of_text.iter().enumerate() {
+                if of == image {
+                    contrast.positives.push(image * texts + text);
+                    contrast.negatives.extend((0..self.images).filter(|&other| other != image).map(|other| other * texts + text));
+                    let found = self.retrieved_image_of.iter().enumerate().filter(|(_, of)| **of == image);
+                    contrast.positives.extend(found.map(|(retrieved, _)| of_retrieved_images + retrieved * texts + text));
+                } else {
+                    contrast.negatives.push(image * texts + text);
+                }
+            }
+            let found = self.retrieved_text_of.iter().enumerate().filter(|(_, of)| **of == image);
+            let row = of_retrieved_texts + image * self.retrieved_text_of.len();
+            contrast.positives.extend(found.map(|(retrieved, _)| row + retrieved));
+            let joint = self.joint_image_of.iter().zip(&self.joint_labels).enumerate().filter(|(_, (of, _))| **of == image);
+            for (joint, (_, &label)) in joint {
+                let side = if label > 0.5 { &mut contrast.positives } else { &mut contrast.negatives };
+                side.push(of_joint + joint);
+            }
+            contrast
+        };
+        (0..self.images).map(of_image).filter(|contrast| !contrast.positives.is_empty()).collect()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn siblings_and_what_was_retrieved_are_positives_and_everything_else_is_against_them() {
+        // Two pictures with two captions and one. Scores: 0, 1, 2 picture 0 with texts 0, 1, 2; 3, 4, 5 picture 1 with them.
+        let mut members = Members {
+            images: 2,
+            image_of_text: vec![0, 0, 1],
+            retrieved_image_of: Vec::new(),
+            retrieved_text_of: Vec::new(),
+            joint_image_of: Vec::new(),
+            joint_labels: Vec::new(),
+        };
+        let sorted = |members: &Members| -> Vec<[Vec<usize>; 2]> {
+            let contrasts = members.contrasts().into_iter();
+            contrasts
+                .map(|c| {
+                    [c.positives, c.negatives].map(|mut v| {
+                        v.sort_unstable();
+                        v
+                    })
+                })
+                .collect()
+        };
+        assert_eq!(sorted(&members), [[vec![0, 1], vec![2, 3, 4]], [vec![5], vec![2, 3, 4]]]);
+        // An image for picture 1 (6, 7, 8 with the texts), two texts for picture 0 (9, 10 with picture 0; 11, 12 with picture 1),
+        // and picture 0 read with a caption of its own (13) and a false one (14).
+        members.retrieved_image_of = vec![1];
+        members.retrieved_text_of = vec![0, 0];
+        members.joint_image_of = vec![0, 0];
+        members.joint_labels = vec![1.0, 0.0];
+        assert_eq!(sorted(&members), [[vec![0, 1, 9, 10, 13], vec![2, 3, 4, 14]], [vec![5, 8], vec![2, 3, 4]]]);
+    }
+
+    #[test]
+    fn chunks_share_out_everything() {
+        for (count, chunks) in [(48, 1), (48, 5), (3, 4), (0, 2)] {
+            let all: Vec<usize> = (0..chunks).flat_map(|chunk| part(count, chunk, chunks)).collect();
+            assert_eq!(all, (0..count).collect::<Vec<_>>());
+        }
+    }
+}
