@@ -2,6 +2,7 @@
 
 use std::path::{Path, PathBuf};
 
+use unimo_train::ablation::{Plan, ablate};
 use unimo_train::model::ModelConfig;
 use unimo_train::recipe::Recipe;
 use unimo_train::retrieval::{RetrievalJob, retrieve};
@@ -117,16 +118,12 @@ fn job(folder: &Path, run: &str) -> TrainingJob {
     }
 }
 
-/// Step and loss of every line of a run's log.
+/// Step and loss of every step in a run's log.
 fn curve(run: &Path) -> Vec<(u64, f64)> {
-    std::fs::read_to_string(run.join("log.jsonl"))
-        .unwrap()
-        .lines()
-        .map(|line| {
-            let entry: serde_json::Value = serde_json::from_str(line).unwrap();
-            (entry["step"].as_u64().unwrap(), entry["loss"].as_f64().unwrap())
-        })
-        .collect()
+    let log = std::fs::read_to_string(run.join("log.jsonl")).unwrap();
+    let entries = log.lines().map(|line| serde_json::from_str::<serde_json::Value>(line).unwrap());
+    let steps = entries.filter(|entry| entry["development"] != true);
+    steps.map(|entry| (entry["step"].as_u64().unwrap(), entry["loss"].as_f64().unwrap())).collect()
 }
 
 fn moments(run: &Path) -> std::collections::HashMap<String, candle_core::Tensor> {
@@ -245,6 +242,54 @@ fn a_backbone_is_trained_with_the_model_kept_in_checkpoints_and_resumed() {
     assert_eq!(backbone(&last.join("backbone.safetensors")), trained);
     let fresh = TrainingJob { backbone: None, ..job("fresh") };
     assert!(training::run(&fresh).unwrap_err().to_string().contains("--backbone"));
+}
+
+const PLAN: &str = "
+title = '# What does the contrast bring?'
+size = 'pico'
+seeds = [1, 2]
+[recipe]
+steps = 2
+views = 2
+evaluate_images = 5
+[recipe.batch]
+images = 4
+captions = 1
+contrast_captions = 1
+[[variants]]
+name = 'all'
+[[variants]]
+name = 'Without the contrast'
+change = { batch = { contrast_captions = 0 }, weights = { contrast = 0.0 } }
+";
+
+#[test]
+fn an_ablation_compares_every_variant_and_trains_only_what_is_missing() {
+    let folder = tempfile::tempdir().unwrap();
+    let data = job(folder.path(), "unused");
+    let data = TrainingJob { development: data.pairs.clone(), ..data };
+    let (plan, out) = (Plan::from_toml(PLAN).unwrap(), folder.path().join("ablation"));
+    let table = ablate(&plan, &data, &out).unwrap();
+    let rows: Vec<&str> = table.lines().filter(|line| line.starts_with("| ") && line.contains(" ± ")).collect();
+    assert!(
+        rows.len() == 2 && rows[0].starts_with("| all | 2 |") && rows[1].starts_with("| Without the contrast | 2 |"),
+        "{table}"
+    );
+    assert_eq!(std::fs::read_to_string(out.join("table.md")).unwrap(), table);
+
+    let log = |variant: &str, seed: u64| out.join(format!("{variant}/seed-{seed}/log.jsonl"));
+    let curves = ["all", "without-the-contrast"].map(|variant| [1, 2].map(|seed| std::fs::read(log(variant, seed)).unwrap()));
+    assert_ne!(curve(log("all", 1).parent().unwrap()), curve(log("all", 2).parent().unwrap()), "the seed changes nothing");
+    assert_ne!(curve(log("all", 1).parent().unwrap()), curve(log("without-the-contrast", 1).parent().unwrap()));
+    // One run is lost: it alone is trained again, to the same figures.
+    std::fs::remove_dir_all(log("all", 2).parent().unwrap()).unwrap();
+    assert_eq!(ablate(&plan, &data, &out).unwrap(), table);
+    // The log holds times: runs that were not trained again have the very same one.
+    assert_eq!(std::fs::read(log("all", 1)).unwrap(), curves[0][0]);
+    assert_eq!(std::fs::read(log("without-the-contrast", 2)).unwrap(), curves[1][1]);
+    assert_ne!(std::fs::read(log("all", 2)).unwrap(), curves[0][1]);
+    let blind = TrainingJob { development: Vec::new(), ..data };
+    assert!(ablate(&plan, &blind, &out).unwrap_err().to_string().contains("--dev"));
 }
 
 #[test]

@@ -106,6 +106,12 @@ mod tests {
             let found = var.flatten_all().unwrap().to_vec1::<f32>().unwrap();
             assert!(found.into_iter().zip(expected).all(|(found, expected)| (found - expected).abs() < 1e-6), "{name}");
         }
+        let head = |path: &Path| {
+            let folder = checkpoint::resolve(path).unwrap();
+            Backbone::load(&folder.join("backbone.safetensors")).unwrap().layer("head").bias[0]
+        };
+        let expected = 0.25 * head(&a) + 0.75 * head(&b);
+        assert!((head(&made) - expected).abs() < 1e-6 && head(&a) != head(&b), "{} is not {expected}", head(&made));
         let refused = |parts: &[(PathBuf, f64)], out: &Path| average(parts, out).unwrap_err().to_string();
         let two = [(a.clone(), 1.0), (b, 1.0)];
         assert!(refused(&two, &out).contains("already holds a run"));

@@ -1,5 +1,6 @@
 //! Training of the UNIMO image–text model (arXiv 2012.15409): data, tokenizer, objectives, fine-tuning, evaluation.
 
+pub mod ablation;
 pub mod averaging;
 pub mod backbone;
 pub mod checkpoint;

@@ -1,5 +1,6 @@
 //! The command line: one module a subcommand, thin over the library.
 
+pub mod ablate;
 pub mod average;
 pub mod data;
 pub mod eval;
@@ -46,6 +47,8 @@ enum Command {
     Pretrain(pretrain::Args),
     /// Adapt a pretrained checkpoint to captioning or retrieval
     Finetune(finetune::Args),
+    /// Train variants of a recipe with several seeds and compare them
+    Ablate(ablate::Args),
     /// Average the weights of checkpoints
     Average(average::Args),
     /// Score captions, embeddings or a checkpoint
@@ -64,6 +67,7 @@ pub fn run(cli: Cli) -> Result<ExitCode> {
         Command::Retrieve(args) => retrieve::run(&args),
         Command::Pretrain(args) => pretrain::run(&args),
         Command::Finetune(args) => finetune::run(&args),
+        Command::Ablate(args) => ablate::run(&args),
         Command::Average(args) => average::run(&args),
         Command::Eval(args) => eval::run(args),
     }

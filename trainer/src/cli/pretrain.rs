@@ -66,7 +66,7 @@ pub struct DataArgs {
 #[derive(Debug, clap::Args)]
 #[command(after_help = EXAMPLES)]
 pub struct Args {
-    /// Model size: pico, edge-s, edge-m, base, large, or a TOML file
+    /// Model size: pico, edge-xs, edge-s, edge-m, base, large, or a TOML file
     #[arg(long, default_value = "edge-s")]
     size: String,
     /// Recipe (TOML): steps, batch, objectives, optimiser

@@ -51,8 +51,9 @@ fn default_emphasis() -> f64 {
 }
 
 /// The sizes that come with the program, as `(name, TOML)`.
-const PRESETS: [(&str, &str); 5] = [
+const PRESETS: [(&str, &str); 6] = [
     ("pico", include_str!("../../sizes/pico.toml")),
+    ("edge-xs", include_str!("../../sizes/edge-xs.toml")),
     ("edge-s", include_str!("../../sizes/edge-s.toml")),
     ("edge-m", include_str!("../../sizes/edge-m.toml")),
     ("base", include_str!("../../sizes/base.toml")),
@@ -70,7 +71,7 @@ impl ModelConfig {
         Ok(config)
     }
 
-    /// A size that comes with the program (`pico`, `edge-s`, `edge-m`, `base`, `large`), or a TOML file.
+    /// A size that comes with the program (`pico`, `edge-xs`, `edge-s`, `edge-m`, `base`, `large`), or a TOML file.
     ///
     /// # Errors
     /// Neither a known name nor a readable file of sizes.
@@ -182,6 +183,21 @@ mod tests {
         for (name, layers, hidden, heads) in [("base", 12, 768, 12), ("large", 24, 1024, 16)] {
             let c = ModelConfig::named(name).unwrap();
             assert_eq!((c.layers, c.hidden, c.heads, c.feed_forward), (layers, hidden, heads, 4 * hidden));
+        }
+    }
+
+    /// UNIMO has 127.5 and 359.6 million parameters (arXiv 2012.15409, section 3.1, without the detector). That is what the
+    /// embeddings, the layers, the poolings and the language model's head amount to; projections into the unified space and heads
+    /// that only pretraining uses come on top.
+    #[test]
+    fn base_and_large_have_the_papers_parameters() {
+        for (name, millions) in [("base", 127.5), ("large", 359.6)] {
+            let weights = ModelConfig::named(name).unwrap().weights();
+            let extra = ["embed.", "region.", "match.", "temperature"];
+            let counted = weights.iter().filter(|(name, _)| !extra.iter().any(|prefix| name.starts_with(prefix)));
+            let count: usize = counted.map(|(_, shape)| shape.iter().product::<usize>()).sum();
+            let rounded = (count as f64 / 1e5).round() / 10.0;
+            assert_eq!(rounded, millions, "{name} has {count}");
         }
     }
 
