@@ -293,6 +293,22 @@ fn an_ablation_compares_every_variant_and_trains_only_what_is_missing() {
 }
 
 #[test]
+fn a_rehearsal_tells_the_cost_and_leaves_nothing_behind() {
+    let folder = tempfile::tempdir().unwrap();
+    let job = TrainingJob { recipe: Recipe::from_toml(WITH_BACKBONE).unwrap(), ..job(folder.path(), "run") };
+    let told = training::rehearse(&job).unwrap();
+    assert!(!job.run.exists());
+    let vocabulary = unimo::tokenizer::Tokenizer::from_file(&job.tokenizer).unwrap().vocabulary_size();
+    let model = ModelConfig { vocabulary, ..ModelConfig::named("pico").unwrap() }.parameters();
+    // Two blocks and the head: 160→960→160, 160→960→320, 320→1280, with biases and depthwise kernels.
+    let block = |out: usize| 160 * 960 + 960 + 9 * 960 + 960 + 960 * out + out;
+    assert_eq!(told.parameters, [model, block(160) + block(320) + 320 * 1280 + 1280]);
+    assert_eq!((told.steps, told.pictures), ([0, 4], 4));
+    assert!(told.operations > 1e8 && told.seconds > 0.0 && told.rows > 4 * 50, "{told:?}");
+    assert!(told.to_string().contains("to the end   4 steps"), "{told}");
+}
+
+#[test]
 fn a_run_is_not_overwritten_nor_mixed_with_another() {
     let folder = tempfile::tempdir().unwrap();
     let first = job(folder.path(), "run");

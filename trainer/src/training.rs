@@ -144,18 +144,20 @@ fn fingerprint(job: &TrainingJob, config: &ModelConfig, corpus: &Corpus) -> Resu
     Ok(hex(&hash.finalize()[..16]))
 }
 
-/// Runs (or goes on with) a job and returns its last checkpoint.
-///
-/// # Errors
-/// Unusable input, failed writes, a run that is already there (without `resume`) or is another one (with it).
-pub fn run(job: &TrainingJob) -> Result<PathBuf> {
+/// A job set up: what its steps need, and where it stands.
+struct Ready<'a> {
+    trainer: Loop<'a>,
+    tokenizer: &'a Tokenizer,
+    vision: &'a Vision,
+    development: &'a Corpus,
+    companions: Companions,
+    step: u64,
+}
+
+/// Loads everything that the steps of a job need, at the newest of its `existing` checkpoints, and hands it to `work`. Nothing is
+/// written but the feature cache.
+fn set_up<R>(job: &TrainingJob, existing: &[PathBuf], work: impl FnOnce(Ready) -> Result<R>) -> Result<R> {
     let device = Device::Cpu;
-    let checkpoints = job.run.join("checkpoints");
-    let existing = checkpoint::list(&checkpoints)?;
-    if !job.resume && !existing.is_empty() {
-        bail!("{} already holds a run; go on with --resume, or choose another --out", job.run.display());
-    }
-    std::fs::create_dir_all(&checkpoints).with_context(|| format!("cannot create {}", checkpoints.display()))?;
     let tokenizer = Tokenizer::from_file(&job.tokenizer)?;
     let backbone_file = backbone_file(job, existing.last())?;
     let vision = Vision::new(Backbone::from_bytes(&backbone_file)?, job.recipe.trained_blocks, &device)?;
@@ -183,9 +185,6 @@ pub fn run(job: &TrainingJob) -> Result<PathBuf> {
         step = state.step;
         eprintln!("going on after step {step}");
     }
-    let log_path = job.run.join("log.jsonl");
-    forget_later_steps(&log_path, step)?;
-    std::fs::write(job.run.join("recipe.toml"), toml::to_string(&job.recipe)?)?;
 
     let texts: Vec<&[u32]> = corpus.pairs.iter().flat_map(|p| p.captions.iter().map(Vec::as_slice)).collect();
     let first_text: Vec<usize> = corpus
@@ -208,12 +207,34 @@ pub fn run(job: &TrainingJob) -> Result<PathBuf> {
         vocabulary: &Vocabulary::of(&tokenizer),
         critic: critic.as_ref(),
     };
-    let mut companions =
+    let companions =
         Companions { tokenizer: job.tokenizer.clone(), backbone: backbone_file, training: training_note(job, &corpus)? };
-    let mut trainer = Loop { job, model, optimizer, source, orders: Orders::default(), fingerprint };
+    let trainer = Loop { job, model, optimizer, source, orders: Orders::default(), fingerprint };
+    work(Ready { trainer, tokenizer: &tokenizer, vision: &vision, development: &development, companions, step })
+}
+
+/// Runs (or goes on with) a job and returns its last checkpoint.
+///
+/// # Errors
+/// Unusable input, failed writes, a run that is already there (without `resume`) or is another one (with it).
+pub fn run(job: &TrainingJob) -> Result<PathBuf> {
+    let checkpoints = job.run.join("checkpoints");
+    let existing = checkpoint::list(&checkpoints)?;
+    if !job.resume && !existing.is_empty() {
+        bail!("{} already holds a run; go on with --resume, or choose another --out", job.run.display());
+    }
+    std::fs::create_dir_all(&checkpoints).with_context(|| format!("cannot create {}", checkpoints.display()))?;
+    set_up(job, &existing, |ready| train(job, &checkpoints, existing.last(), ready))
+}
+
+fn train(job: &TrainingJob, checkpoints: &Path, resumed: Option<&PathBuf>, ready: Ready) -> Result<PathBuf> {
+    let Ready { mut trainer, tokenizer, vision, development, mut companions, mut step } = ready;
+    let log_path = job.run.join("log.jsonl");
+    forget_later_steps(&log_path, step)?;
+    std::fs::write(job.run.join("recipe.toml"), toml::to_string(&job.recipe)?)?;
     let progress = bar(job.recipe.steps, "{bar:30} step {pos}/{len}  {msg}  {elapsed} gone, {eta} to go").with_position(step);
     let last_step = job.stop_after.map_or(job.recipe.steps, |n| job.recipe.steps.min(step + n));
-    let mut last = existing.last().cloned();
+    let mut last = resumed.cloned();
     while step < last_step {
         let entry = trainer.step(step)?;
         step += 1;
@@ -226,11 +247,11 @@ pub fn run(job: &TrainingJob) -> Result<PathBuf> {
             if vision.trained_blocks() > 0 {
                 companions.backbone = vision.current()?.to_bytes()?;
             }
-            last = Some(checkpoint::save(&checkpoints, &trainer.model, &trainer.optimizer, &state, &companions)?);
-            checkpoint::prune(&checkpoints, KEPT_CHECKPOINTS)?;
+            last = Some(checkpoint::save(checkpoints, &trainer.model, &trainer.optimizer, &state, &companions)?);
+            checkpoint::prune(checkpoints, KEPT_CHECKPOINTS)?;
         }
         if !development.pairs.is_empty() && (step.is_multiple_of(job.recipe.evaluate_every) || finished) {
-            let scores = evaluation::evaluate(&trainer.model, &vision, &tokenizer, &development, job.recipe.evaluate_images)?;
+            let scores = evaluation::evaluate(&trainer.model, vision, tokenizer, development, job.recipe.evaluate_images)?;
             let mut entry = serde_json::to_value(&scores)?;
             entry["schema"] = json!(1);
             entry["step"] = json!(step);
@@ -241,6 +262,88 @@ pub fn run(job: &TrainingJob) -> Result<PathBuf> {
     }
     progress.finish_and_clear();
     last.context("no step was run")
+}
+
+/// What a job would cost, by a few of its steps.
+#[derive(Debug, Clone)]
+pub struct Rehearsal {
+    /// Trained parameters of the model, and of the backbone.
+    pub parameters: [usize; 2],
+    /// Steps done before, and in all.
+    pub steps: [u64; 2],
+    /// Pictures with captions, and packed rows, of a step.
+    pub pictures: usize,
+    /// Packed rows of a step.
+    pub rows: usize,
+    /// Floating-point operations of a step's matrix products, forward and backward.
+    pub operations: f64,
+    /// Seconds of a step, measured.
+    pub seconds: f64,
+    /// The largest memory of the process so far, in bytes, where the system tells.
+    pub peak_memory: Option<u64>,
+}
+
+/// Steps of a rehearsal; the first is not timed.
+const REHEARSED_STEPS: u64 = 4;
+
+/// Runs the first steps of a job (or of what is left of it) and throws them away. Nothing is written but the feature cache.
+///
+/// # Errors
+/// As [`run`], but that a run which is already there is gone on with.
+pub fn rehearse(job: &TrainingJob) -> Result<Rehearsal> {
+    let existing = checkpoint::list(&job.run.join("checkpoints"))?;
+    set_up(job, &existing, |mut ready| {
+        let counts = |weights: &std::collections::BTreeMap<String, candle_core::Var>| {
+            weights.values().map(|var| var.elem_count()).sum::<usize>()
+        };
+        let parameters = [counts(ready.trainer.model.weights()), counts(ready.vision.weights())];
+        let (mut seconds, mut rows, mut operations) = (Vec::new(), 0, 0.0);
+        for step in ready.step..ready.step + REHEARSED_STEPS {
+            let entry = ready.trainer.step(step)?;
+            let number = |key: &str| entry[key].as_f64().unwrap_or(0.0);
+            seconds.push(number("seconds"));
+            rows = rows.max(number("rows") as usize);
+            operations = number("operations").max(operations);
+        }
+        let timed = &mut seconds[1..];
+        timed.sort_by(f64::total_cmp);
+        Ok(Rehearsal {
+            parameters,
+            steps: [ready.step, job.recipe.steps],
+            pictures: job.recipe.batch.images,
+            rows,
+            operations,
+            seconds: timed[timed.len() / 2],
+            peak_memory: peak_memory(),
+        })
+    })
+}
+
+/// The largest memory of this process so far, where `/proc` tells it.
+fn peak_memory() -> Option<u64> {
+    let status = std::fs::read_to_string("/proc/self/status").ok()?;
+    let line = status.lines().find_map(|line| line.strip_prefix("VmHWM:"))?;
+    Some(line.split_whitespace().next()?.parse::<u64>().ok()? * 1024)
+}
+
+impl std::fmt::Display for Rehearsal {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        let [model, backbone] = self.parameters.map(|count| count as f64 / 1e6);
+        writeln!(f, "parameters   {model:.2} M of the model and {backbone:.2} M of the backbone are trained")?;
+        let giga = self.operations / 1e9;
+        write!(f, "a step       {} pictures with captions, {} rows, {giga:.0} GFLOP", self.pictures, self.rows)?;
+        if self.pictures > 0 {
+            write!(f, " ({:.1} a picture)", giga / self.pictures as f64)?;
+        }
+        writeln!(f, "\ntime         {:.2} s a step, {:.0} GFLOP/s", self.seconds, giga / self.seconds)?;
+        match self.peak_memory {
+            Some(bytes) => writeln!(f, "memory       {:.1} GB at most", bytes as f64 / 1e9)?,
+            None => writeln!(f, "memory       not known on this system")?,
+        }
+        let left = self.steps[1].saturating_sub(self.steps[0]);
+        let minutes = (left as f64 * self.seconds / 60.0).ceil() as u64;
+        write!(f, "to the end   {left} steps, {} h {:02} min without evaluations", minutes / 60, minutes % 60)
+    }
 }
 
 fn initial_model(job: &TrainingJob, resumed: Option<&PathBuf>, tokenizer: &Tokenizer, device: &Device) -> Result<Unimo> {
@@ -307,6 +410,7 @@ impl Loop<'_> {
             "skipped": report.skipped,
             "temperature": self.model.temperature()?.to_scalar::<f32>()?,
             "rows": batch.rows(),
+            "operations": batch.operations(&self.model, self.source.vision),
             "pictures": batch.pictures,
             "reward": batch.reward(),
             "seconds": started.elapsed().as_secs_f64(),

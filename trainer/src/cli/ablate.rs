@@ -3,7 +3,7 @@
 use std::path::PathBuf;
 use std::process::ExitCode;
 
-use anyhow::Result;
+use anyhow::{Result, bail};
 
 use super::pretrain::DataArgs;
 use unimo_train::ablation::{Plan, ablate};
@@ -38,6 +38,9 @@ pub struct Args {
 pub fn run(args: &Args) -> Result<ExitCode> {
     let plan = Plan::from_file(&args.plan)?;
     let first = plan.recipe_of(&plan.variants[0], plan.seeds[0])?;
+    if args.data.dry_run || args.data.resume || args.data.stop_after.is_some() {
+        bail!("an ablation always goes on with what is there; --dry-run, --resume and --stop-after are for single runs");
+    }
     let job = args.data.job(first, ModelConfig::named(&plan.size)?, None);
     print!("{}", ablate(&plan, &job, &args.data.out)?);
     Ok(ExitCode::SUCCESS)

@@ -10,7 +10,6 @@ use super::pretrain::DataArgs;
 use unimo_train::checkpoint;
 use unimo_train::model::ModelConfig;
 use unimo_train::recipe::Recipe;
-use unimo_train::training;
 
 const EXAMPLES: &str = "Examples:
   unimo-train finetune caption --init runs/edge-s --tokenizer tokenizer.json \\
@@ -68,7 +67,5 @@ pub fn run(args: &Args) -> Result<ExitCode> {
     };
     let init = checkpoint::resolve(&task.init)?;
     let size = ModelConfig::named(&init.join("model.toml").to_string_lossy())?;
-    let last = training::run(&task.data.job(recipe, size, Some(init)))?;
-    println!("{}", last.display());
-    Ok(ExitCode::SUCCESS)
+    task.data.run(&task.data.job(recipe, size, Some(init)))
 }

@@ -13,6 +13,8 @@ const EXAMPLES: &str = "Examples:
   unimo-train pretrain --size edge-s --recipe trainer/recipes/edge-s-pretrain.toml --tokenizer tokenizer.json \\
       --backbone mobilenetv2.safetensors --pairs flickr8k/train scenes/train --images coco --texts captions.txt \\
       --dev flickr8k/dev-0000.tar --out runs/edge-s
+  # what would it cost?
+  unimo-train pretrain … --out runs/edge-s --dry-run
   # after an interruption, with the same arguments
   unimo-train pretrain … --out runs/edge-s --resume
 
@@ -54,6 +56,9 @@ pub struct DataArgs {
     /// Go on with the run in OUT from its newest checkpoint
     #[arg(long)]
     pub resume: bool,
+    /// Run a few steps, throw them away, and say what the whole costs: parameters, memory, operations, time
+    #[arg(long)]
+    pub dry_run: bool,
     /// Stop after this many steps; --resume goes on
     #[arg(long, value_name = "N")]
     pub stop_after: Option<u64>,
@@ -80,6 +85,19 @@ pub struct Args {
 }
 
 impl DataArgs {
+    /// Runs the job, or rehearses it, and says what came out.
+    ///
+    /// # Errors
+    /// Unusable input or failed writes.
+    pub fn run(&self, job: &TrainingJob) -> Result<ExitCode> {
+        if self.dry_run {
+            println!("{}", training::rehearse(job)?);
+        } else {
+            println!("{}", training::run(job)?.display());
+        }
+        Ok(ExitCode::SUCCESS)
+    }
+
     /// The job that these arguments describe.
     #[must_use]
     pub fn job(&self, recipe: Recipe, size: ModelConfig, init: Option<PathBuf>) -> TrainingJob {
@@ -110,7 +128,5 @@ impl DataArgs {
 /// Unusable input or failed writes.
 pub fn run(args: &Args) -> Result<ExitCode> {
     let job = args.data.job(Recipe::from_file(&args.recipe)?, ModelConfig::named(&args.size)?, args.init.clone());
-    let last = training::run(&job)?;
-    println!("{}", last.display());
-    Ok(ExitCode::SUCCESS)
+    args.data.run(&job)
 }

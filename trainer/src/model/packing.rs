@@ -68,6 +68,22 @@ impl PackedBatch {
     pub fn rows(&self) -> usize {
         self.plan.rows()
     }
+
+    /// Number of rows that are `[IMG]` or a region.
+    #[must_use]
+    pub fn image_rows(&self) -> usize {
+        self.rows() - self.ids.elem_count()
+    }
+
+    /// Pairs of rows of which one attends to the other, in one layer.
+    #[must_use]
+    pub fn attended(&self) -> usize {
+        let of_block = |block: &QueryBlock| {
+            let own = block.rows.len();
+            own * block.context.len() + if block.causal { own * (own + 1) / 2 } else { own * own }
+        };
+        self.plan.groups.iter().flat_map(|group| &group.blocks).map(of_block).sum()
+    }
 }
 
 /// Features of a batch's image rows.

@@ -12,6 +12,7 @@ use crate::backbone::FEATURES;
 use crate::model::{Dropout, PackedBatch, Packer, Unimo};
 use crate::recipe::Recipe;
 use crate::seed;
+use crate::vision::Vision;
 
 /// Tokens after which a sampled caption is cut off.
 pub(super) const SAMPLED_TOKENS: usize = 20;
@@ -162,6 +163,29 @@ impl StepBatch {
     #[must_use]
     pub fn rows(&self) -> usize {
         self.chunks.iter().map(|chunk| chunk.packed.rows()).sum()
+    }
+
+    /// Floating-point operations of the step's matrix products, two for each multiplication: forward, and twice as many backward.
+    #[must_use]
+    pub fn operations(&self, model: &Unimo, vision: &Vision) -> f64 {
+        let c = model.config();
+        let (h, f) = (c.hidden as f64, c.feed_forward as f64);
+        let (mut products, mut again) = (0.0, 0.0);
+        for chunk in &self.chunks {
+            let (rows, parts) = (chunk.packed.rows() as f64, &chunk.parts);
+            let layers = c.layers as f64 * (rows * (4.0 * h * h + 2.0 * h * f) + 2.0 * h * chunk.packed.attended() as f64);
+            let regions = chunk.packed.image_rows() as f64 * (c.region_feature + 5) as f64 * h;
+            let pictures = chunk.records.len() as f64 * vision.multiplications();
+            let generated = [&parts.captions, &parts.texts, &parts.fragments, &parts.masked_words, &parts.sampled.predictions];
+            let predicted = generated.iter().map(|p| p.rows.len()).sum::<usize>() as f64;
+            let heads = predicted * (h * h + h * c.vocabulary as f64)
+                + parts.regions.rows.len() as f64 * h * (c.region_feature + c.region_classes) as f64;
+            products += layers + regions + pictures + heads;
+            again += layers + regions + pictures;
+        }
+        // What is contrasted over several chunks is encoded twice.
+        let repeated = if self.chunks.len() > 1 { again } else { 0.0 };
+        2.0 * (3.0 * products + repeated)
     }
 
     /// Mean reward of the step's sampled captions, if there are any.
