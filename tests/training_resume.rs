@@ -110,6 +110,7 @@ fn job(folder: &Path, run: &str) -> TrainingJob {
         rewrites: vec![folder.join("rewrites")],
         retrieved: vec![folder.join("retrieved")],
         development: Vec::new(),
+        task: None,
         features: folder.join("features"),
         run: folder.join(run),
         resume: false,

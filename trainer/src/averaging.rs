@@ -49,6 +49,7 @@ pub fn average(parts: &[(PathBuf, f64)], out: &Path) -> Result<PathBuf> {
     let companions = Companions {
         tokenizer: folder.join("tokenizer.json"),
         backbone: average_backbones(&folders, &parts.iter().map(|(_, share)| share / total).collect::<Vec<_>>())?,
+        task: std::fs::read_to_string(folder.join("task.toml")).ok(),
         training: toml::to_string(&note)?,
     };
     let step = checkpoint::state(folder)?.step;
@@ -83,7 +84,7 @@ mod tests {
         let backbone = random_file(seed).unwrap();
         let model = Unimo::new(size, seed, &Device::Cpu).unwrap();
         let optimizer = AdamW::new(OptimizerConfig::default(), model.weights());
-        let companions = Companions { tokenizer, backbone, training: "data = \"none\"".into() };
+        let companions = Companions { tokenizer, backbone, task: None, training: "data = \"none\"".into() };
         let state = RunState { step: seed, updates: 0, fingerprint: "x".into() };
         let path = folder.join(name);
         std::fs::create_dir_all(path.join("checkpoints")).unwrap();

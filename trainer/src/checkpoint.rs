@@ -29,6 +29,8 @@ pub struct Companions {
     pub tokenizer: PathBuf,
     /// The backbone's file.
     pub backbone: Vec<u8>,
+    /// `task.toml` of a model with a head for a downstream task.
+    pub task: Option<String>,
     /// `training.toml`: what the model was trained on and how.
     pub training: String,
 }
@@ -54,6 +56,9 @@ pub fn save(folder: &Path, model: &Unimo, optimizer: &AdamW, state: &RunState, c
         fs::copy(&companions.tokenizer, partial.join("tokenizer.json"))?;
         fs::write(partial.join("backbone.safetensors"), &companions.backbone)?;
         fs::write(partial.join("training.toml"), &companions.training)?;
+        if let Some(task) = &companions.task {
+            fs::write(partial.join("task.toml"), task)?;
+        }
         fs::write(partial.join("state.toml"), toml::to_string(state)?)?;
         for entry in fs::read_dir(&partial)? {
             File::open(entry?.path())?.sync_all()?;

@@ -1,5 +1,6 @@
 //! Everything a run trains on, in memory: tokenised captions, cached region features, texts.
 
+use std::cell::OnceCell;
 use std::collections::HashMap;
 use std::path::{Path, PathBuf};
 
@@ -73,10 +74,18 @@ pub struct Corpus {
     images: Vec<PictureRef>,
     /// Number of each image alone, by its key.
     image_numbers: HashMap<String, usize>,
+    /// Number of each image alone, by the last digits of its key; made when it is first asked for.
+    by_digits: OnceCell<HashMap<u64, usize>>,
     /// Ids of each text alone, `[CLS] … [SEP]`.
     pub texts: Vec<Vec<u32>>,
     /// Records that were skipped.
     pub damaged: Vec<Damage>,
+}
+
+/// The number that a key ends with.
+fn last_number(key: &str) -> Option<u64> {
+    let digits = key.len() - key.trim_end_matches(|c: char| c.is_ascii_digit()).len();
+    key[key.len() - digits..].parse().ok()
 }
 
 /// `[CLS] words [SEP]`, at most `positions` ids.
@@ -262,6 +271,19 @@ impl Corpus {
         self.images.len()
     }
 
+    /// The image alone of a name: its key, or the key whose last digits are this number (`COCO_val2014_000000000042` is 42).
+    #[must_use]
+    pub fn image_named(&self, name: &str) -> Option<usize> {
+        if let Some(&number) = self.image_numbers.get(name) {
+            return Some(number);
+        }
+        let wanted: u64 = name.parse().ok()?;
+        let by_digits = self
+            .by_digits
+            .get_or_init(|| self.image_numbers.iter().filter_map(|(key, &number)| Some((last_number(key)?, number))).collect());
+        by_digits.get(&wanted).copied()
+    }
+
     /// Cached record of pair `pair` in a view; [`Vision`](crate::vision::Vision) makes region features of it.
     #[must_use]
     pub fn pair_record(&self, pair: usize, view: usize) -> Vec<f32> {
@@ -314,6 +336,15 @@ impl Corpus {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn images_are_found_by_key_and_by_number() {
+        let keys = ["COCO_val2014_000000000042", "photo", "7", "scene-0012"];
+        let image_numbers = keys.iter().enumerate().map(|(i, key)| ((*key).to_owned(), i)).collect();
+        let corpus = Corpus { image_numbers, ..Corpus::default() };
+        let found = ["42", "photo", "7", "12", "13", "000042", "scene-0012", "x"].map(|name| corpus.image_named(name));
+        assert_eq!(found, [Some(0), Some(1), Some(2), Some(3), None, Some(0), Some(3), None]);
+    }
 
     #[test]
     fn mirrored_captions_exchange_left_and_right() {

@@ -18,6 +18,7 @@ pub mod rewriting;
 pub mod scenes;
 pub mod seed;
 pub mod shards;
+pub mod tasks;
 pub mod tfidf;
 pub mod tokenizer_training;
 pub mod training;

@@ -110,6 +110,9 @@ pub struct BatchConfig {
     /// Pairs of which a quarter of the caption is taken out, to be written after what is left and the picture.
     #[serde(default)]
     pub fragment_pairs: usize,
+    /// Examples of a downstream task.
+    #[serde(default)]
+    pub task_examples: usize,
     /// Texts alone: generated and unmasked, in turn.
     #[serde(default)]
     pub texts: usize,
@@ -146,6 +149,8 @@ pub struct LossWeights {
     pub region_features: f64,
     /// Masked regions: soft labels.
     pub region_classes: f64,
+    /// A downstream task.
+    pub task: f64,
     /// Label smoothing of generation.
     pub label_smoothing: f64,
 }
@@ -163,6 +168,7 @@ impl Default for LossWeights {
             masked_language: 0.5,
             region_features: 0.5,
             region_classes: 0.1,
+            task: 1.0,
             label_smoothing: 0.1,
         }
     }
@@ -179,14 +185,15 @@ impl Recipe {
         if recipe.steps == 0 || recipe.views == 0 || recipe.checkpoint_every == 0 || recipe.evaluate_every == 0 {
             bail!("steps, views, checkpoint_every and evaluate_every must be at least 1");
         }
-        if b.images + b.texts + b.fragment_texts + b.images_alone == 0 {
+        if b.images + b.texts + b.fragment_texts + b.images_alone + b.task_examples == 0 {
             bail!("the batch is empty");
         }
         if b.match_images.max(b.masked_pairs).max(b.fragment_pairs).max(b.retrieved_pairs) > b.images {
             bail!("match_images, masked_pairs, fragment_pairs and retrieved_pairs are taken from the step's {} images", b.images);
         }
-        if b.chunks == 0 || b.chunks > b.images.max(1) {
-            bail!("a step of {} images is cut into 1 to {} chunks, not {}", b.images, b.images.max(1), b.chunks);
+        if b.chunks == 0 || b.chunks > b.images.max(b.task_examples).max(1) {
+            let most = b.images.max(b.task_examples).max(1);
+            bail!("a step of {} images is cut into 1 to {most} chunks, not {}", b.images, b.chunks);
         }
         if b.retrieved_pairs > 0 && (b.retrieved_images + b.retrieved_texts == 0 || recipe.weights.cross_modal == 0.0) {
             bail!("retrieved_pairs need retrieved_images or retrieved_texts, and the weight cross_modal, which alone uses them");

@@ -22,6 +22,7 @@ use crate::objectives::{Critic, Orders, Source, StepBatch, Vocabulary};
 use crate::optimizer::AdamW;
 use crate::recipe::Recipe;
 use crate::seed;
+use crate::tasks::{self, RawExample, TaskData, TaskSpec};
 use crate::tfidf::TfIdfIndex;
 use crate::vision::Vision;
 
@@ -56,6 +57,8 @@ pub struct TrainingJob {
     pub retrieved: Vec<PathBuf>,
     /// Development shards.
     pub development: Vec<PathBuf>,
+    /// A downstream task.
+    pub task: Option<TaskJob>,
     /// Folder of the feature cache.
     pub features: PathBuf,
     /// Folder of the run.
@@ -66,6 +69,17 @@ pub struct TrainingJob {
     pub data_note: String,
     /// Stops after this many steps of this call, as if interrupted after the next checkpoint.
     pub stop_after: Option<u64>,
+}
+
+/// A downstream task to be learnt: its examples, and those by which it is judged on the way.
+#[derive(Debug, Clone)]
+pub struct TaskJob {
+    /// The task.
+    pub spec: TaskSpec,
+    /// Training examples.
+    pub train: Vec<RawExample>,
+    /// Development examples; may be empty.
+    pub development: Vec<RawExample>,
 }
 
 fn bar(length: u64, template: &str) -> ProgressBar {
@@ -93,7 +107,8 @@ fn load_corpus(job: &TrainingJob, tokenizer: &Tokenizer, vision: &Vision, positi
         }
     }
     let batch = &job.recipe.batch;
-    if (batch.images_alone > 0 || batch.retrieved_images > 0) && !job.images.is_empty() {
+    let of_task = job.task.as_ref().is_some_and(|task| task.spec.pictures);
+    if (batch.images_alone > 0 || batch.retrieved_images > 0 || of_task) && !job.images.is_empty() {
         corpus.add_images(&job.images, &cache(job.recipe.views.min(2)), &progress)?;
     }
     if batch.retrieved_pairs > 0 {
@@ -139,6 +154,10 @@ fn fingerprint(job: &TrainingJob, config: &ModelConfig, corpus: &Corpus) -> Resu
     for pair in &corpus.pairs {
         hash.update(&pair.key);
     }
+    if let Some(task) = &job.task {
+        hash.update(toml::to_string(&task.spec)?);
+        task.train.iter().for_each(|example| hash.update(&example.id));
+    }
     hash.update((corpus.image_count() as u64).to_le_bytes());
     hash.update((corpus.texts.len() as u64).to_le_bytes());
     Ok(hex(&hash.finalize()[..16]))
@@ -150,6 +169,8 @@ struct Ready<'a> {
     tokenizer: &'a Tokenizer,
     vision: &'a Vision,
     development: &'a Corpus,
+    /// Development examples of the downstream task.
+    examples: Option<&'a TaskData>,
     companions: Companions,
     step: u64,
 }
@@ -172,6 +193,26 @@ fn set_up<R>(job: &TrainingJob, existing: &[PathBuf], work: impl FnOnce(Ready) -
         let mut statistics = RegionStatistics::of(FEATURES, regions.into_iter());
         statistics.emphasise(CHANNELS..FEATURES, model.config().colour_emphasis as f32);
         model.set_statistics(statistics)?;
+    }
+    let mut task = None;
+    if let Some(of_job) = &job.task {
+        let classes = of_job.spec.classes.len();
+        if existing.is_empty() {
+            model = model.with_task(classes, seed::mix(job.recipe.seed, 0x7a5c))?;
+        }
+        let data = |raw: &[RawExample]| -> Result<Option<TaskData>> {
+            if raw.is_empty() {
+                return Ok(None);
+            }
+            let data = TaskData::new(&of_job.spec, raw.to_vec(), &corpus, &tokenizer, model.config().positions)?;
+            if data.without_picture > 0 {
+                eprintln!("{} of {} examples left out: their pictures are not among --images", data.without_picture, raw.len());
+            }
+            Ok(Some(data))
+        };
+        task = Some((data(&of_job.train)?.context("the task has no training examples")?, data(&of_job.development)?));
+    } else if job.recipe.batch.task_examples > 0 {
+        bail!("the recipe learns a downstream task (`task_examples`), and none was given");
     }
     let fingerprint = fingerprint(job, model.config(), &corpus)?;
     let mut optimizer = AdamW::new(job.recipe.optimizer.clone(), model.weights().iter().chain(vision.weights()));
@@ -205,12 +246,18 @@ fn set_up<R>(job: &TrainingJob, existing: &[PathBuf], work: impl FnOnce(Ready) -
         first_text: &first_text,
         vision: &vision,
         vocabulary: &Vocabulary::of(&tokenizer),
+        task: task.as_ref().map(|(train, _)| train),
         critic: critic.as_ref(),
     };
-    let companions =
-        Companions { tokenizer: job.tokenizer.clone(), backbone: backbone_file, training: training_note(job, &corpus)? };
+    let companions = Companions {
+        tokenizer: job.tokenizer.clone(),
+        backbone: backbone_file,
+        task: job.task.as_ref().map(|task| toml::to_string(&task.spec)).transpose()?,
+        training: training_note(job, &corpus)?,
+    };
     let trainer = Loop { job, model, optimizer, source, orders: Orders::default(), fingerprint };
-    work(Ready { trainer, tokenizer: &tokenizer, vision: &vision, development: &development, companions, step })
+    let examples = task.as_ref().and_then(|(_, development)| development.as_ref());
+    work(Ready { trainer, tokenizer: &tokenizer, vision: &vision, development: &development, examples, companions, step })
 }
 
 /// Runs (or goes on with) a job and returns its last checkpoint.
@@ -228,7 +275,7 @@ pub fn run(job: &TrainingJob) -> Result<PathBuf> {
 }
 
 fn train(job: &TrainingJob, checkpoints: &Path, resumed: Option<&PathBuf>, ready: Ready) -> Result<PathBuf> {
-    let Ready { mut trainer, tokenizer, vision, development, mut companions, mut step } = ready;
+    let Ready { mut trainer, tokenizer, vision, development, examples, mut companions, mut step } = ready;
     let log_path = job.run.join("log.jsonl");
     forget_later_steps(&log_path, step)?;
     std::fs::write(job.run.join("recipe.toml"), toml::to_string(&job.recipe)?)?;
@@ -249,6 +296,20 @@ fn train(job: &TrainingJob, checkpoints: &Path, resumed: Option<&PathBuf>, ready
             }
             last = Some(checkpoint::save(checkpoints, &trainer.model, &trainer.optimizer, &state, &companions)?);
             checkpoint::prune(checkpoints, KEPT_CHECKPOINTS)?;
+        }
+        if let (Some(examples), true) = (examples, step.is_multiple_of(job.recipe.evaluate_every) || finished) {
+            let scores = examples.score(&tasks::predict(&trainer.model, vision, trainer.source.corpus, examples)?)?;
+            let mut entry = json!({ "schema": 1, "step": step, "development": true, "examples": examples.examples.len() });
+            let mut said = Vec::new();
+            for (metric, score) in scores {
+                let name = serde_json::to_value(metric)?.as_str().unwrap_or_default().to_owned();
+                said.push(format!("{name} {score:.3}"));
+                entry[name] = json!(score);
+            }
+            append(&log_path, &entry)?;
+            progress.suspend(|| {
+                eprintln!("step {step}: {} of {} ({} examples)", said.join(", "), examples.spec.name, examples.examples.len())
+            });
         }
         if !development.pairs.is_empty() && (step.is_multiple_of(job.recipe.evaluate_every) || finished) {
             let scores = evaluation::evaluate(&trainer.model, vision, tokenizer, development, job.recipe.evaluate_images)?;

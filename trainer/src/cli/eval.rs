@@ -26,6 +26,8 @@ enum EvalCommand {
     Retrieval(retrieval::RetrievalArgs),
     /// Captions and retrieval of a checkpoint, computed by the trainer
     Checkpoint(checkpoint::CheckpointArgs),
+    /// Accuracy, or whatever a task is judged by, of a checkpoint fine-tuned on it
+    Task(super::tasks::TaskArgs),
     /// How many captions of drawn scenes name the right objects and colours
     Scenes(scenes::ScenesArgs),
 }
@@ -39,6 +41,7 @@ pub fn run(args: EvalArgs) -> Result<ExitCode> {
         EvalCommand::Captions(args) => captions::run(&args),
         EvalCommand::Retrieval(args) => retrieval::run(&args),
         EvalCommand::Checkpoint(args) => checkpoint::run(&args),
+        EvalCommand::Task(args) => super::tasks::run(&args),
         EvalCommand::Scenes(args) => scenes::run(&args),
     }
 }

@@ -1,4 +1,4 @@
-//! `unimo-train finetune caption|self-critical|retrieval`
+//! `unimo-train finetune caption|self-critical|retrieval|answer|entail|classify`
 
 use std::path::PathBuf;
 use std::process::ExitCode;
@@ -7,15 +7,22 @@ use anyhow::Result;
 use clap::Subcommand;
 
 use super::pretrain::DataArgs;
+use super::tasks::{AnswerFiles, ExampleFiles};
 use unimo_train::checkpoint;
 use unimo_train::model::ModelConfig;
 use unimo_train::recipe::Recipe;
+use unimo_train::tasks::tables::Glue;
+use unimo_train::training::TrainingJob;
 
 const EXAMPLES: &str = "Examples:
   unimo-train finetune caption --init runs/edge-s --tokenizer tokenizer.json \\
       --pairs flickr8k/train --dev flickr8k/dev-0000.tar --out runs/edge-s-caption
   unimo-train finetune self-critical --init runs/edge-s-caption --tokenizer tokenizer.json \\
-      --pairs flickr8k/train --dev flickr8k/dev-0000.tar --out runs/edge-s-final";
+      --pairs flickr8k/train --dev flickr8k/dev-0000.tar --out runs/edge-s-final
+  unimo-train finetune answer --init runs/edge-s --tokenizer tokenizer.json --images coco-train \\
+      --questions v2_train_questions.json --annotations v2_train_annotations.json --out runs/vqa
+  unimo-train finetune classify --task cola --init runs/edge-s --tokenizer tokenizer.json --examples CoLA/train.tsv \\
+      --dev-examples CoLA/dev.tsv --out runs/cola";
 
 /// Adapt a pretrained checkpoint.
 #[derive(Debug, clap::Args)]
@@ -32,6 +39,30 @@ enum Task {
     SelfCritical(TaskArgs),
     /// Retrieval: contrast of separate encodings, and matching with TF-IDF hard negatives
     Retrieval(TaskArgs),
+    /// Visual question answering, on files of VQA v2's form
+    Answer {
+        #[command(flatten)]
+        files: AnswerFiles,
+        #[command(flatten)]
+        task: TaskArgs,
+    },
+    /// Visual entailment, on SNLI-VE's files
+    Entail {
+        #[command(flatten)]
+        files: ExampleFiles,
+        #[command(flatten)]
+        task: TaskArgs,
+    },
+    /// Classification or regression of texts, on GLUE's tables
+    Classify {
+        /// Which task
+        #[arg(long, value_name = "NAME")]
+        task: Glue,
+        #[command(flatten)]
+        files: ExampleFiles,
+        #[command(flatten)]
+        args: TaskArgs,
+    },
 }
 
 #[derive(Debug, clap::Args)]
@@ -49,6 +80,7 @@ struct TaskArgs {
 
 const CAPTION: &str = include_str!("../../recipes/finetune-caption.toml");
 const SELF_CRITICAL: &str = include_str!("../../recipes/finetune-self-critical.toml");
+const DOWNSTREAM: &str = include_str!("../../recipes/finetune-task.toml");
 const RETRIEVAL: &str = include_str!("../../recipes/finetune-retrieval.toml");
 
 /// Runs the subcommand.
@@ -56,10 +88,13 @@ const RETRIEVAL: &str = include_str!("../../recipes/finetune-retrieval.toml");
 /// # Errors
 /// Unusable input or failed writes.
 pub fn run(args: &Args) -> Result<ExitCode> {
-    let (task, default) = match &args.task {
-        Task::Caption(task) => (task, CAPTION),
-        Task::SelfCritical(task) => (task, SELF_CRITICAL),
-        Task::Retrieval(task) => (task, RETRIEVAL),
+    let (task, default, downstream) = match &args.task {
+        Task::Caption(task) => (task, CAPTION, None),
+        Task::SelfCritical(task) => (task, SELF_CRITICAL, None),
+        Task::Retrieval(task) => (task, RETRIEVAL, None),
+        Task::Answer { files, task } => (task, DOWNSTREAM, Some(files.job()?)),
+        Task::Entail { files, task } => (task, DOWNSTREAM, Some(files.job(None)?)),
+        Task::Classify { task, files, args } => (args, DOWNSTREAM, Some(files.job(Some(*task))?)),
     };
     let recipe = match &task.recipe {
         Some(path) => Recipe::from_file(path)?,
@@ -67,5 +102,5 @@ pub fn run(args: &Args) -> Result<ExitCode> {
     };
     let init = checkpoint::resolve(&task.init)?;
     let size = ModelConfig::named(&init.join("model.toml").to_string_lossy())?;
-    task.data.run(&task.data.job(recipe, size, Some(init)))
+    task.data.run(&TrainingJob { task: downstream, ..task.data.job(recipe, size, Some(init)) })
 }

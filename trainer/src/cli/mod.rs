@@ -8,6 +8,7 @@ pub mod finetune;
 pub mod pretrain;
 pub mod retrieve;
 pub mod rewrite;
+pub mod tasks;
 pub mod tokenizer;
 
 use std::process::ExitCode;

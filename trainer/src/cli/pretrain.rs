@@ -30,7 +30,7 @@ pub struct DataArgs {
     #[arg(long, value_name = "FILE")]
     pub backbone: Option<PathBuf>,
     /// Shards (or folders of shards) of pictures with captions
-    #[arg(long, num_args = 1.., required = true, value_name = "SHARD")]
+    #[arg(long, num_args = 1.., value_name = "SHARD")]
     pub pairs: Vec<PathBuf>,
     /// Shards of pictures without captions
     #[arg(long, num_args = 1.., value_name = "SHARD")]
@@ -113,6 +113,7 @@ impl DataArgs {
             rewrites: self.rewrites.clone(),
             retrieved: self.retrieved.clone(),
             development: self.dev.clone(),
+            task: None,
             features: self.features.clone().unwrap_or_else(|| self.out.join("features")),
             run: self.out.clone(),
             resume: self.resume,

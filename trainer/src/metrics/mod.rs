@@ -4,6 +4,7 @@
 
 mod bleu;
 mod cider;
+pub mod classification;
 mod ngrams;
 mod recall;
 mod rouge;

@@ -40,6 +40,13 @@ pub struct ModelConfig {
     /// would be one part in a hundred of what is seen, and colours are learnt late.
     #[serde(default = "default_emphasis")]
     pub colour_emphasis: f64,
+    /// Outputs of the head for a downstream task; 0 is no such head.
+    #[serde(default, skip_serializing_if = "none")]
+    pub task_classes: usize,
+}
+
+fn none(count: &usize) -> bool {
+    *count == 0
 }
 
 fn papers_deviation() -> f64 {
@@ -157,6 +164,10 @@ impl ModelConfig {
         linear(&mut list, "region.feature", self.region_feature, h);
         linear(&mut list, "region.class", self.region_classes, h);
         list.push(("temperature".into(), vec![]));
+        if self.task_classes > 0 {
+            linear(&mut list, "task.hidden", h, h);
+            linear(&mut list, "task.output", self.task_classes, h);
+        }
         list
     }
 

@@ -44,6 +44,19 @@ impl Unimo {
         self.linear("match", &(image * text)?)?.squeeze(1)
     }
 
+    /// Logits of a downstream task, `[n, classes]`, from hidden states `[rows, hidden]`: the poolings of `[IMG]` (at rows `images`)
+    /// and `[CLS]` (at rows `texts`), multiplied, or that of `[CLS]` alone where there are no images; then a hidden layer.
+    ///
+    /// # Errors
+    /// Another number of images than of texts, a model without a task's head, and those of candle.
+    pub fn task_logits(&self, hidden: &Tensor, images: &[usize], texts: &[usize]) -> Result<Tensor> {
+        let mut pooled = self.linear("pool.text", &self.rows(hidden, texts)?)?.relu()?;
+        if !images.is_empty() {
+            pooled = (pooled * self.linear("pool.image", &self.rows(hidden, images)?)?.relu()?)?;
+        }
+        self.linear("task.output", &ops::gelu(&self.linear("task.hidden", &pooled)?)?)
+    }
+
     /// The contrast's temperature τ, a scalar inside [0.001, 0.5].
     ///
     /// # Errors

@@ -86,6 +86,20 @@ impl Unimo {
         Ok(Self { config, device: device.clone(), weights, statistics })
     }
 
+    /// The same model with a fresh head of `classes` outputs for a downstream task, in place of one that it may have.
+    ///
+    /// # Errors
+    /// Those of candle.
+    pub fn with_task(self, classes: usize, seed: u64) -> Result<Self> {
+        let config = ModelConfig { task_classes: classes, ..self.config };
+        let mut fresh = Self::new(config, seed, &self.device)?;
+        for (name, var) in self.weights.into_iter().filter(|(name, _)| !name.starts_with("task.")) {
+            fresh.weights.insert(name, var);
+        }
+        fresh.statistics = self.statistics;
+        Ok(fresh)
+    }
+
     /// Reads `model.toml` and `model.safetensors` of a checkpoint folder.
     ///
     /// # Errors

@@ -9,6 +9,7 @@ use super::{Fragments, MaskedText, Source, mask_regions, mask_text, take_fragmen
 use crate::backbone::FEATURES;
 use crate::model::{Features, Packer, Regions};
 use crate::recipe::BatchConfig;
+use crate::tasks::Example;
 
 /// Share of the regions that is masked.
 const MASKED_REGIONS: f64 = 0.15;
@@ -94,6 +95,12 @@ pub(super) struct Parts {
     pub retrieved_text_rows: Vec<usize>,
     /// See `retrieved_text_rows`.
     pub retrieved_text_of: Vec<usize>,
+    /// Examples of a downstream task: `[IMG]`s where they have pictures, `[CLS]`s, and which examples they are.
+    pub task_images: Vec<usize>,
+    /// See `task_images`.
+    pub task_texts: Vec<usize>,
+    /// See `task_images`.
+    pub task_examples: Vec<usize>,
     /// `[IMG]` of each pair encoded jointly.
     pub match_images: Vec<usize>,
     /// `[CLS]` of each pair encoded jointly.
@@ -138,6 +145,25 @@ impl Draft<'_> {
             return Vec::new();
         }
         (0..self.grid * self.grid).filter(|_| rng.random_bool(share)).collect()
+    }
+
+    /// An example of the downstream task.
+    pub fn task_example(&mut self, number: usize, example: &Example) {
+        self.parts.task_examples.push(number);
+        let Some(image) = example.image else {
+            self.parts.task_texts.push(self.packer.text(&example.ids, false));
+            return;
+        };
+        // Pictures as they are: a mirrored one would need its question and its answer mirrored.
+        let record = self.source.corpus.image_record(image, 0);
+        let place = self.records.len();
+        let features = if self.by_place() { Features::Picture(place) } else { Features::Values(&record) };
+        let rows = self.packer.pair(Regions { features, masked: &[] }, &example.ids);
+        self.parts.task_images.push(rows.image);
+        self.parts.task_texts.push(rows.texts[0]);
+        if self.by_place() {
+            self.records.push(record);
+        }
     }
 
     /// Images and texts retrieved for a picture, each encoded alone.

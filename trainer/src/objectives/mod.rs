@@ -23,6 +23,7 @@ use crate::corpus::Corpus;
 use crate::model::Unimo;
 use crate::ops::reference::log_softmax;
 use crate::seed;
+use crate::tasks::TaskData;
 use crate::tfidf::TfIdfIndex;
 use crate::vision::Vision;
 
@@ -38,6 +39,8 @@ pub struct Source<'a> {
     pub vision: &'a Vision,
     /// What masking has to know of the tokenizer.
     pub vocabulary: &'a Vocabulary,
+    /// Examples of a downstream task.
+    pub task: Option<&'a TaskData>,
     /// Rewards sampled captions.
     pub critic: Option<&'a Critic>,
 }
@@ -59,6 +62,7 @@ pub struct Orders {
     pairs: Option<(u64, Vec<u32>)>,
     images: Option<(u64, Vec<u32>)>,
     texts: Option<(u64, Vec<u32>)>,
+    examples: Option<(u64, Vec<u32>)>,
 }
 
 /// Mean binary cross-entropy of matching logits `[n]` with labels 0 or 1, stable for large logits.

@@ -116,6 +116,7 @@ mod tests {
             first_text: &[],
             vision: &Vision::new(backbone, 0, &Device::Cpu).unwrap(),
             vocabulary: &super::super::Vocabulary::of(&tokenizer),
+            task: None,
             critic: Some(&critic),
         };
         let recipe = "steps = 1\nviews = 2\n[batch]\nimages = 5\ncaptions = 1\nsampled_captions = 3";

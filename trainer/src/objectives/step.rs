@@ -12,6 +12,7 @@ use crate::backbone::FEATURES;
 use crate::model::{Dropout, PackedBatch, Packer, Unimo};
 use crate::recipe::Recipe;
 use crate::seed;
+use crate::tasks::task_loss;
 use crate::vision::Vision;
 
 /// Tokens after which a sampled caption is cut off.
@@ -145,6 +146,13 @@ impl StepBatch {
                 match i.checked_sub(b.texts) {
                     None => draft.text(ids, i % 2 == 0, rng),
                     Some(_) => draft.fragments(None, ids, rng),
+                }
+            }
+            if let Some(task) = source.task {
+                for i in part(b.task_examples, chunk, b.chunks) {
+                    let at = step * b.task_examples as u64 + i as u64;
+                    let number = shuffled(recipe.seed ^ 0x7a5c, task.examples.len(), at, &mut orders.examples);
+                    draft.task_example(number, &task.examples[number]);
                 }
             }
             for i in part(b.images_alone, chunk, b.chunks) {
@@ -288,6 +296,12 @@ impl StepBatch {
         if let Some(logits) = chunk.match_logits(hidden, model)? {
             let loss = matching_loss(&logits, &parts.match_labels)?;
             put("matching", w.matching, parts.match_labels.len(), self.count(|p| p.match_labels.len()), loss);
+        }
+        if let (Some(task), false) = (source.task, parts.task_examples.is_empty()) {
+            let logits = model.task_logits(hidden, &parts.task_images, &parts.task_texts)?;
+            let targets: Vec<&[(u32, f32)]> = parts.task_examples.iter().map(|&i| task.examples[i].target.as_slice()).collect();
+            let loss = task_loss(&logits, task.spec.goal, &targets)?;
+            put("task", w.task, targets.len(), self.count(|p| p.task_examples.len()), loss);
         }
         let regions = &parts.regions;
         if !regions.rows.is_empty() {
