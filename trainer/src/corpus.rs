@@ -33,6 +33,8 @@ pub struct Pair {
     pub references: Vec<String>,
     /// Rewritten captions that are false of the picture, those of each caption; and for mirrored views. Empty without rewrites.
     rewritten: [Vec<Vec<Vec<u32>>>; 2],
+    /// Each caption in other words, from the same files.
+    paraphrased: [Vec<Vec<Vec<u32>>>; 2],
     /// Texts alone that read like its captions; and for mirrored views.
     retrieved_texts: [Vec<Vec<u32>>; 2],
     /// Images alone that look like it.
@@ -44,6 +46,12 @@ impl Pair {
     #[must_use]
     pub fn captions_for(&self, view: usize) -> &[Vec<u32>] {
         if is_mirrored(view) { &self.mirrored } else { &self.captions }
+    }
+
+    /// Caption `caption` in other words, as fits a view: all true of the picture.
+    #[must_use]
+    pub fn paraphrases_for(&self, view: usize, caption: usize) -> &[Vec<u32>] {
+        self.paraphrased[usize::from(is_mirrored(view))].get(caption).map_or(&[], Vec::as_slice)
     }
 
     /// Texts alone that were retrieved for this pair, as fits a view.
@@ -141,6 +149,7 @@ impl Corpus {
                         key: sample.key,
                         references: sample.captions,
                         rewritten: [Vec::new(), Vec::new()],
+                        paraphrased: [Vec::new(), Vec::new()],
                         retrieved_texts: [Vec::new(), Vec::new()],
                         retrieved_images: Vec::new(),
                     });
@@ -178,7 +187,7 @@ impl Corpus {
         Ok(())
     }
 
-    /// Adds the word- and phrase-level negatives of `unimo-train rewrite`; gives the number of pictures that have some.
+    /// Adds the word- and phrase-level negatives and the paraphrases of `unimo-train rewrite`; gives the number of pictures that have some.
     ///
     /// # Errors
     /// Rewrites of other captions than the pairs', or of none of these pictures.
@@ -191,12 +200,14 @@ impl Corpus {
             if !picture.captions.iter().map(|c| &c.caption).eq(&pair.references) {
                 bail!("{} was made of other captions of {}; make it anew with `unimo-train rewrite`", folder.display(), pair.key);
             }
-            for (mirrored, rewritten) in pair.rewritten.iter_mut().enumerate() {
+            for mirrored in 0..2 {
                 let ids = |text: &String| {
                     let text = if mirrored == 1 { mirror_text(text) } else { text.clone() };
                     text_ids(tokenizer, &text, positions)
                 };
-                *rewritten = picture.captions.iter().map(|c| c.word.iter().chain(&c.phrase).map(ids).collect()).collect();
+                let captions = picture.captions.iter();
+                pair.rewritten[mirrored] = captions.clone().map(|c| c.word.iter().chain(&c.phrase).map(ids).collect()).collect();
+                pair.paraphrased[mirrored] = captions.map(|c| c.paraphrases.iter().map(ids).collect()).collect();
             }
             found += 1;
         }

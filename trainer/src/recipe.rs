@@ -94,6 +94,9 @@ pub struct BatchConfig {
     /// Captions of each of those rewritten to be false (needs --rewrites).
     #[serde(default)]
     pub match_rewrites: usize,
+    /// Captions of each of those in other words, as positives (needs --rewrites made with --paraphrases).
+    #[serde(default)]
+    pub match_paraphrases: usize,
     /// Pictures that bring what was retrieved for them from images alone and texts alone (needs --retrieved), as positives of the
     /// cross-modal contrast.
     #[serde(default)]

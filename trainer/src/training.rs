@@ -98,9 +98,11 @@ fn load_corpus(job: &TrainingJob, tokenizer: &Tokenizer, vision: &Vision, positi
     let progress = |n: u64| spinner.inc(n);
     let mut corpus = Corpus::default();
     corpus.add_pairs(&job.pairs, &cache(job.recipe.views), tokenizer, positions, &progress)?;
-    if job.recipe.batch.match_rewrites > 0 {
+    if job.recipe.batch.match_rewrites + job.recipe.batch.match_paraphrases > 0 {
         if job.rewrites.is_empty() {
-            bail!("the recipe trains on rewritten captions (`match_rewrites`), and none were given with --rewrites");
+            bail!(
+                "the recipe trains on rewritten captions (`match_rewrites`, `match_paraphrases`), and none were given with --rewrites"
+            );
         }
         for folder in &job.rewrites {
             corpus.add_rewrites(folder, tokenizer, positions)?;

@@ -243,6 +243,8 @@ impl Draft<'_> {
         }
         let rewritten = pair.rewrites_for(picture.view, own).choose_multiple(rng, batch.match_rewrites);
         candidates.extend(rewritten.map(|ids| (ids.clone(), 0.0)));
+        let paraphrases = pair.paraphrases_for(picture.view, own).choose_multiple(rng, batch.match_paraphrases);
+        candidates.extend(paraphrases.map(|ids| (ids.clone(), 1.0)));
         let hidden = self.hidden(rng);
         for (ids, label) in candidates {
             let rows = self.packer.pair(Regions { features: self.features(picture), masked: &hidden }, &ids);
@@ -312,5 +314,61 @@ impl Draft<'_> {
             let first = self.packer.text(&masked.ids, false);
             self.parts.masked_words.masked(first, &masked);
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use candle_core::Device;
+
+    use super::super::testing::six_scenes;
+    use super::super::{Orders, StepBatch, Vocabulary};
+    use super::*;
+    use crate::model::{ModelConfig, Unimo};
+    use crate::recipe::Recipe;
+    use crate::rewriting::{Counts, RewriteJob, rewrite};
+    use crate::shards::read_shards;
+    use crate::vision::Vision;
+
+    #[test]
+    fn rewritten_captions_are_false_and_paraphrases_true_of_their_picture() {
+        let folder = tempfile::tempdir().unwrap();
+        let (mut corpus, backbone, tokenizer) = six_scenes(folder.path());
+        let (shards, paraphrases) = (folder.path().join("scenes"), folder.path().join("paraphrases.jsonl"));
+        let mut lines = String::new();
+        read_shards(std::slice::from_ref(&shards), |sample| {
+            for caption in &sample.captions {
+                lines += &serde_json::json!({ "caption": caption, "paraphrases": [format!("in short, {caption}")] }).to_string();
+                lines.push('\n');
+            }
+            Ok(())
+        })
+        .unwrap();
+        std::fs::write(&paraphrases, lines).unwrap();
+        let (counts, out) = (Counts { word: 2, phrase: 0, sentence: 0 }, folder.path().join("rewrites"));
+        let job = RewriteJob { pairs: vec![shards], out: out.clone(), counts, seed: 1, paraphrases: Some(paraphrases) };
+        rewrite(&job, &|_| ()).unwrap();
+        assert_eq!(corpus.add_rewrites(&out, &tokenizer, 48).unwrap(), 6);
+
+        let config = ModelConfig { vocabulary: tokenizer.vocabulary_size(), ..ModelConfig::named("pico").unwrap() };
+        let model = Unimo::new(config, 1, &Device::Cpu).unwrap();
+        let source = Source {
+            corpus: &corpus,
+            tfidf: None,
+            first_text: &(0..6).map(|i| i * 5).collect::<Vec<_>>(),
+            vision: &Vision::new(backbone, 0, &Device::Cpu).unwrap(),
+            vocabulary: &Vocabulary::of(&tokenizer),
+            task: None,
+            critic: None,
+        };
+        let recipe = "steps = 1\nviews = 2\n[batch]\nimages = 6\ncaptions = 1\nmatch_images = 6\nmatch_negatives = 1\n\
+                      match_rewrites = 1\nmatch_paraphrases = 1\n";
+        let recipe = Recipe::from_toml(recipe).unwrap();
+        let batch = StepBatch::build(&model, &recipe, &source, &mut Orders::default(), 0).unwrap();
+        let parts = &batch.chunks[0].parts;
+        // Its own caption, a neighbour's, a rewritten one, a paraphrase.
+        assert_eq!(parts.match_labels, [1.0, 0.0, 0.0, 1.0].repeat(6));
+        let pictures: Vec<usize> = (0..6).flat_map(|picture| [picture; 4]).collect();
+        assert_eq!(parts.match_image_of, pictures);
     }
 }

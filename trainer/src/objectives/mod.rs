@@ -91,3 +91,39 @@ fn region_classification(model: &Unimo, backbone: &Backbone, rows: &Tensor, feat
     let log_p = log_softmax(&model.region_logits(rows)?)?;
     Ok((labels * log_p)?.sum(D::Minus1)?.mean_all()?.neg()?)
 }
+
+/// A small corpus for the tests of this module.
+#[cfg(test)]
+mod testing {
+    use unimo::tokenizer::Tokenizer;
+
+    use crate::backbone::{self, Backbone};
+    use crate::corpus::Corpus;
+    use crate::features::FeatureCache;
+    use crate::scenes::{CorpusOptions, write_corpus};
+    use crate::shards::read_shards;
+    use crate::tokenizer_training;
+
+    /// Six scenes, each in a plain and a mirrored view.
+    pub fn six_scenes(folder: &std::path::Path) -> (Corpus, Backbone, Tokenizer) {
+        let file = |name: &str| folder.join(name);
+        let shards = file("scenes");
+        write_corpus(&shards, &CorpusOptions { seed: 5, count: 6, ..Default::default() }).unwrap();
+        let mut texts = Vec::new();
+        let shard = [shards.join("scenes-0000.tar")];
+        read_shards(&shard, |sample| {
+            texts.extend(sample.captions);
+            Ok(())
+        })
+        .unwrap();
+        let tokenizer = tokenizer_training::train(texts.iter().map(String::as_str), 400).unwrap();
+        std::fs::write(file("tokenizer.json"), tokenizer).unwrap();
+        let tokenizer = Tokenizer::from_file(&file("tokenizer.json")).unwrap();
+        std::fs::write(file("backbone"), backbone::random_file(1).unwrap()).unwrap();
+        let backbone = Backbone::load(&file("backbone")).unwrap();
+        let cache = FeatureCache { folder: &file("features"), backbone: &backbone, trained_blocks: 0, views: 2 };
+        let mut corpus = Corpus::default();
+        corpus.add_pairs(&[shards], &cache, &tokenizer, 48, &|_| ()).unwrap();
+        (corpus, backbone, tokenizer)
+    }
+}

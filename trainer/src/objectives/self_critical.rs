@@ -57,15 +57,11 @@ pub(super) fn advantages(rewards: &[f64]) -> Vec<f64> {
 
 #[cfg(test)]
 mod tests {
+    use super::super::testing::six_scenes;
     use super::super::{Orders, Source, StepBatch, shuffled};
     use super::*;
-    use crate::backbone::{self, Backbone};
-    use crate::features::FeatureCache;
     use crate::model::{ModelConfig, Unimo};
     use crate::recipe::Recipe;
-    use crate::scenes::{CorpusOptions, write_corpus};
-    use crate::shards::read_shards;
-    use crate::tokenizer_training;
     use crate::vision::Vision;
     use candle_core::{Device, Tensor};
 
@@ -74,29 +70,6 @@ mod tests {
         assert_eq!(advantages(&[1.0, 2.0, 6.0]), [-3.0, -1.5, 4.5]);
         assert_eq!(advantages(&[0.7, 0.7]), [0.0, 0.0]);
         assert_eq!(advantages(&[]), [0.0; 0]);
-    }
-
-    /// Six scenes, each in a plain and a mirrored view.
-    fn six_scenes(folder: &std::path::Path) -> (Corpus, Backbone, Tokenizer) {
-        let file = |name: &str| folder.join(name);
-        let shards = file("scenes");
-        write_corpus(&shards, &CorpusOptions { seed: 5, count: 6, ..Default::default() }).unwrap();
-        let mut texts = Vec::new();
-        let shard = [shards.join("scenes-0000.tar")];
-        read_shards(&shard, |sample| {
-            texts.extend(sample.captions);
-            Ok(())
-        })
-        .unwrap();
-        let tokenizer = tokenizer_training::train(texts.iter().map(String::as_str), 400).unwrap();
-        std::fs::write(file("tokenizer.json"), tokenizer).unwrap();
-        let tokenizer = Tokenizer::from_file(&file("tokenizer.json")).unwrap();
-        std::fs::write(file("backbone"), backbone::random_file(1).unwrap()).unwrap();
-        let backbone = Backbone::load(&file("backbone")).unwrap();
-        let cache = FeatureCache { folder: &file("features"), backbone: &backbone, trained_blocks: 0, views: 2 };
-        let mut corpus = Corpus::default();
-        corpus.add_pairs(&[shards], &cache, &tokenizer, 48, &|_| ()).unwrap();
-        (corpus, backbone, tokenizer)
     }
 
     #[test]
