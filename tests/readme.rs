@@ -7,15 +7,17 @@ use unimo_tests::program;
 /// Commands of the README's code blocks (`$ …`), each with the lines printed under it.
 fn shown(readme: &str) -> Vec<(String, Vec<String>)> {
     let mut commands: Vec<(String, Vec<String>)> = Vec::new();
-    let mut inside = false;
-    for line in readme.lines() {
-        if line.starts_with("```") {
-            inside = !inside;
-        } else if let (true, Some(command)) = (inside, line.strip_prefix("$ ")) {
-            commands.push((command.to_owned(), Vec::new()));
-        } else if let (true, Some((_, printed))) = (inside, commands.last_mut()) {
-            printed.push(line.to_owned());
+    // Every other piece between fences is a code block.
+    for block in readme.split("```").skip(1).step_by(2) {
+        let mut of_block: Vec<(String, Vec<String>)> = Vec::new();
+        for line in block.lines() {
+            match (line.strip_prefix("$ "), of_block.last_mut()) {
+                (Some(command), _) => of_block.push((command.to_owned(), Vec::new())),
+                (None, Some((_, printed))) => printed.push(line.to_owned()),
+                (None, None) => {}
+            }
         }
+        commands.extend(of_block);
     }
     commands.retain(|(_, printed)| !printed.is_empty());
     commands

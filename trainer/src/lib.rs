@@ -13,6 +13,7 @@ pub mod objectives;
 pub mod ops;
 pub mod optimizer;
 pub mod recipe;
+pub mod report;
 pub mod retrieval;
 pub mod rewriting;
 pub mod scenes;

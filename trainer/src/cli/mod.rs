@@ -5,7 +5,9 @@ pub mod average;
 pub mod data;
 pub mod eval;
 pub mod finetune;
+pub mod plan;
 pub mod pretrain;
+pub mod report;
 pub mod retrieve;
 pub mod rewrite;
 pub mod tasks;
@@ -52,6 +54,10 @@ enum Command {
     Ablate(ablate::Args),
     /// Average the weights of checkpoints
     Average(average::Args),
+    /// Run the stages of a plan, from data to a finished model
+    Plan(plan::Args),
+    /// Write a run's curves, scores and sample captions as one HTML file
+    Report(report::Args),
     /// Score captions, embeddings or a checkpoint
     Eval(eval::EvalArgs),
 }
@@ -70,6 +76,8 @@ pub fn run(cli: Cli) -> Result<ExitCode> {
         Command::Finetune(args) => finetune::run(&args),
         Command::Ablate(args) => ablate::run(&args),
         Command::Average(args) => average::run(&args),
+        Command::Plan(args) => plan::run(&args),
+        Command::Report(args) => report::run(&args),
         Command::Eval(args) => eval::run(args),
     }
 }
