@@ -40,6 +40,27 @@ fn plan(folder: &Path, more: &[&str]) -> unimo_tests::Run {
 }
 
 #[test]
+fn the_shipped_models_plan_is_sound() {
+    let recipes = Path::new(env!("CARGO_MANIFEST_DIR")).join("../trainer/recipes");
+    let config = recipes.join("edge-s.toml").display().to_string();
+    let arguments = ["plan", "--config", &config, "--backbone", "b", "--pairs", "p", "q", "--out", "nowhere", "--show"];
+    let shown = program("unimo-train", &arguments);
+    assert_eq!((shown.code, shown.stdout.lines().count()), (0, 7), "{}", shown.stderr);
+    for recipe in shown.stdout.split_whitespace().filter(|word| word.ends_with(".toml")) {
+        unimo_train::recipe::Recipe::from_file(Path::new(recipe)).unwrap();
+    }
+    // A slip in the last stage is found at once.
+    let folder = tempfile::tempdir().unwrap();
+    let text = std::fs::read_to_string(&config).unwrap().replace("\"--shares\"", "\"--slices\"");
+    std::fs::write(folder.path().join("plan.toml"), text).unwrap();
+    let config = folder.path().join("plan.toml").display().to_string();
+    let out = folder.path().join("out").display().to_string();
+    let wrong = program("unimo-train", &["plan", "--config", &config, "--backbone", "b", "--pairs", "p", "--out", &out]);
+    assert!(wrong.code == 3 && wrong.stderr.contains("average") && wrong.stderr.contains("--slices"), "{}", wrong.stderr);
+    assert!(!Path::new(&out).exists());
+}
+
+#[test]
 fn a_plan_runs_each_stage_once_and_goes_on() {
     let folder = tempfile::tempdir().unwrap();
     let at = |name: &str| folder.path().join(name);

@@ -87,6 +87,10 @@ pub fn run(args: &Args) -> Result<ExitCode> {
         std::fs::read_to_string(&args.config).with_context(|| format!("cannot read the plan {}", args.config.display()))?;
     let plan: Plan = toml::from_str(&text).with_context(|| format!("in {}", args.config.display()))?;
     let stages = plan.stages.iter().map(|stage| expand(stage, args)).collect::<Result<Vec<_>>>()?;
+    // A slip in the last stage is found before the first one runs for hours.
+    for (stage, (words, _)) in plan.stages.iter().zip(&stages) {
+        parse(stage, words.clone())?;
+    }
     if args.show {
         stages.iter().for_each(|(words, _)| println!("unimo-train {}", words.join(" ")));
         return Ok(ExitCode::SUCCESS);
@@ -110,13 +114,16 @@ pub fn run(args: &Args) -> Result<ExitCode> {
         } else if makes.is_dir() {
             std::fs::remove_dir_all(&makes).with_context(|| format!("cannot clear {}", makes.display()))?;
         }
-        let command = Cli::try_parse_from(std::iter::once("unimo-train".to_owned()).chain(now))
-            .map_err(|error| anyhow::anyhow!("stage `{}`: {error}", stage.name))?;
-        super::run(command).with_context(|| format!("stage `{}`", stage.name))?;
+        super::run(parse(stage, now)?).with_context(|| format!("stage `{}`", stage.name))?;
         done.stages.insert(stage.name.clone(), words);
         work_files::write_whole(&path, toml::to_string(&done)?.as_bytes())?;
     }
     Ok(ExitCode::SUCCESS)
+}
+
+fn parse(stage: &Stage, words: Vec<String>) -> Result<Cli> {
+    Cli::try_parse_from(std::iter::once("unimo-train".to_owned()).chain(words))
+        .map_err(|error| anyhow::anyhow!("stage `{}`: {error}", stage.name))
 }
 
 /// The words of a stage's command, and what it makes.
