@@ -201,3 +201,72 @@ impl FeatureCache<'_> {
 pub fn hex(bytes: &[u8]) -> String {
     bytes.iter().map(|b| format!("{b:02x}")).collect()
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::backbone::random_file;
+    use crate::scenes::{CorpusOptions, generate, write_corpus};
+
+    #[test]
+    fn views_are_the_picture_its_mirror_image_and_crops_that_differ() {
+        let picture = generate(7, 1).draw();
+        assert_eq!(view(&picture, "k", 0), picture);
+        assert_eq!(view(&picture, "k", 1), imageops::flip_horizontal(&picture));
+        let crops: Vec<RgbImage> = (2..6).map(|v| view(&picture, "k", v)).collect();
+        for (i, crop) in crops.iter().enumerate() {
+            let share = f64::from(crop.width() * crop.height()) / f64::from(picture.width() * picture.height());
+            assert!((0.58..=1.0).contains(&share), "{share}");
+            assert_eq!(*crop, view(&picture, "k", i + 2), "a view changes from call to call");
+            assert!(crops[..i].iter().all(|other| other != crop) && view(&picture, "other", i + 2) != *crop);
+        }
+    }
+
+    #[test]
+    fn a_cache_of_other_layers_views_or_a_broken_one_is_made_anew() {
+        let folder = tempfile::tempdir().unwrap();
+        let shards = [folder.path().join("scenes")];
+        write_corpus(&shards[0], &CorpusOptions { seed: 5, count: 3, ..Default::default() }).unwrap();
+        let backbone = Backbone::from_bytes(&random_file(1).unwrap()).unwrap();
+        let features = folder.path().join("features");
+        let open = |backbone: &Backbone, trained_blocks, views| {
+            let made = std::cell::Cell::new(0);
+            let cache = FeatureCache { folder: &features, backbone, trained_blocks, views };
+            let (mut files, _) = cache.open(&shards, &|n| made.set(made.get() + n)).unwrap();
+            (files.remove(0), made.get())
+        };
+        let (file, made) = open(&backbone, 0, 2);
+        assert_eq!((file.keys.len(), file.views, made), (3, 2, 3));
+        assert_eq!(open(&backbone, 0, 2).1, 0);
+        // Other views, and what enters the last two blocks instead of the regions.
+        assert_eq!((open(&backbone, 0, 1).1, open(&backbone, 2, 2).1), (3, 3));
+        let mut other = backbone.clone();
+        let mut head = other.layer("head").clone();
+        head.bias[0] += 1.0;
+        other.set_layer("head", head);
+        // The regions are others then; what enters the last blocks is not.
+        assert_eq!((open(&other, 0, 2).1, open(&other, 2, 2).1), (3, 0));
+        // Records lose no more than 16 bits do.
+        let (record, _) = open(&backbone, 2, 2);
+        let scene = unimo::image::decode(&first_picture(&shards), &DecodeLimits::default()).unwrap();
+        let exact = backbone.record(&ImagePreparation::default().tensor(&scene), 2).unwrap();
+        assert!(record.get(0, 0).iter().zip(&exact).all(|(a, b)| (a - b).abs() <= 1e-3 * b.abs() + 1e-4));
+        // A file cut in the middle is not read, but made anew.
+        for entry in std::fs::read_dir(&features).unwrap() {
+            let path = entry.unwrap().path();
+            let bytes = std::fs::read(&path).unwrap();
+            std::fs::write(&path, &bytes[..bytes.len() / 2]).unwrap();
+        }
+        assert_eq!(open(&backbone, 0, 2).1, 3);
+    }
+
+    fn first_picture(shards: &[PathBuf]) -> Vec<u8> {
+        let mut first = None;
+        shards::read_shards(shards, |sample| {
+            first = first.take().or(sample.image);
+            Ok(())
+        })
+        .unwrap();
+        first.unwrap()
+    }
+}
