@@ -225,6 +225,32 @@ fn hypotheses_about_pictures_are_judged(place: &Place) {
     assert!(last["accuracy"].as_f64().unwrap() >= 0.95 && last["examples"] == 48, "learnt by heart: {last}");
 }
 
+fn texts_are_written_of_others(place: &Place) {
+    // The target says what the source praises, without its ornaments.
+    let lines = |count: usize, seed: usize| -> (Vec<String>, Vec<String>) {
+        let short = |text: &str| text.split(" with ").next().unwrap().to_owned();
+        sentences(count, seed).into_iter().map(|(text, _)| (text.clone(), short(&text))).unzip()
+    };
+    let file = |name: &str, lines: &[String]| {
+        std::fs::write(place.path(name), lines.join("\n") + "\n").unwrap();
+        place.at(name)
+    };
+    let ((from, to), (dev_from, dev_to)) = (lines(160, 1), lines(40, 4));
+    let files = [("train.source", &from), ("train.target", &to), ("dev.source", &dev_from), ("dev.target", &dev_to)];
+    let [from, to, dev_from, dev_to] = files.map(|(name, lines)| file(name, lines));
+    place.finetune(250, &["write", "--sources", &from, "--targets", &to], "write");
+    let (run, said) = (place.at("write"), place.at("said.txt"));
+    let arguments =
+        ["eval", "written", "--checkpoint", &run, "--sources", &dev_from, "--targets", &dev_to, "--predictions", &said, "--json"];
+    let scores = done(&arguments).json_lines().remove(0);
+    assert!(scores["rouge_2"].as_f64().unwrap() > 0.8 && scores["texts"] == 40, "{scores}");
+    let (said, wanted) = (std::fs::read_to_string(&said).unwrap(), std::fs::read_to_string(&dev_to).unwrap());
+    let right = said.lines().zip(wanted.lines()).filter(|(a, b)| a == b).count();
+    assert!(right >= 30, "{right} of 40 are as they should be");
+    let unlike = program("unimo-train", &["eval", "written", "--checkpoint", &run, "--sources", &from, "--targets", &dev_to]);
+    assert!(unlike.code == 3 && unlike.stderr.contains("160 lines"), "{}", unlike.stderr);
+}
+
 /// One test, so that pictures are looked at once.
 #[test]
 fn downstream_tasks_are_learnt_from_their_fields_files() {
@@ -232,4 +258,5 @@ fn downstream_tasks_are_learnt_from_their_fields_files() {
     questions_about_pictures_are_answered(&place);
     sentences_are_classified_and_rated(&place);
     hypotheses_about_pictures_are_judged(&place);
+    texts_are_written_of_others(&place);
 }

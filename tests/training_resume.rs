@@ -111,6 +111,7 @@ fn job(folder: &Path, run: &str) -> TrainingJob {
         retrieved: vec![folder.join("retrieved")],
         development: Vec::new(),
         task: None,
+        writing: None,
         features: folder.join("features"),
         run: folder.join(run),
         resume: false,

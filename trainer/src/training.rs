@@ -22,12 +22,16 @@ use crate::objectives::{Critic, Orders, Source, StepBatch, Vocabulary};
 use crate::optimizer::AdamW;
 use crate::recipe::Recipe;
 use crate::seed;
+use crate::tasks::generation::{self, SourceAndTarget, WritingData};
 use crate::tasks::{self, RawExample, TaskData, TaskSpec};
 use crate::tfidf::TfIdfIndex;
 use crate::vision::Vision;
 
 /// Newest checkpoints that a run keeps.
 const KEPT_CHECKPOINTS: usize = 2;
+
+/// Tokens that a text written for evaluation may have.
+pub const WRITTEN_TOKENS: usize = 60;
 
 /// Pictures from which the statistics of the region features are taken.
 const STATISTICS_PICTURES: usize = 1000;
@@ -59,6 +63,8 @@ pub struct TrainingJob {
     pub development: Vec<PathBuf>,
     /// A downstream task.
     pub task: Option<TaskJob>,
+    /// Writing of texts, with development examples behind the training ones.
+    pub writing: Option<[Vec<SourceAndTarget>; 2]>,
     /// Folder of the feature cache.
     pub features: PathBuf,
     /// Folder of the run.
@@ -160,6 +166,9 @@ fn fingerprint(job: &TrainingJob, config: &ModelConfig, corpus: &Corpus) -> Resu
         hash.update(toml::to_string(&task.spec)?);
         task.train.iter().for_each(|example| hash.update(&example.id));
     }
+    if let Some([train, _]) = &job.writing {
+        train.iter().for_each(|example| hash.update(format!("{}\t{}\n", example.source, example.target)));
+    }
     hash.update((corpus.image_count() as u64).to_le_bytes());
     hash.update((corpus.texts.len() as u64).to_le_bytes());
     Ok(hex(&hash.finalize()[..16]))
@@ -173,6 +182,8 @@ struct Ready<'a> {
     development: &'a Corpus,
     /// Development examples of the downstream task.
     examples: Option<&'a TaskData>,
+    /// Development examples of writing.
+    to_write: Option<&'a WritingData>,
     companions: Companions,
     step: u64,
 }
@@ -213,9 +224,11 @@ fn set_up<R>(job: &TrainingJob, existing: &[PathBuf], work: impl FnOnce(Ready) -
             Ok(Some(data))
         };
         task = Some((data(&of_job.train)?.context("the task has no training examples")?, data(&of_job.development)?));
-    } else if job.recipe.batch.task_examples > 0 {
+    } else if job.recipe.batch.task_examples > 0 && job.writing.is_none() {
         bail!("the recipe learns a downstream task (`task_examples`), and none was given");
     }
+    let positions = model.config().positions;
+    let writing = job.writing.as_ref().map(|both| both.each_ref().map(|raw| WritingData::new(raw, &tokenizer, positions)));
     let fingerprint = fingerprint(job, model.config(), &corpus)?;
     let mut optimizer = AdamW::new(job.recipe.optimizer.clone(), model.weights().iter().chain(vision.weights()));
     let mut step = 0;
@@ -249,6 +262,7 @@ fn set_up<R>(job: &TrainingJob, existing: &[PathBuf], work: impl FnOnce(Ready) -
         vision: &vision,
         vocabulary: &Vocabulary::of(&tokenizer),
         task: task.as_ref().map(|(train, _)| train),
+        writing: writing.as_ref().map(|[train, _]| train),
         critic: critic.as_ref(),
     };
     let companions = Companions {
@@ -259,7 +273,17 @@ fn set_up<R>(job: &TrainingJob, existing: &[PathBuf], work: impl FnOnce(Ready) -
     };
     let trainer = Loop { job, model, optimizer, source, orders: Orders::default(), fingerprint };
     let examples = task.as_ref().and_then(|(_, development)| development.as_ref());
-    work(Ready { trainer, tokenizer: &tokenizer, vision: &vision, development: &development, examples, companions, step })
+    let to_write = writing.as_ref().map(|[_, development]| development).filter(|data| !data.examples.is_empty());
+    work(Ready {
+        trainer,
+        tokenizer: &tokenizer,
+        vision: &vision,
+        development: &development,
+        examples,
+        to_write,
+        companions,
+        step,
+    })
 }
 
 /// Runs (or goes on with) a job and returns its last checkpoint.
@@ -277,7 +301,7 @@ pub fn run(job: &TrainingJob) -> Result<PathBuf> {
 }
 
 fn train(job: &TrainingJob, checkpoints: &Path, resumed: Option<&PathBuf>, ready: Ready) -> Result<PathBuf> {
-    let Ready { mut trainer, tokenizer, vision, development, examples, mut companions, mut step } = ready;
+    let Ready { mut trainer, tokenizer, vision, development, examples, to_write, mut companions, mut step } = ready;
     let log_path = job.run.join("log.jsonl");
     forget_later_steps(&log_path, step)?;
     std::fs::write(job.run.join("recipe.toml"), toml::to_string(&job.recipe)?)?;
@@ -312,6 +336,13 @@ fn train(job: &TrainingJob, checkpoints: &Path, resumed: Option<&PathBuf>, ready
             progress.suspend(|| {
                 eprintln!("step {step}: {} of {} ({} examples)", said.join(", "), examples.spec.name, examples.examples.len())
             });
+        }
+        if let (Some(data), true) = (to_write, step.is_multiple_of(job.recipe.evaluate_every) || finished) {
+            let scores = data.score(&generation::write(&trainer.model, tokenizer, data, WRITTEN_TOKENS)?);
+            let mut entry = serde_json::to_value(scores)?;
+            (entry["schema"], entry["step"], entry["development"]) = (json!(1), json!(step), json!(true));
+            append(&log_path, &entry)?;
+            progress.suspend(|| eprintln!("step {step}: {scores:?} ({} texts)", data.examples.len()));
         }
         if !development.pairs.is_empty() && (step.is_multiple_of(job.recipe.evaluate_every) || finished) {
             let scores = evaluation::evaluate(&trainer.model, vision, tokenizer, development, job.recipe.evaluate_images)?;

@@ -28,6 +28,8 @@ enum EvalCommand {
     Checkpoint(checkpoint::CheckpointArgs),
     /// Accuracy, or whatever a task is judged by, of a checkpoint fine-tuned on it
     Task(super::tasks::TaskArgs),
+    /// ROUGE and BLEU of texts that a checkpoint writes of others
+    Written(super::tasks::WrittenArgs),
     /// How many captions of drawn scenes name the right objects and colours
     Scenes(scenes::ScenesArgs),
 }
@@ -42,6 +44,7 @@ pub fn run(args: EvalArgs) -> Result<ExitCode> {
         EvalCommand::Retrieval(args) => retrieval::run(&args),
         EvalCommand::Checkpoint(args) => checkpoint::run(&args),
         EvalCommand::Task(args) => super::tasks::run(&args),
+        EvalCommand::Written(args) => super::tasks::run_written(&args),
         EvalCommand::Scenes(args) => scenes::run(&args),
     }
 }

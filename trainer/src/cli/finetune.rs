@@ -1,4 +1,4 @@
-//! `unimo-train finetune caption|self-critical|retrieval|answer|entail|classify`
+//! `unimo-train finetune caption|self-critical|retrieval|answer|entail|write|classify`
 
 use std::path::PathBuf;
 use std::process::ExitCode;
@@ -7,7 +7,7 @@ use anyhow::Result;
 use clap::Subcommand;
 
 use super::pretrain::DataArgs;
-use super::tasks::{AnswerFiles, ExampleFiles};
+use super::tasks::{AnswerFiles, ExampleFiles, WritingFiles};
 use unimo_train::checkpoint;
 use unimo_train::model::ModelConfig;
 use unimo_train::recipe::Recipe;
@@ -53,6 +53,13 @@ enum Task {
         #[command(flatten)]
         task: TaskArgs,
     },
+    /// Writing a text of another: summaries, questions about a passage
+    Write {
+        #[command(flatten)]
+        files: WritingFiles,
+        #[command(flatten)]
+        task: TaskArgs,
+    },
     /// Classification or regression of texts, on GLUE's tables
     Classify {
         /// Which task
@@ -94,6 +101,7 @@ pub fn run(args: &Args) -> Result<ExitCode> {
         Task::Retrieval(task) => (task, RETRIEVAL, None),
         Task::Answer { files, task } => (task, DOWNSTREAM, Some(files.job()?)),
         Task::Entail { files, task } => (task, DOWNSTREAM, Some(files.job(None)?)),
+        Task::Write { task, .. } => (task, DOWNSTREAM, None),
         Task::Classify { task, files, args } => (args, DOWNSTREAM, Some(files.job(Some(*task))?)),
     };
     let recipe = match &task.recipe {
@@ -102,5 +110,9 @@ pub fn run(args: &Args) -> Result<ExitCode> {
     };
     let init = checkpoint::resolve(&task.init)?;
     let size = ModelConfig::named(&init.join("model.toml").to_string_lossy())?;
-    task.data.run(&TrainingJob { task: downstream, ..task.data.job(recipe, size, Some(init)) })
+    let writing = match &args.task {
+        Task::Write { files, .. } => Some(files.read()?),
+        _ => None,
+    };
+    task.data.run(&TrainingJob { task: downstream, writing, ..task.data.job(recipe, size, Some(init)) })
 }

@@ -114,6 +114,7 @@ impl DataArgs {
             retrieved: self.retrieved.clone(),
             development: self.dev.clone(),
             task: None,
+            writing: None,
             features: self.features.clone().unwrap_or_else(|| self.out.join("features")),
             run: self.out.clone(),
             resume: self.resume,

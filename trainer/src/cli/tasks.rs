@@ -12,9 +12,10 @@ use unimo_train::checkpoint;
 use unimo_train::corpus::Corpus;
 use unimo_train::features::FeatureCache;
 use unimo_train::model::Unimo;
+use unimo_train::tasks::generation::{self, SourceAndTarget, WritingData};
 use unimo_train::tasks::tables::{Glue, read_snli_ve};
 use unimo_train::tasks::{self, Goal, Metric, RawExample, TaskData, TaskSpec, vqa};
-use unimo_train::training::TaskJob;
+use unimo_train::training::{TaskJob, WRITTEN_TOKENS};
 use unimo_train::vision::Vision;
 use unimo_train::work_files;
 
@@ -51,6 +52,37 @@ pub struct ExampleFiles {
     /// Examples to judge by on the way
     #[arg(long, value_name = "FILE")]
     dev_examples: Option<PathBuf>,
+}
+
+/// Files of sources and targets, line by line.
+#[derive(Debug, clap::Args)]
+pub struct WritingFiles {
+    /// What is read, one text a line
+    #[arg(long, value_name = "FILE")]
+    sources: PathBuf,
+    /// What is to be written of it, line by line
+    #[arg(long, value_name = "FILE")]
+    targets: PathBuf,
+    /// Sources to judge by on the way
+    #[arg(long, requires = "dev_targets", value_name = "FILE")]
+    dev_sources: Option<PathBuf>,
+    /// Their targets
+    #[arg(long, requires = "dev_sources", value_name = "FILE")]
+    dev_targets: Option<PathBuf>,
+}
+
+impl WritingFiles {
+    /// Training and development examples.
+    ///
+    /// # Errors
+    /// Files of unlike length.
+    pub fn read(&self) -> Result<[Vec<SourceAndTarget>; 2]> {
+        let development = match (&self.dev_sources, &self.dev_targets) {
+            (Some(sources), Some(targets)) => generation::read(sources, targets)?,
+            _ => Vec::new(),
+        };
+        Ok([generation::read(&self.sources, &self.targets)?, development])
+    }
 }
 
 impl AnswerFiles {
@@ -202,4 +234,49 @@ fn write_predictions(path: &Path, data: &TaskData, logits: &[Vec<f32>]) -> Resul
     }
     let lines: Vec<serde_json::Value> = said.map(|(id, answer)| serde_json::json!({ "id": id, "answer": answer })).collect();
     work_files::write_lines(path, &lines)
+}
+
+/// How well a checkpoint writes texts of others, and what it writes.
+#[derive(Debug, clap::Args)]
+pub struct WrittenArgs {
+    /// Checkpoint (or run) of `finetune write`
+    #[arg(long, value_name = "CHECKPOINT")]
+    checkpoint: PathBuf,
+    /// What is read, one text a line
+    #[arg(long, value_name = "FILE")]
+    sources: PathBuf,
+    /// What should be written of it, line by line
+    #[arg(long, value_name = "FILE")]
+    targets: PathBuf,
+    /// Where to write what the model says, one text a line
+    #[arg(long, value_name = "FILE")]
+    predictions: Option<PathBuf>,
+    /// One JSON object instead of text
+    #[arg(long)]
+    json: bool,
+}
+
+/// Runs `unimo-train eval written`.
+///
+/// # Errors
+/// An unusable checkpoint or files, failed writes.
+pub fn run_written(args: &WrittenArgs) -> Result<ExitCode> {
+    let folder = checkpoint::resolve(&args.checkpoint)?;
+    let model = Unimo::load(&folder, &Device::Cpu)?;
+    let tokenizer = Tokenizer::from_file(&folder.join("tokenizer.json"))?;
+    let data = WritingData::new(&generation::read(&args.sources, &args.targets)?, &tokenizer, model.config().positions);
+    let written = generation::write(&model, &tokenizer, &data, WRITTEN_TOKENS)?;
+    if let Some(path) = &args.predictions {
+        work_files::write_whole(path, format!("{}\n", written.join("\n")).as_bytes())?;
+    }
+    let mut scores = serde_json::to_value(data.score(&written))?;
+    if args.json {
+        (scores["schema"], scores["texts"]) = (1.into(), written.len().into());
+        println!("{scores}");
+    } else {
+        for (name, score) in scores.as_object().into_iter().flatten() {
+            println!("{} {:.4}", name.replace('_', "-"), score.as_f64().unwrap_or(f64::NAN));
+        }
+    }
+    Ok(ExitCode::SUCCESS)
 }

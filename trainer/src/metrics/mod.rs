@@ -12,6 +12,7 @@ mod tokenise;
 
 pub use cider::CiderReward;
 pub use recall::{RECALL_AT, RecallScores, recall_at_k};
+pub use rouge::rouge_scores;
 pub use tokenise::tokenise;
 
 use ngrams::{NgramCounts, WordIds};

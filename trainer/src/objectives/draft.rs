@@ -77,6 +77,8 @@ pub(super) struct Parts {
     pub texts: Predictions,
     /// Fragments to write.
     pub fragments: Predictions,
+    /// Texts to write of other texts.
+    pub written: Predictions,
     /// Masked words.
     pub masked_words: Predictions,
     /// Masked regions.
@@ -145,6 +147,12 @@ impl Draft<'_> {
             return Vec::new();
         }
         (0..self.grid * self.grid).filter(|_| rng.random_bool(share)).collect()
+    }
+
+    /// A text to be written of another.
+    pub fn writing(&mut self, source: &[u32], target: &[u32]) {
+        let first = self.packer.target_after(None, source, &target[..target.len() - 1]);
+        self.parts.written.next_tokens(first, target);
     }
 
     /// An example of the downstream task.
@@ -359,6 +367,7 @@ mod tests {
             vision: &Vision::new(backbone, 0, &Device::Cpu).unwrap(),
             vocabulary: &Vocabulary::of(&tokenizer),
             task: None,
+            writing: None,
             critic: None,
         };
         let recipe = "steps = 1\nviews = 2\n[batch]\nimages = 6\ncaptions = 1\nmatch_images = 6\nmatch_negatives = 1\n\

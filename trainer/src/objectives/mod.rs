@@ -24,6 +24,7 @@ use crate::model::Unimo;
 use crate::ops::reference::log_softmax;
 use crate::seed;
 use crate::tasks::TaskData;
+use crate::tasks::generation::WritingData;
 use crate::tfidf::TfIdfIndex;
 use crate::vision::Vision;
 
@@ -41,6 +42,8 @@ pub struct Source<'a> {
     pub vocabulary: &'a Vocabulary,
     /// Examples of a downstream task.
     pub task: Option<&'a TaskData>,
+    /// Examples of writing a text of another.
+    pub writing: Option<&'a WritingData>,
     /// Rewards sampled captions.
     pub critic: Option<&'a Critic>,
 }

@@ -90,6 +90,7 @@ mod tests {
             vision: &Vision::new(backbone, 0, &Device::Cpu).unwrap(),
             vocabulary: &super::super::Vocabulary::of(&tokenizer),
             task: None,
+            writing: None,
             critic: Some(&critic),
         };
         let recipe = "steps = 1\nviews = 2\n[batch]\nimages = 5\ncaptions = 1\nsampled_captions = 3";

@@ -155,6 +155,14 @@ impl StepBatch {
                     draft.task_example(number, &task.examples[number]);
                 }
             }
+            if let Some(writing) = source.writing {
+                for i in part(b.task_examples, chunk, b.chunks) {
+                    let at = step * b.task_examples as u64 + i as u64;
+                    let number = shuffled(recipe.seed ^ 0x7a5c, writing.examples.len(), at, &mut orders.examples);
+                    let (source, target) = &writing.examples[number];
+                    draft.writing(source, target);
+                }
+            }
             for i in part(b.images_alone, chunk, b.chunks) {
                 let at = step * b.images_alone as u64 + i as u64;
                 let image = shuffled(recipe.seed ^ 0x1337, source.corpus.image_count(), at, &mut orders.images);
@@ -184,7 +192,14 @@ impl StepBatch {
             let layers = c.layers as f64 * (rows * (4.0 * h * h + 2.0 * h * f) + 2.0 * h * chunk.packed.attended() as f64);
             let regions = chunk.packed.image_rows() as f64 * (c.region_feature + 5) as f64 * h;
             let pictures = chunk.records.len() as f64 * vision.multiplications();
-            let generated = [&parts.captions, &parts.texts, &parts.fragments, &parts.masked_words, &parts.sampled.predictions];
+            let generated = [
+                &parts.captions,
+                &parts.texts,
+                &parts.fragments,
+                &parts.written,
+                &parts.masked_words,
+                &parts.sampled.predictions,
+            ];
             let predicted = generated.iter().map(|p| p.rows.len()).sum::<usize>() as f64;
             let heads = predicted * (h * h + h * c.vocabulary as f64)
                 + parts.regions.rows.len() as f64 * h * (c.region_feature + c.region_classes) as f64;
@@ -271,10 +286,11 @@ impl StepBatch {
         type Of = fn(&Parts) -> &Predictions;
         let (parts, w) = (&chunk.parts, &recipe.weights);
         let smoothing = w.label_smoothing as f32;
-        let generated: [(&str, f64, f32, Of); 4] = [
+        let generated: [(&str, f64, f32, Of); 5] = [
             ("caption", w.caption, smoothing, |p| &p.captions),
             ("text", w.text, smoothing, |p| &p.texts),
             ("fragments", w.fragments, smoothing, |p| &p.fragments),
+            ("writing", w.task, smoothing, |p| &p.written),
             ("masked_language", w.masked_language, 0.0, |p| &p.masked_words),
         ];
         let mut terms = Vec::new();

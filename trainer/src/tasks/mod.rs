@@ -1,6 +1,7 @@
 //! Downstream tasks with one answer to a question, a hypothesis or a text: visual question answering, visual entailment, and the
 //! classification and regression tasks of GLUE. One head serves them all; see [`crate::model::Unimo::task_logits`].
 
+pub mod generation;
 pub mod tables;
 pub mod vqa;
 
