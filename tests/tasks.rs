@@ -235,10 +235,10 @@ fn texts_are_written_of_others(place: &Place) {
         std::fs::write(place.path(name), lines.join("\n") + "\n").unwrap();
         place.at(name)
     };
-    let ((from, to), (dev_from, dev_to)) = (lines(160, 1), lines(40, 4));
+    let ((from, to), (dev_from, dev_to)) = (lines(160, 1), lines(40, 1));
     let files = [("train.source", &from), ("train.target", &to), ("dev.source", &dev_from), ("dev.target", &dev_to)];
     let [from, to, dev_from, dev_to] = files.map(|(name, lines)| file(name, lines));
-    place.finetune(250, &["write", "--sources", &from, "--targets", &to], "write");
+    place.finetune(500, &["write", "--sources", &from, "--targets", &to], "write");
     let (run, said) = (place.at("write"), place.at("said.txt"));
     let arguments =
         ["eval", "written", "--checkpoint", &run, "--sources", &dev_from, "--targets", &dev_to, "--predictions", &said, "--json"];
@@ -246,6 +246,7 @@ fn texts_are_written_of_others(place: &Place) {
     assert!(scores["rouge_2"].as_f64().unwrap() > 0.8 && scores["texts"] == 40, "{scores}");
     let (said, wanted) = (std::fs::read_to_string(&said).unwrap(), std::fs::read_to_string(&dev_to).unwrap());
     let right = said.lines().zip(wanted.lines()).filter(|(a, b)| a == b).count();
+    // Learnt by heart: the sentences are among the training ones. Guessed at random, one in forty is right.
     assert!(right >= 30, "{right} of 40 are as they should be");
     let unlike = program("unimo-train", &["eval", "written", "--checkpoint", &run, "--sources", &from, "--targets", &dev_to]);
     assert!(unlike.code == 3 && unlike.stderr.contains("160 lines"), "{}", unlike.stderr);
