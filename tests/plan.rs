@@ -58,6 +58,15 @@ fn the_shipped_models_plan_is_sound() {
     let wrong = program("unimo-train", &["plan", "--config", &config, "--backbone", "b", "--pairs", "p", "--out", &out]);
     assert!(wrong.code == 3 && wrong.stderr.contains("average") && wrong.stderr.contains("--slices"), "{}", wrong.stderr);
     assert!(!Path::new(&out).exists());
+    // Nothing outside OUT may be cleared.
+    let kept = folder.path().join("kept");
+    std::fs::create_dir(&kept).unwrap();
+    for makes in ["{out}/../kept", "{out}", &kept.display().to_string()] {
+        let stage = format!("[[stages]]\nname = \"x\"\nmakes = \"{makes}\"\nrun = [\"data\", \"stats\", \"{{pairs}}\"]\n");
+        std::fs::write(folder.path().join("plan.toml"), stage).unwrap();
+        let wrong = program("unimo-train", &["plan", "--config", &config, "--backbone", "b", "--pairs", "p", "--out", &out]);
+        assert!(wrong.code == 3 && wrong.stderr.contains("not below") && kept.is_dir(), "{makes}: {}", wrong.stderr);
+    }
 }
 
 #[test]

@@ -182,13 +182,12 @@ fn a_step_in_chunks_teaches_what_one_pass_does() {
     let folder = tempfile::tempdir().unwrap();
     for (name, recipe) in [("frozen", RECIPE), ("trained", WITH_BACKBONE)] {
         let run = |chunks: usize| {
-            // Dropout would differ: it goes by a row's place in its pass. Captions are drawn by place, too.
+            // Dropout would differ: it goes by a row's place in its pass.
             let mut job = job(folder.path(), &format!("{name}-{chunks}"));
             job.size.dropout = 0.0;
             job.recipe = Recipe::from_toml(recipe).unwrap();
             job.recipe.steps = 2;
             job.recipe.batch.chunks = chunks;
-            job.recipe.batch.sampled_captions = 0;
             job.recipe.weights.cross_modal = 0.5;
             training::run(&job).unwrap();
             job.run
@@ -290,6 +289,8 @@ fn an_ablation_compares_every_variant_and_trains_only_what_is_missing() {
     assert_eq!(std::fs::read(log("all", 1)).unwrap(), curves[0][0]);
     assert_eq!(std::fs::read(log("without-the-contrast", 2)).unwrap(), curves[1][1]);
     assert_ne!(std::fs::read(log("all", 2)).unwrap(), curves[0][1]);
+    let changed = Plan::from_toml(&PLAN.replace("contrast_captions = 1", "contrast_captions = 2")).unwrap();
+    assert!(ablate(&changed, &data, &out).unwrap_err().to_string().contains("another recipe"));
     let blind = TrainingJob { development: Vec::new(), ..data };
     assert!(ablate(&plan, &blind, &out).unwrap_err().to_string().contains("--dev"));
 }
@@ -321,6 +322,12 @@ fn a_run_is_not_overwritten_nor_mixed_with_another() {
     other.recipe.seed = 99;
     let mixed = training::run(&other).unwrap_err().to_string();
     assert!(mixed.contains("another recipe"), "{mixed}");
+    // As many texts, and other ones.
+    let same = TrainingJob { resume: true, ..job(folder.path(), "run") };
+    let texts = std::fs::read_to_string(&same.texts[0]).unwrap();
+    std::fs::write(&same.texts[0], texts.replacen("about", "more about", 1)).unwrap();
+    let mixed = training::run(&same).unwrap_err().to_string();
+    assert!(mixed.contains("tokenizer or data"), "{mixed}");
 }
 
 #[test]

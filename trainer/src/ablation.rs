@@ -144,12 +144,13 @@ pub fn ablate(plan: &Plan, job: &TrainingJob, out: &Path) -> Result<String> {
     for &seed in &plan.seeds {
         for (number, variant) in plan.variants.iter().enumerate() {
             let run = out.join(folder_name(&variant.name)).join(format!("seed-{seed}"));
-            let found = match finished(&run)? {
+            let recipe = plan.recipe_of(variant, seed)?;
+            let found = match finished(&run, &recipe)? {
                 Some(found) => found,
                 None => {
                     eprintln!("{}, seed {seed}", variant.name);
                     train(plan, variant, seed, job, &run)?;
-                    finished(&run)?.with_context(|| format!("{} has no scores", run.display()))?
+                    finished(&run, &recipe)?.with_context(|| format!("{} has no scores", run.display()))?
                 }
             };
             scores.entry(number).or_default().push(found);
@@ -170,12 +171,14 @@ fn train(plan: &Plan, variant: &Variant, seed: u64, job: &TrainingJob, run: &Pat
     training::run(&TrainingJob { recipe, size: ModelConfig::named(&plan.size)?, run: run.to_path_buf(), resume, ..job.clone() })
 }
 
-/// Scores of a run that has reached its last step.
-fn finished(run: &Path) -> Result<Option<RunScores>> {
-    let (Ok(log), Ok(recipe)) = (std::fs::read_to_string(run.join("log.jsonl")), Recipe::from_file(&run.join("recipe.toml")))
-    else {
+/// Scores of a run by this recipe that has reached its last step.
+fn finished(run: &Path, recipe: &Recipe) -> Result<Option<RunScores>> {
+    let (Ok(log), Ok(ran)) = (std::fs::read_to_string(run.join("log.jsonl")), Recipe::from_file(&run.join("recipe.toml"))) else {
         return Ok(None);
     };
+    if ran != *recipe {
+        bail!("{} was run by another recipe than the plan's; choose another --out", run.display());
+    }
     let mut entries = log.lines().filter_map(|line| serde_json::from_str::<serde_json::Value>(line).ok());
     let last = entries.rfind(|entry| entry["development"] == true && entry["step"] == recipe.steps);
     last.map(serde_json::from_value).transpose().with_context(|| format!("in the log of {}", run.display()))

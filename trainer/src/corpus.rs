@@ -5,6 +5,7 @@ use std::collections::HashMap;
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, bail};
+use sha2::{Digest, Sha256};
 use unimo::tokenizer::{CLS, SEP, Tokenizer};
 
 use crate::features::{FeatureCache, FeatureFile, is_mirrored};
@@ -82,8 +83,9 @@ pub struct Corpus {
     images: Vec<PictureRef>,
     /// Number of each image alone, by its key.
     image_numbers: HashMap<String, usize>,
-    /// Number of each image alone, by the last digits of its key; made when it is first asked for.
-    by_digits: OnceCell<HashMap<u64, usize>>,
+    /// Number of each image alone, by the last digits of its key, nothing where two keys share them; made when it is first asked
+    /// for.
+    by_digits: OnceCell<HashMap<u64, Option<usize>>>,
     /// Ids of each text alone, `[CLS] … [SEP]`.
     pub texts: Vec<Vec<u32>>,
     /// Records that were skipped.
@@ -289,10 +291,16 @@ impl Corpus {
             return Some(number);
         }
         let wanted: u64 = name.parse().ok()?;
-        let by_digits = self
-            .by_digits
-            .get_or_init(|| self.image_numbers.iter().filter_map(|(key, &number)| Some((last_number(key)?, number))).collect());
-        by_digits.get(&wanted).copied()
+        let by_digits = self.by_digits.get_or_init(|| {
+            let mut by_digits = HashMap::new();
+            for (key, &number) in &self.image_numbers {
+                if let Some(digits) = last_number(key) {
+                    by_digits.entry(digits).and_modify(|found| *found = None).or_insert(Some(number));
+                }
+            }
+            by_digits
+        });
+        by_digits.get(&wanted).copied().flatten()
     }
 
     /// Cached record of pair `pair` in a view; [`Vision`](crate::vision::Vision) makes region features of it.
@@ -326,13 +334,30 @@ impl Corpus {
         self.files[self.pairs[pair].picture.file as usize].views
     }
 
+    /// Everything that is trained on, but for the pictures themselves, into a hash.
+    pub fn update_hash(&self, hash: &mut Sha256) {
+        let mut put = |text: &[u32]| {
+            hash.update((text.len() as u64).to_le_bytes());
+            text.iter().for_each(|id| hash.update(id.to_le_bytes()));
+        };
+        for pair in &self.pairs {
+            put(&pair.key.bytes().map(u32::from).collect::<Vec<_>>());
+            pair.captions.iter().for_each(|ids| put(ids));
+            pair.rewritten[0].iter().chain(&pair.paraphrased[0]).flatten().for_each(|ids| put(ids));
+            pair.retrieved_texts[0].iter().for_each(|ids| put(ids));
+            put(&pair.retrieved_images.iter().map(|&image| image as u32).collect::<Vec<_>>());
+        }
+        put(&[self.images.len() as u32]);
+        self.texts.iter().for_each(|ids| put(ids));
+    }
+
     /// Refuses a corpus that cannot feed what is asked of it.
     ///
     /// # Errors
     /// What is missing, in words.
     pub fn require(&self, pairs: bool, images: bool, texts: bool) -> Result<()> {
         if pairs && self.pairs.is_empty() {
-            bail!("the recipe trains on pictures with captions, and the shards hold none");
+            bail!("the recipe trains on pictures with captions, and none were given with --pairs");
         }
         if images && self.images.is_empty() {
             bail!("the recipe trains on pictures alone (`images_alone`), and none were given with --images");
@@ -350,11 +375,11 @@ mod tests {
 
     #[test]
     fn images_are_found_by_key_and_by_number() {
-        let keys = ["COCO_val2014_000000000042", "photo", "7", "scene-0012"];
+        let keys = ["COCO_val2014_000000000042", "photo", "7", "scene-0012", "a-5", "b-05"];
         let image_numbers = keys.iter().enumerate().map(|(i, key)| ((*key).to_owned(), i)).collect();
         let corpus = Corpus { image_numbers, ..Corpus::default() };
-        let found = ["42", "photo", "7", "12", "13", "000042", "scene-0012", "x"].map(|name| corpus.image_named(name));
-        assert_eq!(found, [Some(0), Some(1), Some(2), Some(3), None, Some(0), Some(3), None]);
+        let found = ["42", "photo", "7", "12", "13", "000042", "scene-0012", "x", "5"].map(|name| corpus.image_named(name));
+        assert_eq!(found, [Some(0), Some(1), Some(2), Some(3), None, Some(0), Some(3), None, None]);
     }
 
     #[test]

@@ -95,14 +95,14 @@ const RETRIEVAL: &str = include_str!("../../recipes/finetune-retrieval.toml");
 /// # Errors
 /// Unusable input or failed writes.
 pub fn run(args: &Args) -> Result<ExitCode> {
-    let (task, default, downstream) = match &args.task {
-        Task::Caption(task) => (task, CAPTION, None),
-        Task::SelfCritical(task) => (task, SELF_CRITICAL, None),
-        Task::Retrieval(task) => (task, RETRIEVAL, None),
-        Task::Answer { files, task } => (task, DOWNSTREAM, Some(files.job()?)),
-        Task::Entail { files, task } => (task, DOWNSTREAM, Some(files.job(None)?)),
-        Task::Write { task, .. } => (task, DOWNSTREAM, None),
-        Task::Classify { task, files, args } => (args, DOWNSTREAM, Some(files.job(Some(*task))?)),
+    let (task, default, downstream, writing) = match &args.task {
+        Task::Caption(task) => (task, CAPTION, None, None),
+        Task::SelfCritical(task) => (task, SELF_CRITICAL, None, None),
+        Task::Retrieval(task) => (task, RETRIEVAL, None, None),
+        Task::Answer { files, task } => (task, DOWNSTREAM, Some(files.job()?), None),
+        Task::Entail { files, task } => (task, DOWNSTREAM, Some(files.job(None)?), None),
+        Task::Write { files, task } => (task, DOWNSTREAM, None, Some(files.read()?)),
+        Task::Classify { task, files, args } => (args, DOWNSTREAM, Some(files.job(Some(*task))?), None),
     };
     let recipe = match &task.recipe {
         Some(path) => Recipe::from_file(path)?,
@@ -110,9 +110,5 @@ pub fn run(args: &Args) -> Result<ExitCode> {
     };
     let init = checkpoint::resolve(&task.init)?;
     let size = ModelConfig::named(&init.join("model.toml").to_string_lossy())?;
-    let writing = match &args.task {
-        Task::Write { files, .. } => Some(files.read()?),
-        _ => None,
-    };
     task.data.run(&TrainingJob { task: downstream, writing, ..task.data.job(recipe, size, Some(init)) })
 }

@@ -1,7 +1,7 @@
 //! `unimo-train plan`
 
 use std::collections::BTreeMap;
-use std::path::{Path, PathBuf};
+use std::path::{Component, Path, PathBuf};
 use std::process::ExitCode;
 
 use anyhow::{Context, Result, bail};
@@ -152,5 +152,13 @@ fn expand(stage: &Stage, args: &Args) -> Result<(Vec<String>, PathBuf)> {
     if stage.run.first().is_some_and(|first| first == "plan") {
         bail!("stage `{}`: a plan does not run plans", stage.name);
     }
-    Ok((words, PathBuf::from(one(&stage.makes))))
+    let makes = PathBuf::from(one(&stage.makes));
+    // It may be cleared: never anything but what lies below OUT.
+    let below = makes.strip_prefix(&args.out).is_ok_and(|rest| {
+        rest.components().next().is_some() && rest.components().all(|part| matches!(part, Component::Normal(_)))
+    });
+    if !below {
+        bail!("stage `{}` makes {}, which is not below {}", stage.name, makes.display(), args.out.display());
+    }
+    Ok((words, makes))
 }

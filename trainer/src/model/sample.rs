@@ -2,6 +2,7 @@
 
 use candle_core::{Result, Tensor};
 use rand::Rng;
+use rand_chacha::ChaCha8Rng;
 use rayon::prelude::*;
 use unimo::tokenizer::{CLS, SEP};
 
@@ -18,6 +19,7 @@ struct Prefix {
 /// A caption being drawn, with its own keys and values of every layer, `[tokens, hidden]` each.
 struct Draft {
     image: usize,
+    rng: ChaCha8Rng,
     ids: Vec<u32>,
     keys: Vec<Vec<f32>>,
     values: Vec<Vec<f32>>,
@@ -26,7 +28,8 @@ struct Draft {
 impl Unimo {
     /// Draws `each` captions of every image from the softmax of the model's logits divided by `temperature`, over all of the
     /// vocabulary; the first image's come first. `regions` is `[images, regions, region_feature]`. Captions are `[CLS] … [SEP]`;
-    /// one that has no end after `tokens` tokens lacks its `[SEP]`. The same seed draws the same captions.
+    /// one that has no end after `tokens` tokens lacks its `[SEP]`. An image's captions depend on its own one of the `seeds`, not on the
+    /// images beside it.
     ///
     /// # Errors
     /// Those of candle.
@@ -36,18 +39,25 @@ impl Unimo {
         each: usize,
         tokens: usize,
         temperature: f64,
-        seed: u64,
+        seeds: &[u64],
     ) -> Result<Vec<Vec<u32>>> {
+        if seeds.len() != regions.dim(0)? {
+            candle_core::bail!("{} seeds for {} images", seeds.len(), regions.dim(0)?);
+        }
         let image = self.encode_image(regions)?;
         let flat = |t: &Tensor| t.contiguous()?.flatten_all()?.to_vec1::<f32>();
         let prefixes = (image.keys.iter().zip(&image.values))
             .map(|(keys, values)| Ok(Prefix { keys: flat(keys)?, values: flat(values)? }))
             .collect::<Result<Vec<_>>>()?;
         let layers = self.config.layers;
-        let draft =
-            |i| Draft { image: i / each, ids: vec![CLS], keys: vec![Vec::new(); layers], values: vec![Vec::new(); layers] };
+        let draft = |i: usize| Draft {
+            image: i / each,
+            rng: crate::seed::rng(crate::seed::mix(seeds[i / each], (i % each) as u64)),
+            ids: vec![CLS],
+            keys: vec![Vec::new(); layers],
+            values: vec![Vec::new(); layers],
+        };
         let mut drafts: Vec<Draft> = (0..regions.dim(0)? * each).map(draft).collect();
-        let mut rng = crate::seed::rng(seed);
         for position in 0..tokens.min(self.config.positions - 1) {
             let mut open: Vec<&mut Draft> = drafts.iter_mut().filter(|d| d.ids.last() != Some(&SEP)).collect();
             if open.is_empty() {
@@ -62,7 +72,7 @@ impl Unimo {
                 x = self.after_attention(layer, &x, &Tensor::from_vec(attended, x.shape(), &self.device)?)?.detach();
             }
             let logits = flat(&self.language_logits(&x)?)?;
-            let draws: Vec<f64> = open.iter().map(|_| rng.random()).collect();
+            let draws: Vec<f64> = open.iter_mut().map(|draft| draft.rng.random()).collect();
             let rows = logits.par_chunks_exact(self.config.vocabulary).zip(draws);
             let chosen: Vec<u32> = rows.map(|(row, draw)| choose(row, temperature, draw)).collect();
             for (draft, token) in open.iter_mut().zip(chosen) {
@@ -156,8 +166,10 @@ mod tests {
         model.weights()["text.token.weight"].set(&sharp).unwrap();
         let features: Vec<f32> = (0..2 * regions * 3).map(|v| (v as f32 * 0.9).sin()).collect();
         let tensor = Tensor::from_slice(&features, (2, regions, 3), &Device::Cpu).unwrap();
-        let captions = model.sample_captions(&tensor, 3, 7, 1.0, 5).unwrap();
-        assert_eq!(captions, model.sample_captions(&tensor, 3, 7, 1.0, 5).unwrap());
+        let captions = model.sample_captions(&tensor, 3, 7, 1.0, &[5, 6]).unwrap();
+        // The second image alone gets the captions that it gets beside the first.
+        let second = tensor.narrow(0, 1, 1).unwrap();
+        assert_eq!(captions[3..], model.sample_captions(&second, 3, 7, 1.0, &[6]).unwrap());
         assert_eq!(captions.len(), 6);
 
         let mut packer = Packer::new(&model);

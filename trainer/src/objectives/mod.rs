@@ -7,6 +7,7 @@
 mod contrastive;
 mod draft;
 mod masking;
+mod members;
 mod self_critical;
 mod step;
 

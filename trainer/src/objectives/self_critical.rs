@@ -1,8 +1,8 @@
 //! Self-critical training (Rennie et al., CVPR 2017): captions drawn from the model itself, moved by their CIDEr-D.
 //!
 //! A caption's baseline is the mean reward of the picture's other draws (Luo, arXiv 2003.09971), so that every draw teaches and
-//! none is decoded for the baseline alone. Draws are made without dropout; the pass that learns from them, shared with the
-//! other objectives, has it.
+//! none is decoded for the baseline alone. Draws are made without dropout and see every region; the pass that learns from them,
+//! shared with the other objectives, has dropout and a recipe's `hidden_regions`.
 
 use std::collections::HashMap;
 

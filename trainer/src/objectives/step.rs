@@ -6,7 +6,8 @@ use candle_core::{Tensor, Var};
 use rand::Rng;
 
 use super::draft::{Draft, Parts, Picture, Predictions};
-use super::{Contrast, Orders, Source, contrastive_loss, cross_modal_contrast, matching_loss, shuffled};
+use super::members::Members;
+use super::{Orders, Source, contrastive_loss, cross_modal_contrast, matching_loss, shuffled};
 use super::{region_classification, region_regression};
 use crate::backbone::FEATURES;
 use crate::model::{Dropout, PackedBatch, Packer, Unimo};
@@ -182,6 +183,7 @@ impl StepBatch {
     }
 
     /// Floating-point operations of the step's matrix products, two for each multiplication: forward, and twice as many backward.
+    /// Poolings, projections and task heads, a few rows each, and captions drawn from the model are left out.
     #[must_use]
     pub fn operations(&self, model: &Unimo, vision: &Vision) -> f64 {
         let c = model.config();
@@ -207,7 +209,7 @@ impl StepBatch {
             again += layers + regions + pictures;
         }
         // What is contrasted over several chunks is encoded twice.
-        let repeated = if self.chunks.len() > 1 { again } else { 0.0 };
+        let repeated = if self.chunks.len() > 1 && self.contrasted() { again } else { 0.0 };
         2.0 * (3.0 * products + repeated)
     }
 
@@ -235,9 +237,10 @@ impl StepBatch {
             learnt.add(terms, None)?;
             return learnt.finish();
         }
+        let contrasted = self.contrasted();
         let of_chunk = |i: usize| Dropout { seed: seed::mix(dropout.seed, i as u64), ..dropout };
         let mut first = Vec::new();
-        for (i, chunk) in self.chunks.iter().enumerate() {
+        for (i, chunk) in self.chunks.iter().enumerate().filter(|_| contrasted) {
             first.push(chunk.encode(&chunk.forward(model, source, of_chunk(i))?, model, recipe)?.detached());
         }
         let mut leaves: [Option<Var>; 5] = Default::default();
@@ -274,6 +277,11 @@ impl StepBatch {
             learnt.add(terms, carried)?;
         }
         learnt.finish()
+    }
+
+    /// Whether anything is compared over chunks.
+    fn contrasted(&self) -> bool {
+        self.chunks.iter().any(|chunk| !chunk.parts.text_rows.is_empty())
     }
 
     /// Samples of the step that `count` finds in a chunk.
@@ -459,97 +467,19 @@ impl Learning {
 /// Captions drawn from the model as it is, without dropout, `sampled_captions` of each picture.
 fn sample(model: &Unimo, recipe: &Recipe, source: &Source, pictures: &[Picture], step: u64) -> Result<Vec<Vec<u32>>> {
     let each = recipe.batch.sampled_captions;
-    let Some(first) = pictures.first().filter(|_| each > 0) else { return Ok(Vec::new()) };
+    if each == 0 || pictures.is_empty() {
+        return Ok(Vec::new());
+    }
     let features = source.vision.regions(pictures.iter().map(|p| p.record.clone()).collect())?.concat();
     let regions = Tensor::from_vec(features, (pictures.len(), model.config().regions(), FEATURES), model.device())?;
-    // By the picture's number, so that the draws do not depend on the chunks.
-    let seed_value = seed::mix(seed::mix(recipe.seed ^ 0x5a3b_1e00, step), first.number as u64);
-    Ok(model.sample_captions(&regions, each, SAMPLED_TOKENS, recipe.batch.sampling_temperature, seed_value)?)
-}
-
-/// Whose scores a step's contrast compares. The vector of scores holds, one after the other, those of every picture with every
-/// caption, of every retrieved image with every caption, of every picture with every retrieved text, and of the pairs encoded
-/// jointly.
-struct Members {
-    images: usize,
-    image_of_text: Vec<usize>,
-    retrieved_image_of: Vec<usize>,
-    retrieved_text_of: Vec<usize>,
-    joint_image_of: Vec<usize>,
-    joint_labels: Vec<f32>,
-}
-
-impl Members {
-    /// The contrast of every picture with captions (arXiv 2012.15409, equation 1). Positives: its captions, encoded alone and
-    /// jointly; the images retrieved for it with its captions; it with the texts retrieved for it. Negatives: rewritten and
-    /// neighbouring captions encoded with it; the step's other captions with it, and its captions with the step's other pictures.
-    /// What was retrieved for others counts neither way: it may well fit this picture too.
-    fn contrasts(&self) -> Vec<Contrast> {
-        let texts = self.image_of_text.len();
-        let of_retrieved_images = self.images * texts;
-        let of_retrieved_texts = of_retrieved_images + self.retrieved_image_of.len() * texts;
-        let of_joint = of_retrieved_texts + self.images * self.retrieved_text_of.len();
-        let of_image = |image: usize| {
-            let mut contrast = Contrast::default();
-            for (text, &of) in self.image_of_text.iter().enumerate() {
-                if of == image {
-                    contrast.positives.push(image * texts + text);
-                    contrast.negatives.extend((0..self.images).filter(|&other| other != image).map(|other| other * texts + text));
-                    let found = self.retrieved_image_of.iter().enumerate().filter(|(_, of)| **of == image);
-                    contrast.positives.extend(found.map(|(retrieved, _)| of_retrieved_images + retrieved * texts + text));
-                } else {
-                    contrast.negatives.push(image * texts + text);
-                }
-            }
-            let found = self.retrieved_text_of.iter().enumerate().filter(|(_, of)| **of == image);
-            let row = of_retrieved_texts + image * self.retrieved_text_of.len();
-            contrast.positives.extend(found.map(|(retrieved, _)| row + retrieved));
-            let joint = self.joint_image_of.iter().zip(&self.joint_labels).enumerate().filter(|(_, (of, _))| **of == image);
-            for (joint, (_, &label)) in joint {
-                let side = if label > 0.5 { &mut contrast.positives } else { &mut contrast.negatives };
-                side.push(of_joint + joint);
-            }
-            contrast
-        };
-        (0..self.images).map(of_image).filter(|contrast| !contrast.positives.is_empty()).collect()
-    }
+    let of_step = seed::mix(recipe.seed ^ 0x5a3b_1e00, step);
+    let seeds: Vec<u64> = pictures.iter().map(|p| seed::mix(of_step, p.number as u64)).collect();
+    Ok(model.sample_captions(&regions, each, SAMPLED_TOKENS, recipe.batch.sampling_temperature, &seeds)?)
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn siblings_and_what_was_retrieved_are_positives_and_everything_else_is_against_them() {
-        // Two pictures with two captions and one. Scores: 0, 1, 2 picture 0 with texts 0, 1, 2; 3, 4, 5 picture 1 with them.
-        let mut members = Members {
-            images: 2,
-            image_of_text: vec![0, 0, 1],
-            retrieved_image_of: Vec::new(),
-            retrieved_text_of: Vec::new(),
-            joint_image_of: Vec::new(),
-            joint_labels: Vec::new(),
-        };
-        let sorted = |members: &Members| -> Vec<[Vec<usize>; 2]> {
-            let contrasts = members.contrasts().into_iter();
-            contrasts
-                .map(|c| {
-                    [c.positives, c.negatives].map(|mut v| {
-                        v.sort_unstable();
-                        v
-                    })
-                })
-                .collect()
-        };
-        assert_eq!(sorted(&members), [[vec![0, 1], vec![2, 3, 4]], [vec![5], vec![2, 3, 4]]]);
-        // An image for picture 1 (6, 7, 8 with the texts), two texts for picture 0 (9, 10 with picture 0; 11, 12 with picture 1),
-        // and picture 0 read with a caption of its own (13) and a false one (14).
-        members.retrieved_image_of = vec![1];
-        members.retrieved_text_of = vec![0, 0];
-        members.joint_image_of = vec![0, 0];
-        members.joint_labels = vec![1.0, 0.0];
-        assert_eq!(sorted(&members), [[vec![0, 1, 9, 10, 13], vec![2, 3, 4, 14]], [vec![5, 8], vec![2, 3, 4]]]);
-    }
 
     #[test]
     fn chunks_share_out_everything() {

@@ -1,11 +1,11 @@
-//! The convolutional backbone's operators on `[pixels, channels]`: 3×3 depthwise convolution with ReLU6, and ReLU6 alone
-//! (pointwise convolutions are [`linear`](super::linear)).
+//! The convolutional backbone's operators on `[pixels, channels]`: 3×3 depthwise and pointwise convolution, each with ReLU6
+//! (a pointwise one is [`linear`](super::linear)).
 
-use candle_core::{CpuStorage, CustomOp1, CustomOp3, Layout, Result, Shape, Tensor};
+use candle_core::{CpuStorage, CustomOp3, Layout, Result, Shape, Tensor};
 use rayon::prelude::*;
 
 use super::kernels::{self, DepthwiseGradient, Plane, add_assign};
-use super::{TASK_VALUES, f32_slice, reference, with_values};
+use super::{f32_slice, reference, with_values};
 
 struct Depthwise {
     plane: Plane,
@@ -100,49 +100,10 @@ pub fn depthwise_relu6(x: &Tensor, weight: &Tensor, bias: &Tensor, stride: usize
     x.contiguous()?.apply_op3(weight, bias, Depthwise { plane })
 }
 
-struct Relu6;
-
-impl CustomOp1 for Relu6 {
-    fn name(&self) -> &'static str {
-        "relu6"
-    }
-
-    fn cpu_fwd(&self, storage: &CpuStorage, layout: &Layout) -> Result<(CpuStorage, Shape)> {
-        let x = f32_slice(self.name(), storage, layout)?;
-        let mut y = vec![0f32; x.len()];
-        y.par_chunks_mut(TASK_VALUES).zip(x.par_chunks(TASK_VALUES)).for_each(|(y, x)| kernels::relu6(x, y));
-        Ok((CpuStorage::F32(y), layout.shape().clone()))
-    }
-
-    fn bwd(&self, _x: &Tensor, result: &Tensor, gradient: &Tensor) -> Result<Option<Tensor>> {
-        let dx = with_values(self.name(), result, |y| {
-            with_values(self.name(), gradient, |dy| {
-                let mut dx = vec![0f32; y.len()];
-                dx.par_chunks_mut(TASK_VALUES)
-                    .zip(y.par_chunks(TASK_VALUES).zip(dy.par_chunks(TASK_VALUES)))
-                    .for_each(|(dx, (y, dy))| kernels::relu6_backward(y, dy, dx));
-                dx
-            })
-        })??;
-        Ok(Some(Tensor::from_vec(dx, result.shape(), result.device())?))
-    }
-}
-
-/// `min(max(x, 0), 6)`; the gradient is 0 at both ends.
-///
-/// # Errors
-/// A dtype other than f32.
-pub fn relu6(x: &Tensor) -> Result<Tensor> {
-    if !x.device().is_cpu() {
-        return reference::relu6(x);
-    }
-    x.contiguous()?.apply_op1(Relu6)
-}
-
-/// ReLU6 of a pointwise convolution: [`linear`](super::linear), then [`relu6`].
+/// ReLU6 of a pointwise convolution: [`linear`](super::linear), then [`relu6`](super::relu6).
 ///
 /// # Errors
 /// As [`linear`](super::linear).
 pub fn pointwise_relu6(x: &Tensor, weight: &Tensor, bias: &Tensor) -> Result<Tensor> {
-    relu6(&super::linear(x, weight, bias)?)
+    super::relu6(&super::linear(x, weight, bias)?)
 }

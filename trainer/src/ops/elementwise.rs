@@ -86,28 +86,35 @@ pub fn layer_norm(x: &Tensor, weight: &Tensor, bias: &Tensor, eps: f32) -> Resul
     x.contiguous()?.apply_op3(weight, bias, LayerNorm { eps })
 }
 
-struct Gelu;
+/// An operator on each value alone.
+struct Elementwise {
+    name: &'static str,
+    /// Values to results.
+    forward: fn(&[f32], &mut [f32]),
+    /// Values and the gradient by the results to the gradient by the values.
+    backward: fn(&[f32], &[f32], &mut [f32]),
+}
 
-impl CustomOp1 for Gelu {
+impl CustomOp1 for Elementwise {
     fn name(&self) -> &'static str {
-        "gelu_erf"
+        self.name
     }
 
     fn cpu_fwd(&self, storage: &CpuStorage, layout: &Layout) -> Result<(CpuStorage, Shape)> {
-        let x = f32_slice(self.name(), storage, layout)?;
+        let x = f32_slice(self.name, storage, layout)?;
         let mut y = vec![0f32; x.len()];
-        y.par_chunks_mut(TASK_VALUES).zip(x.par_chunks(TASK_VALUES)).for_each(|(y, x)| kernels::gelu(x, y));
+        y.par_chunks_mut(TASK_VALUES).zip(x.par_chunks(TASK_VALUES)).for_each(|(y, x)| (self.forward)(x, y));
         Ok((CpuStorage::F32(y), layout.shape().clone()))
     }
 
     fn bwd(&self, x: &Tensor, _result: &Tensor, gradient: &Tensor) -> Result<Option<Tensor>> {
-        let dx = with_values(self.name(), x, |x| {
-            with_values(self.name(), gradient, |dy| {
+        let dx = with_values(self.name, x, |x| {
+            with_values(self.name, gradient, |dy| {
                 let mut dx = vec![0f32; x.len()];
                 dx.par_chunks_mut(TASK_VALUES)
                     .zip(x.par_chunks(TASK_VALUES))
                     .zip(dy.par_chunks(TASK_VALUES))
-                    .for_each(|((dx, x), dy)| kernels::gelu_backward(x, dy, dx));
+                    .for_each(|((dx, x), dy)| (self.backward)(x, dy, dx));
                 dx
             })
         })??;
@@ -123,7 +130,20 @@ pub fn gelu(x: &Tensor) -> Result<Tensor> {
     if !x.device().is_cpu() {
         return x.gelu_erf();
     }
-    x.contiguous()?.apply_op1(Gelu)
+    let gelu = Elementwise { name: "gelu_erf", forward: kernels::gelu, backward: kernels::gelu_backward };
+    x.contiguous()?.apply_op1(gelu)
+}
+
+/// `min(max(x, 0), 6)`; the gradient is 0 at both ends.
+///
+/// # Errors
+/// A dtype other than f32.
+pub fn relu6(x: &Tensor) -> Result<Tensor> {
+    if !x.device().is_cpu() {
+        return reference::relu6(x);
+    }
+    let relu6 = Elementwise { name: "relu6", forward: kernels::relu6, backward: kernels::relu6_backward };
+    x.contiguous()?.apply_op1(relu6)
 }
 
 struct DropoutAdd {

@@ -13,9 +13,9 @@ mod linear;
 pub mod reference;
 
 pub use attention::{AttentionGroup, AttentionPlan, QueryBlock, attention};
-pub use convolution::{depthwise_relu6, pointwise_relu6, relu6};
+pub use convolution::{depthwise_relu6, pointwise_relu6};
 pub use cross_entropy::tied_cross_entropy;
-pub use elementwise::{dropout_add, gelu, layer_norm};
+pub use elementwise::{dropout_add, gelu, layer_norm, relu6};
 pub use linear::linear;
 
 use candle_core::{CpuStorage, Error, Layout, Result, Storage, Tensor};

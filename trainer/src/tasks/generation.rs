@@ -1,5 +1,6 @@
 //! Text from text: summaries, questions about a passage, and whatever else is a file of sources and a file of targets, line by line.
 
+use std::fmt;
 use std::path::Path;
 
 use anyhow::{Context, Result, bail};
@@ -33,6 +34,13 @@ pub struct WritingScores {
     pub rouge_l: f64,
     /// BLEU-4 of all texts.
     pub bleu_4: f64,
+}
+
+impl fmt::Display for WritingScores {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Self { rouge_1, rouge_2, rouge_l, bleu_4 } = self;
+        write!(f, "ROUGE-1/2/L {rouge_1:.3}/{rouge_2:.3}/{rouge_l:.3}  BLEU-4 {bleu_4:.3}")
+    }
 }
 
 /// Examples ready for the model, `[CLS] … [SEP]` each.

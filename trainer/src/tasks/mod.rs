@@ -205,7 +205,9 @@ impl TaskData {
         for (example, answer) in self.raw.iter().zip(&predicted) {
             match example.label.as_ref().with_context(|| format!("example {} has no label", example.id))? {
                 // A class that training never saw is predicted by nobody.
-                Label::Class(class) => classes.push(numbers.get(class.as_str()).copied().unwrap_or(u32::MAX)),
+                Label::Class(class) => {
+                    classes.push(numbers.get(class.as_str()).copied().unwrap_or(self.spec.classes.len() as u32))
+                }
                 Label::Value(value) => values.push(*value),
                 Label::Answers(given) => vqa_sum += vqa::accuracy(&self.spec.classes[*answer as usize], given),
             }
@@ -326,6 +328,19 @@ mod tests {
         // yes, 2 and no twice each; the first two by name.
         assert_eq!(of(&answers, Goal::Answer).unwrap(), ["2", "no"]);
         assert!(of(&[RawExample { label: None, ..example("x", Label::Value(0.0)) }], Goal::Class).is_err());
+    }
+
+    #[test]
+    fn a_class_that_training_never_saw_is_never_right() {
+        let label = |name: &str| example(name, Label::Class(name.into()));
+        let metrics = [Metric::Accuracy, Metric::Matthews];
+        let spec = TaskSpec::of("t", Goal::Class, &metrics, &[label("0"), label("1")], 0).unwrap();
+        let raw = vec![label("0"), label("1"), label("new"), label("1")];
+        let data = TaskData { spec, examples: Vec::new(), raw, without_picture: 0 };
+        let logits = [[1.0, 0.0], [0.0, 1.0], [0.0, 1.0], [0.0, 1.0]].map(|row| row.to_vec());
+        let scores = data.score(&logits).unwrap();
+        assert_eq!(scores[0], (Metric::Accuracy, 0.75));
+        assert!(scores[1].1 > 0.5 && scores[1].1 < 1.0, "{scores:?}");
     }
 
     /// Direct f64 evaluation of each loss, and central differences.

@@ -1,0 +1,91 @@
+//! What a job would cost, told by a few of its steps.
+
+use std::collections::BTreeMap;
+use std::fmt;
+
+use anyhow::Result;
+use candle_core::Var;
+
+use super::TrainingJob;
+use super::set_up::set_up;
+use crate::checkpoint;
+
+/// What a job would cost, by a few of its steps.
+#[derive(Debug, Clone)]
+pub struct Rehearsal {
+    /// Trained parameters of the model, and of the backbone.
+    pub parameters: [usize; 2],
+    /// Steps done before, and in all.
+    pub steps: [u64; 2],
+    /// Pictures with captions, and packed rows, of a step.
+    pub pictures: usize,
+    /// Packed rows of a step.
+    pub rows: usize,
+    /// Floating-point operations of a step's matrix products, forward and backward.
+    pub operations: f64,
+    /// Seconds of a step, measured.
+    pub seconds: f64,
+    /// The largest memory of the process so far, in bytes, where the system tells.
+    pub peak_memory: Option<u64>,
+}
+
+/// Steps of a rehearsal; the first is not timed.
+const REHEARSED_STEPS: u64 = 4;
+
+/// Runs the first steps of a job (or of what is left of it) and throws them away. Nothing is written but the feature cache.
+///
+/// # Errors
+/// As [`super::run`], but that a run which is already there is gone on with.
+pub fn rehearse(job: &TrainingJob) -> Result<Rehearsal> {
+    let existing = checkpoint::list(&job.run.join("checkpoints"))?;
+    set_up(job, &existing, |mut ready| {
+        let counts = |weights: &BTreeMap<String, Var>| weights.values().map(|var| var.elem_count()).sum::<usize>();
+        let parameters = [counts(ready.trainer.model.weights()), counts(ready.trainer.source.vision.weights())];
+        let (mut seconds, mut rows, mut operations) = (Vec::new(), 0, 0.0);
+        for step in ready.step..ready.step + REHEARSED_STEPS {
+            let entry = ready.trainer.step(step)?;
+            let number = |key: &str| entry[key].as_f64().unwrap_or(0.0);
+            seconds.push(number("seconds"));
+            rows = rows.max(number("rows") as usize);
+            operations = number("operations").max(operations);
+        }
+        let timed = &mut seconds[1..];
+        timed.sort_by(f64::total_cmp);
+        Ok(Rehearsal {
+            parameters,
+            steps: [ready.step, job.recipe.steps],
+            pictures: job.recipe.batch.images,
+            rows,
+            operations,
+            seconds: timed[timed.len() / 2],
+            peak_memory: peak_memory(),
+        })
+    })
+}
+
+/// The largest memory of this process so far, where `/proc` tells it.
+fn peak_memory() -> Option<u64> {
+    let status = std::fs::read_to_string("/proc/self/status").ok()?;
+    let line = status.lines().find_map(|line| line.strip_prefix("VmHWM:"))?;
+    Some(line.split_whitespace().next()?.parse::<u64>().ok()? * 1024)
+}
+
+impl fmt::Display for Rehearsal {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let [model, backbone] = self.parameters.map(|count| count as f64 / 1e6);
+        writeln!(f, "parameters   {model:.2} M of the model and {backbone:.2} M of the backbone are trained")?;
+        let giga = self.operations / 1e9;
+        write!(f, "a step       {} pictures with captions, {} rows, {giga:.0} GFLOP", self.pictures, self.rows)?;
+        if self.pictures > 0 {
+            write!(f, " ({:.1} a picture)", giga / self.pictures as f64)?;
+        }
+        writeln!(f, "\ntime         {:.2} s a step, {:.0} GFLOP/s", self.seconds, giga / self.seconds)?;
+        match self.peak_memory {
+            Some(bytes) => writeln!(f, "memory       {:.1} GB at most", bytes as f64 / 1e9)?,
+            None => writeln!(f, "memory       not known on this system")?,
+        }
+        let left = self.steps[1].saturating_sub(self.steps[0]);
+        let minutes = (left as f64 * self.seconds / 60.0).ceil() as u64;
+        write!(f, "to the end   {left} steps, {} h {:02} min without evaluations", minutes / 60, minutes % 60)
+    }
+}
