@@ -261,6 +261,27 @@ fn overwritten_pages_are_found() {
 }
 
 #[test]
+fn damage_that_no_embedding_shows_is_found() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = filled(folder.path(), 200);
+    // A row of the index is lost: every embedding can still be read, and a picture could be added twice.
+    let (root, page_size) = {
+        let connection = Connection::open(&path).unwrap();
+        let root: usize =
+            connection.query_row("SELECT rootpage FROM sqlite_master WHERE type = 'index'", [], |row| row.get(0)).unwrap();
+        (root, connection.query_row("PRAGMA page_size", [], |row| row.get::<_, usize>(0)).unwrap())
+    };
+    let mut bytes = fs::read(&path).unwrap();
+    // The page's header: its kind (2 or 10, of an index), two bytes of free blocks, then two of its number of cells.
+    let page = (root - 1) * page_size;
+    assert!([2, 10].contains(&bytes[page]), "page {root} is no page of an index");
+    bytes[page + 4] -= 1;
+    fs::write(&path, &bytes).unwrap();
+    let error = refusal(gallery(&path).verify());
+    assert!(matches!(error, GalleryError::Damaged { .. }), "{error}");
+}
+
+#[test]
 fn two_writers_wait_for_each_other() {
     let folder = tempfile::tempdir().unwrap();
     let path = folder.path().join("g");

@@ -375,11 +375,12 @@ mod tests {
 
     #[test]
     fn images_are_found_by_key_and_by_number() {
-        let keys = ["COCO_val2014_000000000042", "photo", "7", "scene-0012", "a-5", "b-05"];
+        let keys = ["COCO_val2014_000000000042", "photo", "7", "scene-0012", "a-5", "b-05", "x_1234567"];
         let image_numbers = keys.iter().enumerate().map(|(i, key)| ((*key).to_owned(), i)).collect();
         let corpus = Corpus { image_numbers, ..Corpus::default() };
-        let found = ["42", "photo", "7", "12", "13", "000042", "scene-0012", "x", "5"].map(|name| corpus.image_named(name));
-        assert_eq!(found, [Some(0), Some(1), Some(2), Some(3), None, Some(0), Some(3), None, None]);
+        let found =
+            ["42", "photo", "7", "12", "13", "000042", "scene-0012", "x", "5", "1234567"].map(|name| corpus.image_named(name));
+        assert_eq!(found, [Some(0), Some(1), Some(2), Some(3), None, Some(0), Some(3), None, None, Some(6)]);
     }
 
     #[test]
