@@ -263,22 +263,21 @@ impl Backbone {
         y
     }
 
-    /// The weighted mean of backbones, layer by layer; the shares sum to 1.
+    /// The weighted mean of backbones, layer by layer; the shares sum to 1. It has a classifier where each has one: a backbone that
+    /// was trained along has outgrown its own.
     ///
     /// # Errors
-    /// No backbone, or one with a classifier beside one without.
+    /// No backbone.
     pub fn average(backbones: &[Self], shares: &[f64]) -> Result<Self> {
         let Some(first) = backbones.first() else { bail!("no backbone to average") };
-        if backbones.iter().any(|b| b.has_classifier() != first.has_classifier()) {
-            bail!("one backbone has a classifier, another has none");
-        }
         let mean = |of: &dyn Fn(&Self) -> &[f32]| -> Vec<f32> {
             let term = |i: usize| backbones.iter().zip(shares).map(|(b, share)| f64::from(of(b)[i]) * share).sum::<f64>() as f32;
             (0..of(first).len()).map(term).collect()
         };
         let layer =
             |name: &String| Convolution { weight: mean(&|b| &b.layers[name].weight), bias: mean(&|b| &b.layers[name].bias) };
-        Ok(Self { layers: first.layers.keys().map(|name| (name.clone(), layer(name))).collect() })
+        let shared = first.layers.keys().filter(|name| backbones.iter().all(|b| b.layers.contains_key(*name)));
+        Ok(Self { layers: shared.map(|name| (name.clone(), layer(name))).collect() })
     }
 
     /// A backbone file of these weights, 32 bits each: what [`Backbone::from_bytes`] reads.

@@ -21,6 +21,9 @@ pub struct Recipe {
     /// Last residual blocks of the backbone that are trained with the model, its head with them; 0 leaves the backbone as it is.
     #[serde(default)]
     pub trained_blocks: usize,
+    /// Share of the activations dropped while training, instead of the model's own.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub dropout: Option<f64>,
     /// Steps between checkpoints.
     #[serde(default = "default_interval")]
     pub checkpoint_every: u64,
@@ -207,6 +210,9 @@ impl Recipe {
         if !(0.0..1.0).contains(&b.hidden_regions) {
             bail!("hidden_regions {} is not in [0, 1)", b.hidden_regions);
         }
+        if let Some(dropout) = recipe.dropout.filter(|share| !(0.0..1.0).contains(share)) {
+            bail!("dropout {dropout} is not in [0, 1)");
+        }
         if recipe.trained_blocks > BLOCKS.len() {
             bail!("the backbone has {} blocks to train, not {}", BLOCKS.len(), recipe.trained_blocks);
         }
@@ -257,9 +263,11 @@ mod tests {
             let error = format!("{:#}", Recipe::from_toml(&format!("{good}{change}\n")).unwrap_err());
             assert!(error.contains(says), "{error}");
         }
-        for (first, last, says) in
-            [("trained_blocks = 18", "", "17 blocks"), ("trained_blocks = 2", "masked_pairs = 1", "stays as it is")]
-        {
+        for (first, last, says) in [
+            ("dropout = 1.0", "", "dropout 1"),
+            ("trained_blocks = 18", "", "17 blocks"),
+            ("trained_blocks = 2", "masked_pairs = 1", "stays as it is"),
+        ] {
             let error = format!("{:#}", Recipe::from_toml(&format!("{first}\n{good}{last}\n")).unwrap_err());
             assert!(error.contains(says), "{error}");
         }

@@ -181,12 +181,13 @@ impl Loop<'_> {
         let started = Instant::now();
         let recipe = &self.job.recipe;
         let batch = StepBatch::build(&self.model, recipe, &self.source, &mut self.orders, step)?;
-        let dropout = Dropout { rate: self.model.config().dropout as f32, seed: seed::mix(recipe.seed ^ 0xd409, step) };
+        let rate = recipe.dropout.unwrap_or(self.model.config().dropout) as f32;
+        let dropout = Dropout { rate, seed: seed::mix(recipe.seed ^ 0xd409, step) };
         let learnt = batch.learn(&self.model, recipe, &self.source, dropout)?;
         let objectives: serde_json::Map<_, _> =
             learnt.losses.iter().map(|(name, loss)| ((*name).to_owned(), json!(loss))).collect();
-        let rate = recipe.optimizer.rate(step, recipe.steps);
-        let report = self.optimizer.step(&learnt.gradients, rate)?;
+        let learning_rate = recipe.optimizer.rate(step, recipe.steps);
+        let report = self.optimizer.step(&learnt.gradients, learning_rate)?;
         if report.skipped {
             eprintln!("step {}: the gradient is not finite; the update was left out", step + 1);
         }
@@ -195,7 +196,7 @@ impl Loop<'_> {
             "step": step + 1,
             "loss": learnt.total,
             "objectives": objectives,
-            "rate": rate,
+            "rate": learning_rate,
             "gradient_norm": report.gradient_norm,
             "skipped": report.skipped,
             "temperature": self.model.temperature()?.to_scalar::<f32>()?,
