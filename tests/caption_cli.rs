@@ -8,7 +8,7 @@ use std::sync::LazyLock;
 use image::{ImageFormat, Rgb, RgbImage};
 use serde::Deserialize;
 use serde::de::DeserializeOwned;
-use unimo_tests::{Run, program, program_with_input};
+use unimo_tests::{Run, engine, program, program_with_input};
 
 /// A bundle of random weights: its captions mean nothing, but are the same every time.
 static BUNDLE: LazyLock<String> = LazyLock::new(|| {
@@ -110,7 +110,7 @@ fn a_caption_line_has_these_fields_and_no_others() {
     let found: Vec<CaptionLine> = lines(&unimo("caption", &arguments));
     assert_eq!(found.iter().map(|line| line.source.as_str()).collect::<Vec<_>>(), arguments[..3]);
     for line in &found {
-        assert_eq!((line.schema, line.engine.as_str(), line.provider.as_str()), (1, "tract", "cpu"));
+        assert_eq!((line.schema, line.engine.as_str(), line.provider.as_str()), (1, engine().as_str(), "cpu"));
         assert_eq!(line.precision, "f16");
         assert!(line.tokens >= 1 && !line.caption.is_empty() && line.score < 0.0, "{line:?}");
         let parts = line.ms.decode_image + line.ms.vision + line.ms.text;
@@ -244,8 +244,8 @@ fn exit_codes() {
         (&["embed"], 2, "--image"),
         (&["embed", "--text", "a", "--image", picture], 2, "cannot be used with"),
         (&["caption", picture, "--precision", "i8"], 3, "it holds no i8 weights, only f16"),
-        (&["caption", picture, "--engine", "ort"], 5, "this build has no engine ort"),
-        (&["caption", picture, "--provider", "cuda"], 5, "engine tract cannot compute on cuda"),
+        (&["caption", picture, "--engine", "ort", "--ort-lib", empty], 5, "no usable library of ONNX Runtime: --ort-lib names "),
+        (&["caption", picture, "--engine", "tract", "--provider", "cuda"], 5, "engine tract cannot compute on cuda"),
     ];
     for (arguments, code, message) in cases {
         let run = unimo(arguments[0], &arguments[1..]);

@@ -6,7 +6,7 @@
 use std::collections::{BTreeMap, HashMap};
 use std::fs;
 use std::path::{Path, PathBuf};
-use std::sync::OnceLock;
+use std::sync::{Arc, OnceLock};
 
 use candle_core::{DType, Device, Tensor as Candle};
 use serde::Deserialize;
@@ -16,11 +16,13 @@ use unimo::bundle::{Bundle, BundleSource, MANIFEST, sha256_hex};
 use unimo::engine::{self, EngineOptions, Graph, GraphSource, Tensor};
 use unimo::tokenizer::{CLS, PAD, SEP};
 use unimo_export::checkpoint::Checkpoint;
-use unimo_export::export::{ExportOptions, export};
-use unimo_export::parity::{self, ParityReport};
+use unimo_export::export::{ExportOptions, Gate, Written, export};
+use unimo_export::parity;
+use unimo_export::quality::{Development, MaxDrop};
 use unimo_export::sample::drawn_samples;
 use unimo_train::backbone::layer_shapes;
 use unimo_train::model::ModelConfig;
+use unimo_train::scenes::{CorpusOptions, write_corpus};
 
 const GOLDEN: &str = include_str!("../exporter/tests/reference/golden.json");
 /// Largest difference from NumPy, as a share of the output's root mean square: both compute in f32, but sum in another order
@@ -120,11 +122,11 @@ fn options(precisions: &[Precision]) -> ExportOptions {
     ExportOptions { precisions: precisions.to_vec(), ..ExportOptions::default() }
 }
 
-/// A checkpoint, its bundle in both precisions as a folder, and the reports of its export.
+/// A checkpoint, its bundle in all precisions as a folder, and the reports of its export.
 struct Exported {
     checkpoint: TempDir,
     out: TempDir,
-    reports: Vec<(Precision, ParityReport)>,
+    reports: Vec<Written>,
 }
 
 impl Exported {
@@ -137,8 +139,8 @@ fn exported() -> &'static Exported {
     static EXPORTED: OnceLock<Exported> = OnceLock::new();
     EXPORTED.get_or_init(|| {
         let (checkpoint, out) = (checkpoint(), tempfile::tempdir().unwrap());
-        let both = options(&[Precision::F32, Precision::F16]);
-        let reports = export(checkpoint.path(), &out.path().join("bundle"), &both, &drawn_samples(2)).unwrap();
+        let all = options(&[Precision::F32, Precision::F16, Precision::I8]);
+        let reports = export(checkpoint.path(), &out.path().join("bundle"), &all, &drawn_samples(2), &|_, _| ()).unwrap();
         Exported { checkpoint, out, reports }
     })
 }
@@ -255,17 +257,52 @@ fn the_graphs_compute_what_numpy_does() {
 }
 
 #[test]
-fn sixteen_bit_weights_change_little() {
+fn smaller_weights_change_little() {
     let bundle = open(&exported().bundle());
-    let (full, half) = (outputs(&bundle, Precision::F32), outputs(&bundle, Precision::F16));
-    for (name, full) in &full {
-        let dot = |a: &[f32], b: &[f32]| a.iter().zip(b).map(|(a, b)| f64::from(a * b)).sum::<f64>();
-        let cosine = dot(full, &half[name]) / (dot(full, full) * dot(&half[name], &half[name])).sqrt();
-        // Weights are off by up to 2⁻¹¹ of their size, at random: a few 1e-4 of an output after some layers.
-        assert!(cosine > 0.9999, "{name}: cosine {cosine}");
+    let full = outputs(&bundle, Precision::F32);
+    let size = |precision: Precision| bundle.length(&format!("{precision}/weights.bin")).unwrap() as f64;
+    // 16-bit weights are off by up to 2⁻¹¹ of their size, at random: a few 1e-4 of an output after some layers. 8-bit ones by
+    // up to 1/254 of the largest of their channel: some thirty times as much.
+    for (precision, least, share) in [(Precision::F16, 0.9999, 0.53), (Precision::I8, 0.98, 0.29)] {
+        let small = outputs(&bundle, precision);
+        for (name, full) in &full {
+            let dot = |a: &[f32], b: &[f32]| a.iter().zip(b).map(|(a, b)| f64::from(a * b)).sum::<f64>();
+            let cosine = dot(full, &small[name]) / (dot(full, full) * dot(&small[name], &small[name])).sqrt();
+            println!("{precision} {name:22} {cosine:.6}");
+            assert!(cosine > least, "{precision} {name}: cosine {cosine}");
+        }
+        assert!(size(precision) < share * size(Precision::F32), "{precision}: {} bytes", size(precision));
     }
-    let size = |precision: &str| bundle.length(&format!("{precision}/weights.bin")).unwrap() as f64;
-    assert!(size("f16") < 0.53 * size("f32"), "{} against {} bytes", size("f16"), size("f32"));
+}
+
+#[test]
+fn precisions_are_measured_and_refused_where_they_lose_too_much() {
+    let (exported, out) = (exported(), tempfile::tempdir().unwrap());
+    let (shards, target) = (out.path().join("scenes"), out.path().join("bundle"));
+    write_corpus(&shards, &CorpusOptions { seed: 9, count: 4, ..Default::default() }).unwrap();
+    let development = Arc::new(Development::read(std::slice::from_ref(&shards), usize::MAX).unwrap());
+    let told = std::cell::Cell::new((0, 0));
+    let run = |max_drop| {
+        let gate = Some(Gate { development: development.clone(), max_drop });
+        let options = ExportOptions { gate, ..options(&[Precision::I8]) };
+        export(exported.checkpoint.path(), &target, &options, &drawn_samples(1), &|done, all| told.set((done, all)))
+    };
+    // Weights are random: what is found is chance, but some of twenty captions find their picture, and none may find twice as many.
+    let error = run(MaxDrop(-1.0)).unwrap_err().to_string();
+    assert!(error.starts_with("i8 loses ") && error.contains("that --max-drop allows"), "{error}");
+    let left = || fs::read_dir(out.path()).unwrap().map(|entry| entry.unwrap().file_name()).collect::<Vec<_>>();
+    assert_eq!(left(), ["scenes"], "left behind after: {error}");
+
+    let written = run(MaxDrop(1.0)).unwrap();
+    assert_eq!((told.get(), left().len()), ((8, 8), 2), "four pictures in f32 and in i8: {:?}", left());
+    let figures = written[0].figures.clone().unwrap();
+    assert_eq!((written.len(), figures["images"]), (1, 4.0));
+    assert!(figures["text_to_image_r10"] == 1.0 && figures["text_to_image_r1"] > 0.0, "{figures:?}");
+    let error = figures["error_vision_prefix_keys"];
+    assert!(error > 1e-4 && error < 0.2, "{error}");
+    let manifest = open(&target).manifest().clone();
+    assert_eq!(manifest.precisions, [Precision::I8]);
+    assert_eq!(manifest.quality, BTreeMap::from([("i8".to_owned(), figures)]));
 }
 
 #[test]
@@ -274,7 +311,7 @@ fn the_report_covers_every_output() {
     let manifest = open(&exported.bundle()).manifest().clone();
     let all: Vec<String> =
         manifest.graphs.iter().flat_map(|g| g.outputs.iter().map(move |o| format!("{}.{}", g.name, o.name))).collect();
-    for (precision, report) in &exported.reports {
+    for Written { precision, parity: report, .. } in &exported.reports {
         let mut covered: Vec<String> = report.outputs.iter().map(|o| format!("{}.{}", o.graph, o.output)).collect();
         covered.sort_by_key(|name| all.iter().position(|other| other == name));
         assert_eq!(covered, all, "{precision}");
@@ -313,8 +350,8 @@ fn equal_checkpoints_give_equal_bytes() {
     let (exported, out) = (exported(), tempfile::tempdir().unwrap());
     let elsewhere = copy(exported.checkpoint.path());
     let again = out.path().join("bundle");
-    let both = options(&[Precision::F32, Precision::F16]);
-    export(elsewhere.path(), &again, &both, &drawn_samples(1)).unwrap();
+    let all = options(&[Precision::F32, Precision::F16, Precision::I8]);
+    export(elsewhere.path(), &again, &all, &drawn_samples(1), &|_, _| ()).unwrap();
     let (first, second) = (files(&exported.bundle()), files(&again));
     assert_eq!(first.keys().collect::<Vec<_>>(), second.keys().collect::<Vec<_>>());
     for (name, bytes) in &first {
@@ -323,7 +360,7 @@ fn equal_checkpoints_give_equal_bytes() {
 
     let tars = ["a.tar", "b.tar"].map(|name| out.path().join(name));
     for tar in &tars {
-        export(elsewhere.path(), tar, &options(&[Precision::F16]), &drawn_samples(1)).unwrap();
+        export(elsewhere.path(), tar, &options(&[Precision::F16]), &drawn_samples(1), &|_, _| ()).unwrap();
         open(tar).verify().unwrap();
     }
     assert!(fs::read(&tars[0]).unwrap() == fs::read(&tars[1]).unwrap(), "the archives differ");
@@ -371,7 +408,7 @@ fn an_unusable_checkpoint_is_refused_by_name_and_leaves_nothing() {
         let (broken, out) = (copy(exported().checkpoint.path()), tempfile::tempdir().unwrap());
         break_it(broken.path());
         let target = out.path().join("bundle.tar");
-        let error = export(broken.path(), &target, &options(&[Precision::F16]), &drawn_samples(1)).unwrap_err();
+        let error = export(broken.path(), &target, &options(&[Precision::F16]), &drawn_samples(1), &|_, _| ()).unwrap_err();
         let error = format!("{error:#}");
         assert!(error.contains(message), "{error:?} lacks {message:?}");
         assert_eq!(fs::read_dir(out.path()).unwrap().count(), 0, "left behind after: {error}");
@@ -389,7 +426,7 @@ fn a_bundle_that_is_there_is_replaced_only_when_asked_and_only_by_a_good_one() {
     fs::write(out.path().join("bundle.partial/half"), "y").unwrap();
     let run = |checkpoint: &Path, force: bool| {
         let options = ExportOptions { force, ..options(&[Precision::F16]) };
-        export(checkpoint, &target, &options, &drawn_samples(1)).map_err(|error| format!("{error:#}"))
+        export(checkpoint, &target, &options, &drawn_samples(1), &|_, _| ()).map_err(|error| format!("{error:#}"))
     };
     let error = run(exported.checkpoint.path(), false).unwrap_err();
     assert!(error.contains("is already there; --force replaces it"), "{error}");

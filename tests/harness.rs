@@ -62,6 +62,12 @@ pub fn program_with_input(name: &str, arguments: &[&str], input: &[u8]) -> Run {
     Run { code: output.status.code().unwrap_or(-1), stdout: text(output.stdout), stderr: text(output.stderr) }
 }
 
+/// The engine that the programs run on unless a test says otherwise: the one that `UNIMO_ENGINE` names, as for every user.
+#[must_use]
+pub fn engine() -> String {
+    env::var("UNIMO_ENGINE").unwrap_or_else(|_| "tract".to_owned())
+}
+
 /// Where a program lies; all are built at the first call, in the profile of the tests.
 ///
 /// # Panics

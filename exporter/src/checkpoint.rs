@@ -5,12 +5,13 @@ use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, bail};
-use candle_core::{DType, Device};
+use candle_core::{DType, Device, Tensor};
+use unimo::bundle::manifest::Precision;
 use unimo::tokenizer::Tokenizer;
 use unimo_train::backbone::{Backbone, layer_shapes};
 use unimo_train::model::{ModelConfig, Unimo};
 
-use crate::graph::round_to_f16;
+use crate::graph::Element;
 
 /// A checkpoint, checked for completeness.
 pub struct Checkpoint {
@@ -84,24 +85,39 @@ impl Checkpoint {
         found.map(|(name, _)| name.as_str())
     }
 
-    /// Rounds to 16 bits, here and in candle's model, what an f16 bundle stores in 16 bits: matrices and kernels. The boxes'
-    /// embedding is folded into a 32-bit table instead.
+    /// Rounds, here and in candle's model, what a bundle of this precision rounds: matrices and kernels. The boxes' embedding is
+    /// folded into a 32-bit table instead.
     ///
     /// # Errors
     /// Those of candle.
-    pub fn round_to_f16(&mut self) -> Result<()> {
+    pub fn round(&mut self, precision: Precision) -> Result<()> {
         for (name, var) in self.model.weights() {
-            if var.dims().len() > 1 && name != "image.box.weight" {
-                var.set(&var.as_tensor().to_dtype(DType::F16)?.to_dtype(DType::F32)?)?;
-                self.weights.insert(name.clone(), var.as_tensor().flatten_all()?.to_vec1()?);
+            if name != "image.box.weight" {
+                // Outputs lie along the first dimension here, wherever the bundle has them.
+                let shape = var.dims();
+                let rounded = Element::of(precision, shape, 0).rounded(&self.weights[name], shape);
+                var.set(&Tensor::from_slice(&rounded, shape, var.device())?)?;
+                self.weights.insert(name.clone(), rounded);
             }
         }
-        for (name, values) in &mut self.weights {
-            if name.starts_with("backbone.") && name.ends_with(".weight") {
-                *values = round_to_f16(values);
+        for (layer, shape) in layer_shapes().into_iter().filter(|(layer, _)| layer != "classifier") {
+            if let Some(values) = self.weights.get_mut(&format!("backbone.{layer}.weight")) {
+                *values = Element::of(precision, &shape, 0).rounded(values, &shape);
             }
         }
-        self.backbone.round_to_f16();
+        self.backbone = self.backbone_of_weights()?;
         Ok(())
+    }
+
+    fn backbone_of_weights(&self) -> Result<Backbone> {
+        let mut tensors = Vec::new();
+        for (layer, shape) in layer_shapes().into_iter().filter(|(layer, _)| layer != "classifier") {
+            for (kind, shape) in [("weight", &shape[..]), ("bias", &shape[..1])] {
+                let name = format!("{layer}.{kind}");
+                let values = self.weight(&format!("backbone.{name}"));
+                tensors.push((name, Tensor::from_slice(values, shape, &Device::Cpu)?));
+            }
+        }
+        Backbone::from_bytes(&safetensors::serialize(tensors, None)?)
     }
 }

@@ -3,16 +3,18 @@
 use std::collections::BTreeMap;
 use std::fs;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 use anyhow::{Context, Result, bail};
 use prost::Message;
-use unimo::bundle::manifest::{DecodingDefaults, Manifest, Precision, SCHEMA};
+use unimo::bundle::manifest::{DecodingDefaults, Manifest, Precision, SCHEMA, WEIGHTS};
 use unimo::bundle::{Bundle, BundleSource, MANIFEST, pack, sha256_hex};
 use unimo::image::ImagePreparation;
 
 use crate::checkpoint::Checkpoint;
 use crate::graphs::Graphs;
 use crate::parity::{self, ParityReport, Sample};
+use crate::quality::{Development, Figures, MaxDrop};
 
 /// What to write.
 #[derive(Debug, Clone)]
@@ -25,8 +27,30 @@ pub struct ExportOptions {
     pub decoding: DecodingDefaults,
     /// Measured quality for the manifest, per precision.
     pub quality: BTreeMap<String, BTreeMap<String, f64>>,
+    /// What every precision is measured on, and what it may lose.
+    pub gate: Option<Gate>,
     /// Replaces a bundle that is already there.
     pub force: bool,
+}
+
+/// What every precision is measured on, and what it may lose against f32.
+#[derive(Debug, Clone)]
+pub struct Gate {
+    /// Pictures and captions.
+    pub development: Arc<Development>,
+    /// The largest loss.
+    pub max_drop: MaxDrop,
+}
+
+/// A precision that was written.
+#[derive(Debug, Clone)]
+pub struct Written {
+    /// Its name.
+    pub precision: Precision,
+    /// Agreement of its graphs with candle, whose weights were rounded alike.
+    pub parity: ParityReport,
+    /// What it is worth, where a gate measured it; also in the manifest.
+    pub figures: Option<Figures>,
 }
 
 impl Default for ExportOptions {
@@ -36,33 +60,37 @@ impl Default for ExportOptions {
             max_text: 32,
             decoding: DecodingDefaults { beam: 3, max_words: 30, length_penalty: 0.7, no_repeat: 3 },
             quality: BTreeMap::new(),
+            gate: None,
             force: false,
         }
     }
 }
 
-/// Exports a checkpoint to `out`: a `.tar`, or else a folder. Returns the parity report of each precision.
+/// Exports a checkpoint to `out`: a `.tar`, or else a folder. `progress` is told the picture that is measured, of how many.
 ///
 /// # Errors
-/// An unusable checkpoint, a bundle already there, failed writes, or parity that does not hold; nothing is left at `out` then.
+/// An unusable checkpoint, a bundle already there, failed writes, parity that does not hold, or a precision that loses more than
+/// its gate allows; nothing is left at `out` then.
 pub fn export(
     checkpoint: &Path,
     out: &Path,
     options: &ExportOptions,
     samples: &[Sample],
-) -> Result<Vec<(Precision, ParityReport)>> {
+    progress: &dyn Fn(u64, u64),
+) -> Result<Vec<Written>> {
     if out.exists() && !options.force {
         bail!("{} is already there; --force replaces it", out.display());
     }
-    if options.precisions.is_empty() || options.precisions.contains(&Precision::I8) {
-        bail!("this version writes the precisions f16 and f32");
+    if options.precisions.is_empty() {
+        bail!("no precision to write");
     }
     let partial = sibling(out, "partial");
-    let result = write_and_check(checkpoint, &partial, options, samples).and_then(|reports| {
+    let result = write_and_check(checkpoint, &partial, options, samples, progress).and_then(|reports| {
         publish(&partial, out)?;
         Ok(reports)
     });
     let _ = fs::remove_dir_all(&partial);
+    let _ = fs::remove_dir_all(sibling(&partial, "f32"));
     result
 }
 
@@ -72,35 +100,92 @@ fn sibling(out: &Path, suffix: &str) -> PathBuf {
     PathBuf::from(name)
 }
 
+fn clear(folder: &Path) -> Result<()> {
+    if folder.exists() {
+        fs::remove_dir_all(folder).with_context(|| format!("cannot clear {}", folder.display()))?;
+    }
+    Ok(())
+}
+
 fn write_and_check(
     checkpoint: &Path,
     partial: &Path,
     options: &ExportOptions,
     samples: &[Sample],
-) -> Result<Vec<(Precision, ParityReport)>> {
-    if partial.exists() {
-        fs::remove_dir_all(partial).with_context(|| format!("cannot clear {}", partial.display()))?;
-    }
+    progress: &dyn Fn(u64, u64),
+) -> Result<Vec<Written>> {
+    clear(partial)?;
     let source = Checkpoint::open(checkpoint)?;
-    if let (true, Some(name)) = (options.precisions.contains(&Precision::F16), source.beyond_f16()) {
+    let rounded = options.precisions.iter().any(|&precision| precision != Precision::F32);
+    if let (true, Some(name)) = (rounded, source.beyond_f16()) {
         bail!("the weight `{name}` holds values that 16 bits cannot; export with --precision f32");
     }
     write(&source, partial, options)?;
     let bundle = Bundle::open(&BundleSource::Path(partial.to_path_buf()))?;
     bundle.verify()?;
-    let mut reports = Vec::new();
+    let mut written = Vec::new();
     for &precision in &options.precisions {
-        let mut source = Checkpoint::open(checkpoint)?;
-        if precision == Precision::F16 {
-            source.round_to_f16()?;
+        let mut rounded = Checkpoint::open(checkpoint)?;
+        rounded.round(precision)?;
+        let parity = parity::compare(&bundle, precision, &rounded, samples)?;
+        if !parity.holds() {
+            bail!("the exported {precision} graphs do not compute what the checkpoint does:\n{parity}");
         }
-        let report = parity::compare(&bundle, precision, &source, samples)?;
-        if !report.holds() {
-            bail!("the exported {precision} graphs do not compute what the checkpoint does:\n{report}");
-        }
-        reports.push((precision, report));
+        written.push(Written { precision, parity, figures: None });
     }
-    Ok(reports)
+    if let Some(gate) = &options.gate {
+        for written in &mut written {
+            let errors = parity::compare(&bundle, written.precision, &source, samples)?;
+            let error = |o: parity::OutputParity| (format!("error_{}_{}", o.graph, o.output), significant(o.relative_error));
+            written.figures = Some(errors.outputs.into_iter().map(error).collect());
+        }
+        gate.pass(&source, partial, options, &mut written, progress)?;
+    }
+    Ok(written)
+}
+
+/// Three significant digits.
+fn significant(value: f64) -> f64 {
+    format!("{value:.2e}").parse().unwrap_or(value)
+}
+
+impl Gate {
+    /// Measures every precision, compares it with f32 and writes the figures into the manifest.
+    fn pass(
+        &self,
+        source: &Checkpoint,
+        bundle: &Path,
+        options: &ExportOptions,
+        written: &mut [Written],
+        progress: &dyn Fn(u64, u64),
+    ) -> Result<()> {
+        let mut reference = bundle.to_path_buf();
+        if !options.precisions.contains(&Precision::F32) {
+            reference = sibling(bundle, "f32");
+            clear(&reference)?;
+            write(source, &reference, &ExportOptions { precisions: vec![Precision::F32], ..options.clone() })?;
+        }
+        let rounded = written.iter().filter(|w| w.precision != Precision::F32).count() as u64;
+        let (of_each, done) = (self.development.len() as u64, std::cell::Cell::new(0));
+        let note = |n| {
+            done.set(done.get() + n);
+            progress(done.get(), (1 + rounded) * of_each);
+        };
+        let full = self.development.measure(&reference, Precision::F32, &note)?;
+        let path = bundle.join(MANIFEST);
+        let mut manifest = Manifest::parse(&fs::read(&path).context("cannot read the manifest")?)?;
+        for one in written {
+            let figures = match one.precision {
+                Precision::F32 => full.clone(),
+                precision => self.development.measure(bundle, precision, &note)?,
+            };
+            self.max_drop.check(one.precision, &figures, &full)?;
+            let all = one.figures.get_or_insert_default();
+            all.extend(figures);
+            manifest.quality.entry(one.precision.to_string()).or_default().extend(all.clone());
+        }
+        fs::write(&path, manifest.to_toml()?).context("cannot write the manifest")
+    }
 }
 
 /// Writes the bundle's folder.
@@ -125,7 +210,7 @@ fn write(source: &Checkpoint, folder: &Path, options: &ExportOptions) -> Result<
             let model = graphs.build(signature).with_context(|| format!("graph {}", signature.name))?;
             put(Manifest::graph_file(precision, &signature.name), &model.encode_to_vec())?;
         }
-        put(format!("{precision}/weights.bin"), graphs.weights.bytes())?;
+        put(format!("{precision}/{WEIGHTS}"), graphs.weights.bytes())?;
         described = Some((graphs.sizes, graphs.signatures));
     }
     let (model, graphs) = described.context("no precision")?;

@@ -6,4 +6,6 @@ pub mod export;
 pub mod graph;
 pub mod graphs;
 pub mod parity;
+pub mod quality;
+pub mod quantize;
 pub mod sample;

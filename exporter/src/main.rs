@@ -1,23 +1,30 @@
 //! `unimo-export`; see `unimo-export --help`.
 
+use std::io::IsTerminal;
 use std::path::PathBuf;
 use std::process::ExitCode;
+use std::sync::Arc;
 
 use anyhow::{Context, Result, bail};
 use clap::{CommandFactory, Parser, Subcommand};
+use indicatif::{ProgressBar, ProgressStyle};
 use unimo::bundle::manifest::{DecodingDefaults, Precision};
 use unimo::bundle::{Bundle, BundleSource};
-use unimo_export::export::{ExportOptions, export};
+use unimo_export::export::{ExportOptions, Gate, export};
 use unimo_export::parity::Sample;
+use unimo_export::quality::{Development, MaxDrop};
 use unimo_export::sample::drawn_samples;
 
 const EXAMPLES: &str = "Examples:
   unimo-export --checkpoint runs/edge-s-caption --out edge-s.tar --verify flickr8k/dev-0000.tar
-  unimo-export --checkpoint runs/pico --out pico-bundle --precision f32,f16
+  unimo-export --checkpoint runs/edge-s-caption --out edge-s.tar --precision i8 --measure flickr8k/dev-0000.tar
+  unimo-export --checkpoint runs/pico --out pico-bundle --precision f32,f16,i8
   unimo-export backbone --bundle runtime/bundle/default.tar --out mobilenetv2.safetensors
 
 Every output of every graph is compared with candle on real inputs before the bundle gets its name; where they differ the
-export fails with the table and leaves nothing behind. Exit codes: 0 done, 2 usage, 3 bad input or parity that does not hold.";
+export fails with the table and leaves nothing behind. With --measure each precision also captions and finds the pictures given,
+through the runtime; one that loses more than --max-drop of f32's CIDEr or of its R@1 in either direction fails the export.
+Exit codes: 0 done, 2 usage, 3 bad input, parity that does not hold or a precision that loses too much.";
 
 /// Exports a checkpoint to a bundle of ONNX graphs.
 #[derive(Debug, Parser)]
@@ -59,6 +66,15 @@ struct ExportArgs {
     /// Pictures compared
     #[arg(long, default_value_t = 8, value_name = "N")]
     verify_samples: usize,
+    /// Shards on whose pictures every precision is measured, against f32, through the runtime; the figures go into the manifest
+    #[arg(long, num_args = 1.., value_name = "SHARD")]
+    measure: Vec<PathBuf>,
+    /// Pictures measured [default: all]
+    #[arg(long, value_name = "N", requires = "measure")]
+    measure_samples: Option<usize>,
+    /// Largest loss of CIDEr or R@1 against f32 that a precision may bring, as a share or in percent
+    #[arg(long, default_value = "1%", value_name = "SHARE")]
+    max_drop: MaxDrop,
     /// Hypotheses kept while decoding, by default
     #[arg(long, default_value_t = 3)]
     beam: usize,
@@ -104,8 +120,23 @@ fn run(cli: &ExportArgs) -> Result<()> {
         let text = std::fs::read_to_string(path).with_context(|| format!("cannot read {}", path.display()))?;
         options.quality = toml::from_str(&text).with_context(|| format!("in {}", path.display()))?;
     }
-    for (precision, report) in export(&cli.checkpoint, &cli.out, &options, &samples(cli)?)? {
-        println!("{precision}\n{report}");
+    if !cli.measure.is_empty() {
+        let development = Arc::new(Development::read(&cli.measure, cli.measure_samples.unwrap_or(usize::MAX))?);
+        options.gate = Some(Gate { development, max_drop: cli.max_drop });
+    }
+    let style = ProgressStyle::with_template("measuring: {bar:32} {pos}/{len} pictures, {eta} left")?;
+    let bar = if std::io::stderr().is_terminal() { ProgressBar::new(0).with_style(style) } else { ProgressBar::hidden() };
+    let progress = |done, all| {
+        bar.set_length(all);
+        bar.set_position(done);
+    };
+    let written = export(&cli.checkpoint, &cli.out, &options, &samples(cli)?, &progress);
+    bar.finish_and_clear();
+    for one in written? {
+        println!("{}\n{}", one.precision, one.parity);
+        for (name, value) in one.figures.iter().flatten() {
+            println!("{name:<28} {value}");
+        }
     }
     println!("{}", cli.out.display());
     Ok(())

@@ -58,6 +58,6 @@ pub fn random_checkpoint(folder: &Path, size: &str, seed: u64) -> Result<PathBuf
 pub fn random_bundle(folder: &Path, seed: u64) -> Result<PathBuf> {
     let checkpoint = random_checkpoint(&folder.join("checkpoint"), "pico", seed)?;
     let out = folder.join("bundle.tar");
-    export(&checkpoint, &out, &ExportOptions { force: true, ..Default::default() }, &drawn_samples(1))?;
+    export(&checkpoint, &out, &ExportOptions { force: true, ..Default::default() }, &drawn_samples(1), &|_, _| ())?;
     Ok(out)
 }

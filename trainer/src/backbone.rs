@@ -302,15 +302,6 @@ impl Backbone {
         Ok(safetensors::serialize(views, None)?)
     }
 
-    /// Rounds the kernels to 16 bits and back: what an f16 bundle computes with. Biases stay.
-    pub fn round_to_f16(&mut self) {
-        for layer in self.layers.values_mut() {
-            for weight in &mut layer.weight {
-                *weight = half::f16::from_f32(*weight).to_f32();
-            }
-        }
-    }
-
     /// Whether the file held the classifier, which only the soft labels of masked regions need.
     #[must_use]
     pub fn has_classifier(&self) -> bool {

@@ -9,10 +9,10 @@ use tract_onnx::pb::{
     AttributeProto, GraphProto, ModelProto, NodeProto, OperatorSetIdProto, StringStringEntryProto, TensorProto, TensorShapeProto,
     TypeProto, ValueInfoProto, attribute_proto::AttributeType, type_proto,
 };
-use unimo::bundle::manifest::{Dtype, GraphSignature};
+use unimo::bundle::manifest::{Dtype, GraphSignature, WEIGHTS};
 
 pub use operators::Convolution;
-pub use weights::{WeightStore, round_to_f16};
+pub use weights::{Element, WeightStore};
 
 /// Operator set that the graphs are written in.
 pub const OPSET: i64 = 17;
@@ -100,7 +100,7 @@ impl<'w> GraphBuilder<'w> {
         }
     }
 
-    /// A weight of the store as f32: 16-bit ones pass a `Cast`.
+    /// A weight of the store as f32: 16-bit ones pass a `Cast`, 8-bit ones a `DequantizeLinear`.
     ///
     /// # Errors
     /// No such weight.
@@ -108,27 +108,45 @@ impl<'w> GraphBuilder<'w> {
         if let Some(value) = self.used.get(name) {
             return Ok(value.clone());
         }
+        let (mut value, element) = self.stored(name)?;
+        match element {
+            Element::F32 => {}
+            Element::F16 => {
+                let to = Attribute::Int(DataType::Float as i64);
+                value = self.node("Cast", &[&value], &[("to", to)], value.shape.clone(), Dtype::F32);
+            }
+            Element::I8 { axis } => {
+                let (scales, _) = self.stored(&WeightStore::scales_of(name))?;
+                let axis = Attribute::Int(axis as i64);
+                value = self.node("DequantizeLinear", &[&value, &scales], &[("axis", axis)], value.shape.clone(), Dtype::F32);
+            }
+        }
+        self.used.insert(name.to_owned(), value.clone());
+        Ok(value)
+    }
+
+    /// A weight as it is stored.
+    fn stored(&mut self, name: &str) -> Result<(Value, Element), GraphError> {
         let stored = self.weights.get(name).ok_or_else(|| GraphError::MissingWeight(name.to_owned()))?;
         let entry = |key: &str, value: String| StringStringEntryProto { key: key.to_owned(), value };
+        let data_type = match stored.element {
+            Element::F32 => DataType::Float,
+            Element::F16 => DataType::Float16,
+            Element::I8 { .. } => DataType::Int8,
+        };
         self.graph.initializer.push(TensorProto {
             name: name.to_owned(),
             dims: dims(&stored.shape),
-            data_type: if stored.half { DataType::Float16 } else { DataType::Float } as i32,
+            data_type: data_type as i32,
             data_location: Some(DataLocation::External as i32),
             external_data: vec![
-                entry("location", weights::FILE.to_owned()),
+                entry("location", WEIGHTS.to_owned()),
                 entry("offset", stored.offset.to_string()),
                 entry("length", stored.length.to_string()),
             ],
             ..TensorProto::default()
         });
-        let mut value = Value { name: name.to_owned(), shape: stored.shape.clone(), dtype: Dtype::F32 };
-        if stored.half {
-            let to = Attribute::Int(DataType::Float as i64);
-            value = self.node("Cast", &[&value], &[("to", to)], stored.shape.clone(), Dtype::F32);
-        }
-        self.used.insert(name.to_owned(), value.clone());
-        Ok(value)
+        Ok((Value { name: name.to_owned(), shape: stored.shape.clone(), dtype: Dtype::F32 }, stored.element))
     }
 
     /// A small f32 constant kept inside the graph file.

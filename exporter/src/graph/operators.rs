@@ -310,8 +310,8 @@ mod tests {
             outputs: vec![tensor("y", &[2, 2], Dtype::F32)],
         };
         let mut weights = WeightStore::new(Precision::F32);
-        weights.add("fc.weight", &[4, 2], &[0.0; 8]);
-        weights.add("fc.bias", &[2], &[0.0; 2]);
+        weights.add("fc.weight", &[4, 2], 1, &[0.0; 8]);
+        weights.add("fc.bias", &[2], 0, &[0.0; 2]);
         let mut b = GraphBuilder::new(&signature, &weights);
         let (x, i) = (b.input("x").unwrap(), b.input("i").unwrap());
         let says = |result: Built| result.unwrap_err().to_string();

@@ -6,10 +6,52 @@ use half::f16;
 use half::slice::HalfFloatSliceExt;
 use unimo::bundle::manifest::Precision;
 
-/// Name of the file beside the graphs.
-pub(super) const FILE: &str = "weights.bin";
+use crate::quantize::{dequantize, quantize};
+
 /// Tensors start at multiples of this, so that they can be used where they lie.
 const ALIGNMENT: usize = 64;
+/// Channels of fewer values are stored in 16 bits where others are in 8: depthwise kernels have nine, for which a scale would
+/// cost half of what it saves.
+const LEAST_CHANNEL: usize = 32;
+
+/// How a weight's elements are stored.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Element {
+    /// 32-bit floats.
+    F32,
+    /// 16-bit floats.
+    F16,
+    /// 8-bit levels, to be multiplied by the scales of [`WeightStore::scales_of`] along one axis.
+    I8 {
+        /// The axis of the channels.
+        axis: usize,
+    },
+}
+
+impl Element {
+    /// How a precision stores a weight whose channels lie along `axis`. Vectors (biases, LayerNorm) stay in 32 bits: they are
+    /// few, and errors in them add up.
+    #[must_use]
+    pub fn of(precision: Precision, shape: &[usize], axis: usize) -> Self {
+        let values = shape.iter().product::<usize>();
+        match precision {
+            _ if shape.len() < 2 => Self::F32,
+            Precision::F32 => Self::F32,
+            Precision::I8 if values >= LEAST_CHANNEL * shape[axis] => Self::I8 { axis },
+            Precision::F16 | Precision::I8 => Self::F16,
+        }
+    }
+
+    /// Values as they are after storing them so.
+    #[must_use]
+    pub fn rounded(self, values: &[f32], shape: &[usize]) -> Vec<f32> {
+        match self {
+            Self::F32 => values.to_vec(),
+            Self::F16 => values.iter().map(|&v| f16::from_f32(v).to_f32()).collect(),
+            Self::I8 { axis } => dequantize(&quantize(values, shape, axis), shape, axis),
+        }
+    }
+}
 
 /// Where a weight lies.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -20,8 +62,8 @@ pub struct StoredWeight {
     pub offset: usize,
     /// Number of bytes.
     pub length: usize,
-    /// Whether the elements are 16-bit floats, not 32-bit ones.
-    pub half: bool,
+    /// How its elements are stored.
+    pub element: Element,
 }
 
 /// Weights by name, laid out in one file.
@@ -32,42 +74,51 @@ pub struct WeightStore {
 }
 
 impl WeightStore {
-    /// An empty store; `precision` is f32 or f16.
+    /// An empty store.
     #[must_use]
     pub fn new(precision: Precision) -> Self {
         Self { precision, entries: BTreeMap::new(), bytes: Vec::new() }
     }
 
-    /// How the weights are stored.
-    #[must_use]
-    pub fn precision(&self) -> Precision {
-        self.precision
-    }
-
-    /// Adds a weight under a new name. Vectors (biases, LayerNorm) stay in 32 bits at every precision: they are few, and
-    /// errors in them add up.
-    pub fn add(&mut self, name: &str, shape: &[usize], values: &[f32]) {
-        self.store(name, shape, values, self.precision == Precision::F16 && shape.len() > 1);
+    /// Adds a weight under a new name, stored as [`Element::of`] says; its channels lie along `axis`.
+    pub fn add(&mut self, name: &str, shape: &[usize], axis: usize, values: &[f32]) {
+        self.store(name, shape, values, Element::of(self.precision, shape, axis));
     }
 
     /// Adds a weight that stays in 32 bits at every precision.
     pub fn add_exact(&mut self, name: &str, shape: &[usize], values: &[f32]) {
-        self.store(name, shape, values, false);
+        self.store(name, shape, values, Element::F32);
     }
 
-    fn store(&mut self, name: &str, shape: &[usize], values: &[f32], half: bool) {
+    fn store(&mut self, name: &str, shape: &[usize], values: &[f32], element: Element) {
         debug_assert_eq!(shape.iter().product::<usize>(), values.len());
         self.bytes.resize(self.bytes.len().next_multiple_of(ALIGNMENT), 0);
         let offset = self.bytes.len();
-        if half {
-            let mut halves = vec![f16::ZERO; values.len()];
-            halves.convert_from_f32_slice(values);
-            self.bytes.extend(halves.iter().flat_map(|v| v.to_le_bytes()));
-        } else {
-            self.bytes.extend(values.iter().flat_map(|v| v.to_le_bytes()));
+        let mut scales = None;
+        match element {
+            Element::F32 => self.bytes.extend(values.iter().flat_map(|v| v.to_le_bytes())),
+            Element::F16 => {
+                let mut halves = vec![f16::ZERO; values.len()];
+                halves.convert_from_f32_slice(values);
+                self.bytes.extend(halves.iter().flat_map(|v| v.to_le_bytes()));
+            }
+            Element::I8 { axis } => {
+                let quantized = quantize(values, shape, axis);
+                self.bytes.extend(quantized.levels.iter().map(|level| level.cast_unsigned()));
+                scales = Some(quantized.scales);
+            }
         }
-        let entry = StoredWeight { shape: shape.to_vec(), offset, length: self.bytes.len() - offset, half };
+        let entry = StoredWeight { shape: shape.to_vec(), offset, length: self.bytes.len() - offset, element };
         self.entries.insert(name.to_owned(), entry);
+        if let Some(scales) = scales {
+            self.store(&Self::scales_of(name), &[scales.len()], &scales, Element::F32);
+        }
+    }
+
+    /// Name under which the scales of an 8-bit weight are stored.
+    #[must_use]
+    pub fn scales_of(name: &str) -> String {
+        format!("{name}.scale")
     }
 
     /// A weight's place.
@@ -81,10 +132,4 @@ impl WeightStore {
     pub fn bytes(&self) -> &[u8] {
         &self.bytes
     }
-}
-
-/// Values as they are after storing in 16 bits.
-#[must_use]
-pub fn round_to_f16(values: &[f32]) -> Vec<f32> {
-    values.iter().map(|&v| f16::from_f32(v).to_f32()).collect()
 }

@@ -12,8 +12,8 @@ use crate::graph::Convolution;
 pub(super) fn add_weights(store: &mut WeightStore, checkpoint: &Checkpoint) {
     for (layer, shape) in layer_shapes().into_iter().filter(|(layer, _)| layer != "classifier") {
         let name = |kind: &str| format!("backbone.{layer}.{kind}");
-        store.add(&name("weight"), &shape, checkpoint.weight(&name("weight")));
-        store.add(&name("bias"), &shape[..1], checkpoint.weight(&name("bias")));
+        store.add(&name("weight"), &shape, 0, checkpoint.weight(&name("weight")));
+        store.add(&name("bias"), &shape[..1], 0, checkpoint.weight(&name("bias")));
     }
 }
 

@@ -33,8 +33,8 @@ pub(super) fn add_weights(store: &mut WeightStore, checkpoint: &Checkpoint) {
         }
         let table = name == "text.token.weight" || name == "text.position.weight";
         match shape[..] {
-            [rows, columns] if !table => store.add(&name, &[columns, rows], &transposed(values, rows, columns)),
-            _ => store.add(&name, &shape, values),
+            [rows, columns] if !table => store.add(&name, &[columns, rows], 1, &transposed(values, rows, columns)),
+            _ => store.add(&name, &shape, 0, values),
         }
     }
     add_places(store, checkpoint);

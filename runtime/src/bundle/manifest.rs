@@ -13,6 +13,9 @@ use crate::image::ImagePreparation;
 /// The manifest's version that this crate writes and reads.
 pub const SCHEMA: u32 = 1;
 
+/// File beside a precision's graphs that holds the weights of all of them.
+pub const WEIGHTS: &str = "weights.bin";
+
 /// How the weights are stored.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]

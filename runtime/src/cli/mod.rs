@@ -3,6 +3,7 @@
 mod bundle;
 mod caption;
 mod completions;
+mod doctor;
 mod embed;
 pub mod exit;
 #[cfg(feature = "gallery")]
@@ -51,6 +52,7 @@ enum Command {
     Search(search::SearchArgs),
     #[command(subcommand)]
     Bundle(bundle::BundleCommand),
+    Doctor(doctor::DoctorArgs),
     Completions(completions::CompletionsArgs),
     Man(completions::ManArgs),
 }
@@ -67,6 +69,7 @@ impl Cli {
             #[cfg(feature = "gallery")]
             Command::Search(args) => search::run(&args),
             Command::Bundle(command) => bundle::run(&command),
+            Command::Doctor(args) => doctor::run(&args),
             Command::Completions(args) => completions::run(&args),
             Command::Man(args) => completions::run_man(&args),
         }

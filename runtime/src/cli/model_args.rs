@@ -18,10 +18,10 @@ pub struct ModelArgs {
     #[arg(long, value_name = "PATH")]
     bundle: Option<PathBuf>,
     /// Engine: tract, ort
-    #[arg(long, value_name = "NAME", default_value_t)]
+    #[arg(long, value_name = "NAME", default_value_t, env = "UNIMO_ENGINE", hide_env_values = true)]
     engine: EngineKind,
     /// What the engine computes on: cpu, cuda, tensorrt, xnnpack
-    #[arg(long, value_name = "NAME", default_value_t)]
+    #[arg(long, value_name = "NAME", default_value_t, env = "UNIMO_PROVIDER", hide_env_values = true)]
     provider: Provider,
     /// Weights to run: f32, f16, i8 [default: the bundle's first]
     #[arg(long, value_name = "NAME")]
@@ -29,6 +29,12 @@ pub struct ModelArgs {
     /// Processor threads: several pictures are worked on side by side, one alone is shared among them [default: all cores]
     #[arg(long, value_name = "N")]
     threads: Option<NonZeroUsize>,
+    /// Let ONNX Runtime's idle threads spin: faster on a machine with nothing else to do
+    #[arg(long)]
+    spin: bool,
+    /// ONNX Runtime's library, or its folder [default: the first found; see `unimo doctor`]
+    #[arg(long, value_name = "PATH")]
+    ort_lib: Option<PathBuf>,
 }
 
 impl ModelArgs {
@@ -43,7 +49,14 @@ impl ModelArgs {
         let threads = self.threads.map_or_else(cores, NonZeroUsize::get);
         // Pictures side by side keep all cores busy; one alone is faster with its matrix products split.
         let (workers, threads) = if jobs > 1 { (threads.min(jobs), 1) } else { (1, threads) };
-        let options = EngineOptions { engine: self.engine, provider: self.provider, precision: self.precision, threads };
+        let options = EngineOptions {
+            engine: self.engine,
+            provider: self.provider,
+            precision: self.precision,
+            threads,
+            spinning: self.spin,
+            library: self.ort_lib.clone(),
+        };
         let source = self.bundle.clone().map_or(BundleSource::Embedded, BundleSource::Path);
         Ok((Model::open(&source, &options)?, workers))
     }

@@ -1,7 +1,8 @@
-//! ONNX files as bundles hold them: weights lie outside the file and may be stored in 16 bits.
+//! ONNX files as bundles hold them: weights lie outside the file and may be stored in 16 or 8 bits.
 //!
 //! Every constant is brought into memory here, checked against the file it comes from, and in the form that is run: a 16-bit
-//! weight behind a `Cast` becomes a 32-bit one, a matrix behind a `Transpose` a transposed one. tract would repeat the casts of
+//! weight behind a `Cast` and an 8-bit one behind a `DequantizeLinear` become 32-bit ones, a matrix behind a `Transpose` a
+//! transposed one. tract would repeat the casts of
 //! large constants at every run; and a token table that serves both the embedding and the output layer becomes two constants,
 //! each in the order its use wants, though it is stored once.
 
@@ -111,11 +112,16 @@ fn fold(graph: &mut GraphProto, constants: &mut BTreeMap<String, Constant<'_>>) 
 }
 
 fn folded<'a>(node: &NodeProto, constants: &BTreeMap<String, Constant<'a>>) -> Option<Constant<'a>> {
-    let ([input], [_]) = (node.input.as_slice(), node.output.as_slice()) else {
-        return None;
+    let attribute = |name: &str| node.attribute.iter().find(|attribute| attribute.name == name);
+    let input = match (node.input.as_slice(), node.output.as_slice()) {
+        ([input], [_]) => input,
+        ([levels, scales], [_]) if node.op_type == "DequantizeLinear" => {
+            let axis = attribute("axis").map_or(1, |axis| axis.i);
+            return dequantize(constants.get(levels)?, constants.get(scales)?, axis);
+        }
+        _ => return None,
     };
     let constant = constants.get(input)?;
-    let attribute = |name: &str| node.attribute.iter().find(|attribute| attribute.name == name);
     match node.op_type.as_str() {
         "Cast" if attribute("to")?.i == DataType::Float as i64 && constant.dtype == DataType::Float16 => {
             Some(Constant { dtype: DataType::Float, dims: constant.dims.clone(), bytes: Cow::Owned(expand(&constant.bytes)) })
@@ -132,6 +138,22 @@ fn folded<'a>(node: &NodeProto, constants: &BTreeMap<String, Constant<'a>>) -> O
         }
         _ => None,
     }
+}
+
+/// Signed 8-bit levels times the scale of their index along `axis`; nothing where types or shapes are others.
+fn dequantize<'a>(levels: &Constant<'a>, scales: &Constant<'a>, axis: i64) -> Option<Constant<'a>> {
+    let axis = usize::try_from(if axis < 0 { axis + levels.dims.len() as i64 } else { axis }).ok()?;
+    let count = *levels.dims.get(axis)?;
+    if levels.dtype != DataType::Int8 || scales.dtype != DataType::Float || scales.dims != [count] {
+        return None;
+    }
+    let scales: Vec<f32> = scales.bytes.as_chunks().0.iter().map(|&bytes| f32::from_le_bytes(bytes)).collect();
+    let inner = levels.dims[axis + 1..].iter().product::<i64>().max(1) as usize;
+    let mut bytes = Vec::with_capacity(4 * levels.bytes.len());
+    for (run, scale) in levels.bytes.chunks(inner).zip(scales.iter().cycle()) {
+        bytes.extend(run.iter().flat_map(|level| (f32::from(level.cast_signed()) * scale).to_le_bytes()));
+    }
+    Some(Constant { dtype: DataType::Float, dims: levels.dims.clone(), bytes: Cow::Owned(bytes) })
 }
 
 /// Little-endian 16-bit floats as 32-bit ones.

@@ -73,6 +73,18 @@ impl Toy {
         self
     }
 
+    /// An 8-bit weight inside the file.
+    pub(crate) fn levels(mut self, name: &str, dims: &[i64], values: &[i8]) -> Self {
+        self.0.initializer.push(TensorProto {
+            name: name.to_owned(),
+            dims: dims.to_vec(),
+            data_type: DataType::Int8 as i32,
+            raw_data: values.iter().map(|value| value.cast_unsigned()).collect(),
+            ..TensorProto::default()
+        });
+        self
+    }
+
     /// A 16-bit weight at a byte of `weights.bin`.
     pub(crate) fn external(mut self, name: &str, dims: &[i64], offset: usize) -> Self {
         let length = 2 * dims.iter().product::<i64>();

@@ -3,11 +3,13 @@
 use std::sync::Arc;
 
 use tract_linalg::multithread::{Executor, multithread_tract_scope};
+use tract_onnx::pb::ValueInfoProto;
 use tract_onnx::prelude::{
     DatumType, Framework, InferenceModelExt, IntoRunnable, TValue, TVec, Tensor as TractTensor, TractResult, TypedRunnableModel,
 };
 
-use super::{Engine, EngineError, Graph, GraphSource, Tensor, onnx, ordered_inputs, typed};
+use super::{Engine, EngineError, Graph, GraphSource, Tensor};
+use super::{check_names, checked_output, onnx, ordered_inputs, shape_error};
 use crate::bundle::manifest::{Dtype, GraphSignature};
 
 /// tract on the processor.
@@ -36,7 +38,9 @@ impl Engine for Tract {
     fn load(&self, source: &GraphSource<'_>) -> Result<Box<dyn Graph>, EngineError> {
         let proto = onnx::parse(source)?;
         let signature = source.signature.clone();
-        check_names(&proto, &signature)?;
+        let graph = proto.graph.as_ref().map(|graph| (graph.input.as_slice(), graph.output.as_slice()));
+        let (inputs, outputs) = graph.unwrap_or_default();
+        check_names(&signature, &names(inputs), &names(outputs))?;
         let plan =
             prepare(&proto).map_err(|error| EngineError::Load { graph: signature.name.clone(), reason: format!("{error:#}") })?;
         let graph = TractGraph { plan, signature, executor: self.executor.clone() };
@@ -45,25 +49,12 @@ impl Engine for Tract {
     }
 }
 
-fn prepare(proto: &tract_onnx::pb::ModelProto) -> TractResult<Arc<TypedRunnableModel>> {
-    tract_onnx::onnx().model_for_proto_model(proto)?.into_optimized()?.into_runnable()
+fn names(values: &[ValueInfoProto]) -> Vec<&str> {
+    values.iter().map(|value| value.name.as_str()).collect()
 }
 
-/// Inputs and outputs must be the signature's, in its order.
-fn check_names(proto: &tract_onnx::pb::ModelProto, signature: &GraphSignature) -> Result<(), EngineError> {
-    let graph = proto.graph.as_ref().map(|graph| (&graph.input, &graph.output));
-    let (inputs, outputs) = graph.map_or((&[][..], &[][..]), |(i, o)| (i.as_slice(), o.as_slice()));
-    for (kind, found, expected) in [("inputs", inputs, &signature.inputs), ("outputs", outputs, &signature.outputs)] {
-        let found: Vec<&str> = found.iter().map(|value| value.name.as_str()).collect();
-        let expected: Vec<&str> = expected.iter().map(|tensor| tensor.name.as_str()).collect();
-        if found != expected {
-            return Err(EngineError::Load {
-                graph: signature.name.clone(),
-                reason: format!("its {kind} are {found:?}, expected {expected:?}"),
-            });
-        }
-    }
-    Ok(())
+fn prepare(proto: &tract_onnx::pb::ModelProto) -> TractResult<Arc<TypedRunnableModel>> {
+    tract_onnx::onnx().model_for_proto_model(proto)?.into_optimized()?.into_runnable()
 }
 
 struct TractGraph {
@@ -86,12 +77,8 @@ impl TractGraph {
             let fact = fact.map_err(|error| self.failed(&error))?;
             let shape = fact.shape.as_concrete();
             if datum_type(expected.dtype) != fact.datum_type || shape != Some(expected.shape.as_slice()) {
-                return Err(EngineError::Shape {
-                    graph: self.signature.name.clone(),
-                    tensor: format!("{kind} {:?}", expected.name),
-                    found: format!("{:?} {:?}", fact.datum_type, fact.shape),
-                    expected: typed(expected.dtype, &expected.shape),
-                });
+                let found = format!("{:?} {:?}", fact.datum_type, fact.shape);
+                return Err(shape_error(&self.signature, kind, expected, found));
             }
         }
         Ok(())
@@ -108,16 +95,7 @@ impl TractGraph {
             Dtype::I64 => integers(value).map(|data| Tensor::i64(value.shape(), data)),
         };
         let tensor = tensor.map_err(|error| self.failed(&error))?;
-        let tensor = tensor.filter(|tensor| tensor.shape() == expected.shape).ok_or_else(|| EngineError::Shape {
-            graph: self.signature.name.clone(),
-            tensor: format!("output {:?}", expected.name),
-            found: format!("{:?}", value.shape()),
-            expected: typed(expected.dtype, &expected.shape),
-        })?;
-        if tensor.floats().iter().any(|value| !value.is_finite()) {
-            return Err(EngineError::NotFinite { graph: self.signature.name.clone(), tensor: expected.name.clone() });
-        }
-        Ok(tensor)
+        checked_output(&self.signature, index, value.shape(), tensor)
     }
 }
 
@@ -205,6 +183,33 @@ mod tests {
             let y = graph.run(&[("x", &x)]).unwrap();
             // W = [1 2; 3 4]: (31, 42) + (21, 43), exact in binary.
             assert_eq!(y[0].floats(), [52.0, 85.0]);
+        }
+    }
+
+    #[test]
+    fn eight_bit_weights_are_folded_with_the_scales_of_their_axis() {
+        // W = [1 −2; 3 −4] by row: [0.5 −1; 30 −40]; by column: [0.5 −20; 1.5 −40].
+        for (axis, first) in [(0, [300.5, -401.0]), (1, [15.5, -420.0]), (-1, [15.5, -420.0])] {
+            let model = Toy::new(&signature())
+                .levels("w8", &[2, 2], &[1, -2, 3, -4])
+                .floats("scales", &[2], &[0.5, 10.0])
+                .node("DequantizeLinear", &["w8", "scales"], "w")
+                .with("axis", Attribute::Int(axis))
+                .node("Transpose", &["w"], "wt")
+                .with("perm", Attribute::Ints(vec![1, 0]))
+                .node("MatMul", &["x", "wt"], "a")
+                .node("MatMul", &["x", "w"], "b")
+                .node("Sub", &["b", "a"], "c")
+                .node("Add", &["a", "c"], "y")
+                .model();
+            let onnx = model.encode_to_vec();
+            let source = GraphSource { signature: &signature(), onnx: &onnx, external: &|_| None };
+            let parsed = onnx::parse(&source).unwrap().graph.unwrap();
+            assert!(parsed.node.iter().all(|node| node.op_type != "DequantizeLinear" && node.op_type != "Transpose"));
+            assert!(parsed.initializer.iter().all(|tensor| tensor.data_type == DataType::Float as i32));
+            let x = Tensor::f32(&[1, 2], vec![1.0, 10.0]).unwrap();
+            let y = load(&model, &signature(), 1).unwrap().run(&[("x", &x)]).unwrap();
+            assert_eq!(y[0].floats(), first, "axis {axis}");
         }
     }
 

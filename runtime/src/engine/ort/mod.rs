@@ -1,0 +1,296 @@
+//! [ONNX Runtime](https://onnxruntime.ai), a shared library that is found and loaded when this engine is first opened.
+
+mod library;
+
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex, OnceLock, PoisonError};
+
+use ort::environment::Environment;
+use ort::ep::{self, ExecutionProvider, ExecutionProviderDispatch};
+use ort::logging::LogLevel;
+use ort::session::{Session, SessionInputValue};
+use ort::value::{Outlet, TensorElementType, TensorRef};
+
+use super::{Engine, EngineError, EngineKind, EngineOptions, Graph, GraphSource, Provider, Tensor};
+use super::{check_names, checked_output, ordered_inputs, shape_error};
+use crate::bundle::manifest::{Dtype, GraphSignature, WEIGHTS};
+
+/// The library, once it is loaded; a process has one.
+struct Loaded {
+    environment: Environment,
+    path: PathBuf,
+}
+
+static LOADED: OnceLock<Loaded> = OnceLock::new();
+/// Held while the library is looked for, so that it is loaded once.
+static LOADING: Mutex<()> = Mutex::new(());
+
+/// What is known of the library that this engine runs on.
+#[derive(Debug, Clone)]
+pub struct OrtLibrary {
+    /// The file that was loaded.
+    pub path: PathBuf,
+    /// What it says about its build.
+    pub build: String,
+    /// Providers that it was built with.
+    pub providers: Vec<Provider>,
+}
+
+/// Loads ONNX Runtime, if it is not loaded yet, and tells about it: the library named, or the one in `ORT_DYLIB_PATH`, or the
+/// first in the program's folder, the system's and those of installed Python packages.
+///
+/// # Errors
+/// Where none is found, or the one found cannot be loaded or is too old.
+pub fn ort_library(named: Option<&Path>) -> Result<OrtLibrary, EngineError> {
+    let loaded = loaded(named)?;
+    let has = |provider: &Provider| match provider {
+        Provider::Cpu => true,
+        Provider::Cuda => ep::CUDA::is_available().unwrap_or(false),
+        Provider::Tensorrt => ep::TensorRT::is_available().unwrap_or(false),
+        Provider::Xnnpack => ep::XNNPACK::is_available().unwrap_or(false),
+    };
+    let all = [Provider::Cpu, Provider::Cuda, Provider::Tensorrt, Provider::Xnnpack];
+    Ok(OrtLibrary {
+        path: loaded.path.clone(),
+        build: ort::info().trim_start_matches("ORT Build Info: ").to_owned(),
+        providers: all.into_iter().filter(has).collect(),
+    })
+}
+
+fn loaded(named: Option<&Path>) -> Result<&'static Loaded, EngineError> {
+    let _one_at_a_time = LOADING.lock().unwrap_or_else(PoisonError::into_inner);
+    if let Some(loaded) = LOADED.get() {
+        return match named {
+            Some(named) if !same_file(named, &loaded.path) => Err(EngineError::Library {
+                reason: format!("{} is loaded already, {} cannot be", loaded.path.display(), named.display()),
+            }),
+            _ => Ok(loaded),
+        };
+    }
+    let path = find(named)?;
+    let refused = |reason: String| EngineError::Library { reason };
+    let builder = ort::init_from(&path).map_err(|error| refused(format!("{}: {error}", path.display())))?;
+    let environment = builder.with_name("unimo").with_telemetry(false).build().map_err(|error| refused(error.to_string()))?;
+    environment.set_log_level(LogLevel::Fatal);
+    Ok(LOADED.get_or_init(|| Loaded { environment, path }))
+}
+
+fn same_file(a: &Path, b: &Path) -> bool {
+    a == b || a.canonicalize().ok().is_some_and(|a| b.canonicalize().is_ok_and(|b| a == b))
+}
+
+fn find(named: Option<&Path>) -> Result<PathBuf, EngineError> {
+    let variable = std::env::var_os(library::VARIABLE).filter(|value| !value.is_empty()).map(PathBuf::from);
+    let named = named.map(|path| ("--ort-lib", path.to_path_buf())).or(variable.map(|path| (library::VARIABLE, path)));
+    if let Some((by, path)) = named {
+        // A folder is as good as the library in it.
+        let found = if path.is_dir() { library::newest_in(&path) } else { path.is_file().then(|| path.clone()) };
+        let found = found.and_then(|path| path.canonicalize().ok());
+        return found
+            .ok_or_else(|| EngineError::Library { reason: format!("{by} names {}, where there is none", path.display()) });
+    }
+    let folders = library::folders();
+    folders.iter().find_map(|folder| library::newest_in(folder)).ok_or_else(|| EngineError::Library {
+        reason: format!(
+            "none found in the program's folder, the system's or a Python package's; install one (`pip install onnxruntime`, or \
+             the board's package) or name it with --ort-lib or {}",
+            library::VARIABLE
+        ),
+    })
+}
+
+/// ONNX Runtime with its options.
+pub(super) struct Ort {
+    environment: Environment,
+    options: EngineOptions,
+    /// The weights last read, shared by the graphs of a bundle.
+    weights: Mutex<Option<Arc<[u8]>>>,
+}
+
+impl Ort {
+    pub(super) fn new(options: &EngineOptions) -> Result<Self, EngineError> {
+        let environment = loaded(options.library.as_deref())?.environment.clone();
+        let has = ort_library(None)?.providers.contains(&options.provider);
+        if !has {
+            return Err(EngineError::Provider { engine: EngineKind::Ort, provider: options.provider });
+        }
+        Ok(Self { environment, options: options.clone(), weights: Mutex::new(None) })
+    }
+
+    fn weights(&self, bytes: &[u8]) -> Arc<[u8]> {
+        let mut held = self.weights.lock().unwrap_or_else(PoisonError::into_inner);
+        match held.as_ref() {
+            Some(weights) if **weights == *bytes => weights.clone(),
+            _ => held.insert(Arc::from(bytes)).clone(),
+        }
+    }
+}
+
+impl Engine for Ort {
+    fn load(&self, source: &GraphSource<'_>) -> Result<Box<dyn Graph>, EngineError> {
+        let graph = OrtGraph {
+            sessions: Mutex::new(Vec::new()),
+            environment: self.environment.clone(),
+            options: self.options.clone(),
+            signature: source.signature.clone(),
+            onnx: source.onnx.into(),
+            weights: (source.external)(WEIGHTS).map(|bytes| self.weights(bytes)),
+        };
+        let session = graph.session()?;
+        check_names(source.signature, &names(session.inputs()), &names(session.outputs()))?;
+        for (kind, outlets, expected) in
+            [("input", session.inputs(), &source.signature.inputs), ("output", session.outputs(), &source.signature.outputs)]
+        {
+            for (outlet, expected) in outlets.iter().zip(expected) {
+                let (element, shape) = (outlet.dtype().tensor_type(), outlet.dtype().tensor_shape());
+                let same = shape.is_some_and(|shape| shape.iter().map(|&d| d as usize).eq(expected.shape.iter().copied()));
+                if element != Some(element_type(expected.dtype)) || !same {
+                    return Err(shape_error(source.signature, kind, expected, outlet.dtype().to_string()));
+                }
+            }
+        }
+        graph.give_back(session);
+        Ok(Box::new(graph))
+    }
+}
+
+fn names(outlets: &[Outlet]) -> Vec<&str> {
+    outlets.iter().map(Outlet::name).collect()
+}
+
+fn element_type(dtype: Dtype) -> TensorElementType {
+    match dtype {
+        Dtype::F32 => TensorElementType::Float32,
+        Dtype::I64 => TensorElementType::Int64,
+    }
+}
+
+struct OrtGraph {
+    /// Idle sessions: a session runs for one thread at a time, and each thread that finds none makes one more.
+    sessions: Mutex<Vec<Session>>,
+    environment: Environment,
+    options: EngineOptions,
+    signature: GraphSignature,
+    onnx: Box<[u8]>,
+    weights: Option<Arc<[u8]>>,
+}
+
+impl OrtGraph {
+    /// A session that was given back, or a new one.
+    fn session(&self) -> Result<Session, EngineError> {
+        if let Some(session) = self.sessions.lock().unwrap_or_else(PoisonError::into_inner).pop() {
+            return Ok(session);
+        }
+        self.build().map_err(|error| EngineError::Load { graph: self.signature.name.clone(), reason: one_line(&error) })
+    }
+
+    fn build(&self) -> ort::Result<Session> {
+        let mut builder = Session::builder(&self.environment)?
+            .with_log_level(LogLevel::Fatal)?
+            .with_intra_threads(self.options.threads.max(1))?
+            .with_inter_threads(1)?
+            .with_intra_op_spinning(self.options.spinning)?
+            // 8-bit weights are expanded, as tract's are. Left to itself, ONNX Runtime would quantize what they are multiplied
+            // with as well: half a percent off, and 1.0 to 1.4 times the time (measured with 1.32, one thread, AVX-512).
+            .with_quant_qdq(false)?;
+        if let Some(provider) = provider(&self.options) {
+            builder = builder.with_execution_providers([provider.error_on_failure()])?;
+        }
+        if let Some(weights) = &self.weights {
+            builder = builder.with_external_initializer_file_in_memory(WEIGHTS, weights.clone())?;
+        }
+        builder.commit_from_memory(&self.onnx)
+    }
+
+    fn give_back(&self, session: Session) {
+        self.sessions.lock().unwrap_or_else(PoisonError::into_inner).push(session);
+    }
+
+    fn failed(&self, error: &ort::Error) -> EngineError {
+        EngineError::Run { graph: self.signature.name.clone(), reason: one_line(error) }
+    }
+
+    fn run_on(&self, session: &mut Session, inputs: &[(&str, &Tensor)]) -> Result<Vec<Tensor>, EngineError> {
+        let failed = |error: ort::Error| self.failed(&error);
+        let tensors = ordered_inputs(&self.signature, inputs)?;
+        // Views: nothing is copied on the way in, however large the cache.
+        let named =
+            self.signature.inputs.iter().zip(tensors).map(|(signature, tensor)| Ok((signature.name.as_str(), view(tensor)?)));
+        let named: Vec<(&str, SessionInputValue)> = named.collect::<ort::Result<_>>().map_err(failed)?;
+        let outputs = session.run(named).map_err(failed)?;
+        let output = |(index, expected): (usize, &crate::bundle::manifest::TensorSignature)| {
+            let value =
+                outputs.get(&expected.name).ok_or_else(|| shape_error(&self.signature, "output", expected, "missing".into()))?;
+            let (shape, tensor) = match expected.dtype {
+                Dtype::F32 => {
+                    let (shape, data) = value.try_extract_tensor::<f32>().map_err(failed)?;
+                    let shape: Vec<usize> = shape.iter().map(|&d| d as usize).collect();
+                    (shape.clone(), Tensor::f32(&shape, data.to_vec()))
+                }
+                Dtype::I64 => {
+                    let (shape, data) = value.try_extract_tensor::<i64>().map_err(failed)?;
+                    let shape: Vec<usize> = shape.iter().map(|&d| d as usize).collect();
+                    (shape.clone(), Tensor::i64(&shape, data.to_vec()))
+                }
+            };
+            checked_output(&self.signature, index, &shape, tensor)
+        };
+        self.signature.outputs.iter().enumerate().map(output).collect()
+    }
+}
+
+impl Graph for OrtGraph {
+    fn run(&self, inputs: &[(&str, &Tensor)]) -> Result<Vec<Tensor>, EngineError> {
+        let mut session = self.session()?;
+        let outputs = self.run_on(&mut session, inputs);
+        self.give_back(session);
+        outputs
+    }
+}
+
+fn view(tensor: &Tensor) -> ort::Result<SessionInputValue<'_>> {
+    Ok(match tensor.dtype() {
+        Dtype::F32 => TensorRef::from_array_view((tensor.shape(), tensor.floats()))?.into(),
+        Dtype::I64 => TensorRef::from_array_view((tensor.shape(), tensor.integers()))?.into(),
+    })
+}
+
+fn provider(options: &EngineOptions) -> Option<ExecutionProviderDispatch> {
+    match options.provider {
+        Provider::Cpu => None,
+        Provider::Cuda => Some(ep::CUDA::default().build()),
+        Provider::Xnnpack => {
+            let threads = std::num::NonZeroUsize::new(options.threads.max(1));
+            Some(threads.map_or_else(ep::XNNPACK::default, |n| ep::XNNPACK::default().with_intra_op_num_threads(n)).build())
+        }
+        Provider::Tensorrt => {
+            // TensorRT builds an engine for minutes; it names what it keeps by the graph and its own version.
+            let tensorrt = ep::TensorRT::default();
+            Some(
+                match cache() {
+                    Some(folder) => {
+                        let folder = folder.to_string_lossy().into_owned();
+                        tensorrt
+                            .with_engine_cache(true)
+                            .with_engine_cache_path(&folder)
+                            .with_timing_cache(true)
+                            .with_timing_cache_path(&folder)
+                    }
+                    None => tensorrt,
+                }
+                .build(),
+            )
+        }
+    }
+}
+
+/// A writable folder for what TensorRT builds.
+fn cache() -> Option<PathBuf> {
+    let base = std::env::var_os("XDG_CACHE_HOME").map(PathBuf::from).filter(|path| path.is_absolute());
+    let folder = base.or_else(|| Some(PathBuf::from(std::env::var_os("HOME")?).join(".cache")))?.join("unimo/tensorrt");
+    std::fs::create_dir_all(&folder).ok().map(|()| folder)
+}
+
+fn one_line(error: &ort::Error) -> String {
+    error.to_string().split_whitespace().collect::<Vec<_>>().join(" ")
+}
