@@ -8,7 +8,7 @@ use std::sync::LazyLock;
 use image::{Rgb, RgbImage};
 use unimo::bundle::manifest::{GraphSignature, Manifest};
 use unimo::bundle::sha256_hex;
-use unimo_tests::program;
+use unimo_tests::{engine, program};
 
 static BUNDLE: LazyLock<PathBuf> = LazyLock::new(|| {
     let folder = Path::new(env!("CARGO_TARGET_TMPDIR")).join("bundle_malformed");
@@ -68,7 +68,10 @@ fn assert_refused(bundle: &Path, message: &str) {
     for arguments in [&["bundle", "verify", bundle][..], &["caption", picture, "--bundle", bundle]] {
         let run = program("unimo", arguments);
         assert_eq!((run.code, run.stdout.as_str()), (3, ""), "{arguments:?}: {}", run.stderr);
-        assert!(run.stderr.contains(message), "{arguments:?}: {:?} lacks {message:?}", run.stderr);
+        // ONNX Runtime has its own words for a weight beyond the file's end.
+        let other =
+            engine() == "ort" && message.contains("out of range") && run.stderr.contains("graph \"vision\" cannot be loaded");
+        assert!(run.stderr.contains(message) || other, "{arguments:?}: {:?} lacks {message:?}", run.stderr);
         assert!(run.stderr.starts_with("error: ") && run.stderr.lines().count() == 1, "{}", run.stderr);
     }
 }
