@@ -129,14 +129,15 @@ mod tests {
 
     #[test]
     fn codes() {
-        let ort = EngineOptions { engine: EngineKind::Ort, ..EngineOptions::default() };
-        let not_built = || unimo::engine::open(&ort).err().map(anyhow::Error::new);
+        let library = Some("/nowhere".into());
+        let ort = EngineOptions { engine: EngineKind::Ort, library, ..EngineOptions::default() };
+        let not_there = || unimo::engine::open(&ort).err().map(anyhow::Error::new);
         let model = |error: EngineError| anyhow::Error::new(ModelError::Engine(error));
         let load = EngineError::Load { graph: "text".to_owned(), reason: "odd".to_owned() };
         let cases = [
-            (not_built(), NO_ENGINE),
+            (not_there(), NO_ENGINE),
             (unimo::engine::open(&ort).err().map(model), NO_ENGINE),
-            (not_built().map(|error| error.context("opening")), NO_ENGINE),
+            (not_there().map(|error| error.context("opening")), NO_ENGINE),
             (Some(model(load)), BAD_INPUT),
             (Some(ModelError::TooManyWords { asked: 99, most: 31 }.into()), USAGE),
             (Some(UsageError("no".to_owned()).into()), USAGE),
