@@ -126,7 +126,7 @@ impl FromStr for MaxDrop {
 
 impl fmt::Display for MaxDrop {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "{}%", self.0 * 100.0)
+        write!(f, "{}%", (self.0 * 1e6).round() / 1e4)
     }
 }
 
@@ -172,6 +172,7 @@ mod tests {
     fn drops_are_written_as_shares_or_percentages() {
         assert_eq!("0.02".parse(), Ok(MaxDrop(0.02)));
         assert_eq!("2.5 %".parse::<MaxDrop>().unwrap().to_string(), "2.5%");
+        assert_eq!(MaxDrop(0.07).to_string(), "7%");
         for wrong in ["", "%", "-1%", "101%", "1.5", "lots", "nan"] {
             assert!(wrong.parse::<MaxDrop>().is_err(), "{wrong}");
         }

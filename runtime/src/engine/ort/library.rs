@@ -32,7 +32,9 @@ fn of_python(prefix: &Path) -> Vec<PathBuf> {
     let pythons = |lib: &str| std::fs::read_dir(prefix.join(lib)).into_iter().flatten().flatten().map(|entry| entry.path());
     let is_python = |path: &PathBuf| path.file_name().is_some_and(|name| name.to_string_lossy().starts_with("python3"));
     let mut found: Vec<PathBuf> = pythons("lib").chain(pythons("lib64")).filter(is_python).collect();
-    found.sort();
+    // By number: Python 3.11 is newer than 3.9.
+    let minor = |path: &PathBuf| path.to_str()?.rsplit_once("python3.")?.1.parse::<u32>().ok();
+    found.sort_by_key(minor);
     let packages =
         |python: PathBuf| ["site-packages", "dist-packages"].map(|packages| python.join(packages).join("onnxruntime/capi"));
     found.into_iter().rev().flat_map(packages).filter(|folder| folder.is_dir()).collect()
@@ -93,7 +95,6 @@ mod tests {
             fs::create_dir_all(path).unwrap();
         }
         let found = of_python(prefix.path());
-        assert_eq!(found.len(), 2);
-        assert!(found.contains(&folder("python3.11", "dist-packages")) && found.contains(&folder("python3.9", "site-packages")));
+        assert_eq!(found, [folder("python3.11", "dist-packages"), folder("python3.9", "site-packages")]);
     }
 }
