@@ -83,11 +83,15 @@ fn find(named: Option<&Path>) -> Result<PathBuf, EngineError> {
     let variable = std::env::var_os(library::VARIABLE).filter(|value| !value.is_empty()).map(PathBuf::from);
     let named = named.map(|path| ("--ort-lib", path.to_path_buf())).or(variable.map(|path| (library::VARIABLE, path)));
     if let Some((by, path)) = named {
-        // A folder is as good as the library in it.
-        let found = if path.is_dir() { library::newest_in(&path) } else { path.is_file().then(|| path.clone()) };
-        let found = found.and_then(|path| path.canonicalize().ok());
-        return found
-            .ok_or_else(|| EngineError::Library { reason: format!("{by} names {}, where there is none", path.display()) });
+        let because = |reason: String| EngineError::Library { reason: format!("{by} names {}, {reason}", path.display()) };
+        // A folder is as good as the library in it; one that may not be entered is not one that is not there.
+        let found = match std::fs::metadata(&path) {
+            Ok(kind) if kind.is_dir() => library::newest_in(&path),
+            Ok(kind) => kind.is_file().then(|| path.clone()),
+            Err(error) if error.kind() == std::io::ErrorKind::NotFound => None,
+            Err(error) => return Err(because(format!("which cannot be opened: {error}"))),
+        };
+        return found.and_then(|path| path.canonicalize().ok()).ok_or_else(|| because("where there is none".to_owned()));
     }
     let folders = library::folders();
     folders.iter().find_map(|folder| library::newest_in(folder)).ok_or_else(|| EngineError::Library {
