@@ -368,3 +368,39 @@ fn help_completions_and_manual() {
     assert_eq!(program("unimo", &["man", "--out", text(folder.path())]).code, 0);
     assert!(folder.path().join("unimo-caption.1").is_file());
 }
+
+#[test]
+fn captioning_is_measured() {
+    let (folder, paths) = pictures();
+    let engine = engine();
+    let bench = |more: &[&str]| {
+        let arguments = ["bench", "--bundle", &BUNDLE, "--engine", &engine, "--duration", "1", "--rounds", "2"];
+        program("unimo", &[&arguments, more, &[text(folder.path())]].concat())
+    };
+    let [report] = bench(&["--json"]).json_lines().try_into().unwrap();
+    let [row] = report["results"].as_array().unwrap().as_slice() else { panic!("{report}") };
+    assert_eq!((row["engine"].as_str(), row["precision"].as_str()), (Some(engine.as_str()), Some("f16")));
+    // All three pictures in each of both rounds.
+    assert!(row["captions"].as_u64().unwrap() >= 6, "{row}");
+    let p50 = |part: &str| row[part]["p50"].as_f64().unwrap();
+    let parts = ["decode_image_ms", "vision_ms", "text_ms"].map(p50);
+    assert!(parts.iter().all(|&ms| ms > 0.0 && ms < p50("ms")), "{row}");
+    assert!(row["ms"]["p99"].as_f64().unwrap() >= row["ms"]["p90"].as_f64().unwrap() && p50("ms") > 0.0);
+    // The first caption waits for the graphs.
+    assert!(row["first_ms"].as_f64().unwrap() > row["load_ms"].as_f64().unwrap(), "{row}");
+    let weights = fs::metadata(BUNDLE.as_str()).unwrap().len();
+    assert!((weights / 2..weights).contains(&row["model_bytes"].as_u64().unwrap()), "{row}");
+
+    let slow = bench(&["--assert-p90-ms", "0.001"]);
+    assert!(slow.code == 1 && slow.stdout.lines().count() == 3 && slow.stderr.contains("not within 0.001"), "{slow:?}");
+    for (more, code, message) in [
+        (&["--precision", "f32"][..], 3, "it holds no f32 weights"),
+        (&["--duration", "0"], 2, "--duration"),
+        (&["-"], 2, "must be files"),
+    ] {
+        let run = bench(more);
+        assert!(run.code == code && run.stderr.contains(message), "{more:?}: {run:?}");
+    }
+    fs::write(&paths[1], "no picture").unwrap();
+    assert_eq!(bench(&[]).code, 3);
+}

@@ -306,6 +306,31 @@ fn precisions_are_measured_and_refused_where_they_lose_too_much() {
 }
 
 #[test]
+fn weights_that_are_kept_in_16_bits_are_as_in_f16() {
+    let (exported, out) = (exported(), tempfile::tempdir().unwrap());
+    let run = |target: &Path, kept: &[&str]| {
+        let keep_f16 = kept.iter().map(ToString::to_string).collect();
+        let options = ExportOptions { keep_f16, ..options(&[Precision::I8]) };
+        export(exported.checkpoint.path(), target, &options, &drawn_samples(2), &|_, _| ())
+    };
+    let target = out.path().join("bundle");
+    run(&target, &["backbone."]).unwrap();
+    let (mixed, all) = (open(&target), open(&exported.bundle()));
+    let found = outputs(&mixed, Precision::I8);
+    let [halves, eighths] = [Precision::F16, Precision::I8].map(|precision| outputs(&all, precision));
+    // What the backbone gives reaches `regions` unchanged; texts do not pass through it.
+    let of = |outputs: &BTreeMap<String, Vec<f32>>, name: &str| outputs[name].clone();
+    assert_eq!(of(&found, "vision.regions"), of(&halves, "vision.regions"));
+    assert_ne!(of(&found, "vision.regions"), of(&eighths, "vision.regions"));
+    assert_eq!(of(&found, "text.embedding"), of(&eighths, "text.embedding"));
+    assert_ne!(of(&found, "text.embedding"), of(&halves, "text.embedding"));
+
+    let none = out.path().join("none");
+    let error = run(&none, &["backbone.", "elsewhere."]).unwrap_err().to_string();
+    assert!(error.starts_with("no weight's name begins with `elsewhere.`") && !none.exists(), "{error}");
+}
+
+#[test]
 fn the_report_covers_every_output() {
     let exported = exported();
     let manifest = open(&exported.bundle()).manifest().clone();

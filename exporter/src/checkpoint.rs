@@ -6,12 +6,11 @@ use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, bail};
 use candle_core::{DType, Device, Tensor};
-use unimo::bundle::manifest::Precision;
 use unimo::tokenizer::Tokenizer;
 use unimo_train::backbone::{Backbone, layer_shapes};
 use unimo_train::model::{ModelConfig, Unimo};
 
-use crate::graph::Element;
+use crate::graph::Storage;
 
 /// A checkpoint, checked for completeness.
 pub struct Checkpoint {
@@ -77,6 +76,12 @@ impl Checkpoint {
         &self.weights[name]
     }
 
+    /// Whether any weight's name begins so.
+    #[must_use]
+    pub fn has(&self, beginning: &str) -> bool {
+        self.weights.range(beginning.to_owned()..).next().is_some_and(|(name, _)| name.starts_with(beginning))
+    }
+
     /// The first weight that 16 bits cannot hold, by name: one that is no number or lies beyond ±65504.
     #[must_use]
     pub fn beyond_f16(&self) -> Option<&str> {
@@ -85,24 +90,25 @@ impl Checkpoint {
         found.map(|(name, _)| name.as_str())
     }
 
-    /// Rounds, here and in candle's model, what a bundle of this precision rounds: matrices and kernels. The boxes' embedding is
+    /// Rounds, here and in candle's model, what a bundle that is stored so rounds: matrices and kernels. The boxes' embedding is
     /// folded into a 32-bit table instead.
     ///
     /// # Errors
     /// Those of candle.
-    pub fn round(&mut self, precision: Precision) -> Result<()> {
+    pub fn round(&mut self, storage: &Storage) -> Result<()> {
         for (name, var) in self.model.weights() {
             if name != "image.box.weight" {
                 // Outputs lie along the first dimension here, wherever the bundle has them.
                 let shape = var.dims();
-                let rounded = Element::of(precision, shape, 0).rounded(&self.weights[name], shape);
+                let rounded = storage.element(name, shape, 0).rounded(&self.weights[name], shape);
                 var.set(&Tensor::from_slice(&rounded, shape, var.device())?)?;
                 self.weights.insert(name.clone(), rounded);
             }
         }
         for (layer, shape) in layer_shapes().into_iter().filter(|(layer, _)| layer != "classifier") {
-            if let Some(values) = self.weights.get_mut(&format!("backbone.{layer}.weight")) {
-                *values = Element::of(precision, &shape, 0).rounded(values, &shape);
+            let name = format!("backbone.{layer}.weight");
+            if let Some(values) = self.weights.get_mut(&name) {
+                *values = storage.element(&name, &shape, 0).rounded(values, &shape);
             }
         }
         self.backbone = self.backbone_of_weights()?;

@@ -12,6 +12,7 @@ use unimo::bundle::{Bundle, BundleSource, MANIFEST, pack, sha256_hex};
 use unimo::image::ImagePreparation;
 
 use crate::checkpoint::Checkpoint;
+use crate::graph::Storage;
 use crate::graphs::Graphs;
 use crate::parity::{self, ParityReport, Sample};
 use crate::quality::{Development, Figures, MaxDrop};
@@ -21,6 +22,8 @@ use crate::quality::{Development, Figures, MaxDrop};
 pub struct ExportOptions {
     /// Precisions, the default one first.
     pub precisions: Vec<Precision>,
+    /// Beginnings of the names of weights that 8-bit precision keeps in 16 bits.
+    pub keep_f16: Vec<String>,
     /// Text slots of the graphs, `[CLS]` and `[SEP]` included.
     pub max_text: usize,
     /// Decoding defaults.
@@ -53,10 +56,17 @@ pub struct Written {
     pub figures: Option<Figures>,
 }
 
+impl ExportOptions {
+    fn storage(&self, precision: Precision) -> Storage {
+        Storage { precision, keep_f16: self.keep_f16.clone() }
+    }
+}
+
 impl Default for ExportOptions {
     fn default() -> Self {
         Self {
             precisions: vec![Precision::F16],
+            keep_f16: Vec::new(),
             max_text: 32,
             decoding: DecodingDefaults { beam: 3, max_words: 30, length_penalty: 0.7, no_repeat: 3 },
             quality: BTreeMap::new(),
@@ -120,13 +130,16 @@ fn write_and_check(
     if let (true, Some(name)) = (rounded, source.beyond_f16()) {
         bail!("the weight `{name}` holds values that 16 bits cannot; export with --precision f32");
     }
+    if let Some(beginning) = options.keep_f16.iter().find(|beginning| !source.has(beginning)) {
+        bail!("no weight's name begins with `{beginning}`; there are such as `backbone.`, `image.feature` and `layers.0.`");
+    }
     write(&source, partial, options)?;
     let bundle = Bundle::open(&BundleSource::Path(partial.to_path_buf()))?;
     bundle.verify()?;
     let mut written = Vec::new();
     for &precision in &options.precisions {
         let mut rounded = Checkpoint::open(checkpoint)?;
-        rounded.round(precision)?;
+        rounded.round(&options.storage(precision))?;
         let parity = parity::compare(&bundle, precision, &rounded, samples)?;
         if !parity.holds() {
             bail!("the exported {precision} graphs do not compute what the checkpoint does:\n{parity}");
@@ -205,7 +218,7 @@ fn write(source: &Checkpoint, folder: &Path, options: &ExportOptions) -> Result<
     put("tokenizer.json".into(), &compact_json(&tokenizer)?)?;
     let mut described = None;
     for &precision in &options.precisions {
-        let graphs = Graphs::new(source, options.max_text, &image, precision);
+        let graphs = Graphs::new(source, options.max_text, &image, options.storage(precision));
         for signature in &graphs.signatures {
             let model = graphs.build(signature).with_context(|| format!("graph {}", signature.name))?;
             put(Manifest::graph_file(precision, &signature.name), &model.encode_to_vec())?;

@@ -19,6 +19,7 @@ const EXAMPLES: &str = "Examples:
   unimo-export --checkpoint runs/edge-s-caption --out edge-s.tar --verify flickr8k/dev-0000.tar
   unimo-export --checkpoint runs/edge-s-caption --out edge-s.tar --precision i8 --measure flickr8k/dev-0000.tar
   unimo-export --checkpoint runs/pico --out pico-bundle --precision f32,f16,i8
+  unimo-export --checkpoint runs/edge-s-caption --out edge-s.tar --precision i8 --keep-f16 backbone.,image.feature
   unimo-export backbone --bundle runtime/bundle/default.tar --out mobilenetv2.safetensors
 
 Every output of every graph is compared with candle on real inputs before the bundle gets its name; where they differ the
@@ -60,6 +61,9 @@ struct ExportArgs {
     /// Precisions of the stored weights, the default one first
     #[arg(long, value_delimiter = ',', default_value = "f16", value_name = "LIST")]
     precision: Vec<Precision>,
+    /// Beginnings of the names of weights that i8 keeps in 16 bits, where a gate refuses it otherwise
+    #[arg(long, value_delimiter = ',', value_name = "NAMES")]
+    keep_f16: Vec<String>,
     /// Shards whose pictures and captions are compared on [default: drawn scenes]
     #[arg(long, num_args = 1.., value_name = "SHARD")]
     verify: Vec<PathBuf>,
@@ -113,7 +117,12 @@ fn samples(cli: &ExportArgs) -> Result<Vec<Sample>> {
 }
 
 fn run(cli: &ExportArgs) -> Result<()> {
-    let mut options = ExportOptions { precisions: cli.precision.clone(), force: cli.force, ..Default::default() };
+    let mut options = ExportOptions {
+        precisions: cli.precision.clone(),
+        keep_f16: cli.keep_f16.clone(),
+        force: cli.force,
+        ..Default::default()
+    };
     options.decoding =
         DecodingDefaults { beam: cli.beam, length_penalty: cli.length_penalty, no_repeat: cli.no_repeat, ..options.decoding };
     if let Some(path) = &cli.quality {

@@ -12,7 +12,7 @@ use tract_onnx::pb::{
 use unimo::bundle::manifest::{Dtype, GraphSignature, WEIGHTS};
 
 pub use operators::Convolution;
-pub use weights::{Element, WeightStore};
+pub use weights::{Element, Storage, WeightStore};
 
 /// Operator set that the graphs are written in.
 pub const OPSET: i64 = 17;

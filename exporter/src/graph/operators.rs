@@ -298,7 +298,7 @@ impl GraphBuilder<'_> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::graph::WeightStore;
+    use crate::graph::{Storage, WeightStore};
     use unimo::bundle::manifest::{GraphSignature, Precision, TensorSignature};
 
     #[test]
@@ -309,7 +309,7 @@ mod tests {
             inputs: vec![tensor("x", &[2, 3], Dtype::F32), tensor("i", &[4], Dtype::I64)],
             outputs: vec![tensor("y", &[2, 2], Dtype::F32)],
         };
-        let mut weights = WeightStore::new(Precision::F32);
+        let mut weights = WeightStore::new(Storage { precision: Precision::F32, keep_f16: Vec::new() });
         weights.add("fc.weight", &[4, 2], 1, &[0.0; 8]);
         weights.add("fc.bias", &[2], 0, &[0.0; 2]);
         let mut b = GraphBuilder::new(&signature, &weights);

@@ -28,20 +28,33 @@ pub enum Element {
     },
 }
 
-impl Element {
-    /// How a precision stores a weight whose channels lie along `axis`. Vectors (biases, LayerNorm) stay in 32 bits: they are
-    /// few, and errors in them add up.
+/// How the weights of one precision are stored.
+#[derive(Debug, Clone)]
+pub struct Storage {
+    /// The precision.
+    pub precision: Precision,
+    /// Beginnings of the names of weights that 8-bit precision keeps in 16 bits, because what depends on them would lose too
+    /// much.
+    pub keep_f16: Vec<String>,
+}
+
+impl Storage {
+    /// How a weight is stored whose channels lie along `axis`. Vectors (biases, LayerNorm) stay in 32 bits: they are few, and
+    /// errors in them add up.
     #[must_use]
-    pub fn of(precision: Precision, shape: &[usize], axis: usize) -> Self {
+    pub fn element(&self, name: &str, shape: &[usize], axis: usize) -> Element {
         let values = shape.iter().product::<usize>();
-        match precision {
-            _ if shape.len() < 2 => Self::F32,
-            Precision::F32 => Self::F32,
-            Precision::I8 if values >= LEAST_CHANNEL * shape[axis] => Self::I8 { axis },
-            Precision::F16 | Precision::I8 => Self::F16,
+        let kept = self.keep_f16.iter().any(|beginning| name.starts_with(beginning.as_str()));
+        match self.precision {
+            _ if shape.len() < 2 => Element::F32,
+            Precision::F32 => Element::F32,
+            Precision::I8 if values >= LEAST_CHANNEL * shape[axis] && !kept => Element::I8 { axis },
+            Precision::F16 | Precision::I8 => Element::F16,
         }
     }
+}
 
+impl Element {
     /// Values as they are after storing them so.
     #[must_use]
     pub fn rounded(self, values: &[f32], shape: &[usize]) -> Vec<f32> {
@@ -68,7 +81,7 @@ pub struct StoredWeight {
 
 /// Weights by name, laid out in one file.
 pub struct WeightStore {
-    precision: Precision,
+    storage: Storage,
     entries: BTreeMap<String, StoredWeight>,
     bytes: Vec<u8>,
 }
@@ -76,13 +89,13 @@ pub struct WeightStore {
 impl WeightStore {
     /// An empty store.
     #[must_use]
-    pub fn new(precision: Precision) -> Self {
-        Self { precision, entries: BTreeMap::new(), bytes: Vec::new() }
+    pub fn new(storage: Storage) -> Self {
+        Self { storage, entries: BTreeMap::new(), bytes: Vec::new() }
     }
 
-    /// Adds a weight under a new name, stored as [`Element::of`] says; its channels lie along `axis`.
+    /// Adds a weight under a new name, stored as [`Storage::element`] says; its channels lie along `axis`.
     pub fn add(&mut self, name: &str, shape: &[usize], axis: usize, values: &[f32]) {
-        self.store(name, shape, values, Element::of(self.precision, shape, axis));
+        self.store(name, shape, values, self.storage.element(name, shape, axis));
     }
 
     /// Adds a weight that stays in 32 bits at every precision.

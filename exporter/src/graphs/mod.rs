@@ -8,11 +8,11 @@ mod transformer;
 mod vision;
 
 use tract_onnx::pb::ModelProto;
-use unimo::bundle::manifest::{GraphSignature, ModelSizes, Precision};
+use unimo::bundle::manifest::{GraphSignature, ModelSizes};
 use unimo::image::ImagePreparation;
 
 use crate::checkpoint::Checkpoint;
-use crate::graph::{GraphBuilder, GraphError, WeightStore};
+use crate::graph::{GraphBuilder, GraphError, Storage, WeightStore};
 
 /// LayerNorm's addition to the variance; the trainer's.
 const EPS: f32 = unimo_train::model::LAYER_NORM_EPS;
@@ -36,7 +36,7 @@ struct Builder<'g> {
 impl Graphs {
     /// Lays out a checkpoint's weights: matrices as `[in, out]`, and the boxes' embedding computed once, since the grid is fixed.
     #[must_use]
-    pub fn new(checkpoint: &Checkpoint, max_text: usize, image: &ImagePreparation, precision: Precision) -> Self {
+    pub fn new(checkpoint: &Checkpoint, max_text: usize, image: &ImagePreparation, storage: Storage) -> Self {
         let config = checkpoint.config();
         let sizes = ModelSizes {
             name: config.name.clone(),
@@ -51,7 +51,7 @@ impl Graphs {
             region_feature: config.region_feature,
         };
         let signatures = GraphSignature::contract(&sizes, image);
-        let mut weights = WeightStore::new(precision);
+        let mut weights = WeightStore::new(storage);
         transformer::add_weights(&mut weights, checkpoint);
         backbone::add_weights(&mut weights, checkpoint);
         Self { sizes, signatures, weights }

@@ -1,5 +1,6 @@
 //! The command line, as DESIGN fixes it; each command is a file.
 
+mod bench;
 mod bundle;
 mod caption;
 mod completions;
@@ -31,6 +32,7 @@ Examples:
   unimo index add --gallery holidays.gallery holidays/
   unimo search 'a dog on the beach' --gallery holidays.gallery
   unimo bundle inspect model.tar
+  unimo bench photo.jpg
 ";
 
 /// Captions pictures and finds them by words, offline.
@@ -52,6 +54,7 @@ enum Command {
     Search(search::SearchArgs),
     #[command(subcommand)]
     Bundle(bundle::BundleCommand),
+    Bench(bench::BenchArgs),
     Doctor(doctor::DoctorArgs),
     Completions(completions::CompletionsArgs),
     Man(completions::ManArgs),
@@ -69,6 +72,7 @@ impl Cli {
             #[cfg(feature = "gallery")]
             Command::Search(args) => search::run(&args),
             Command::Bundle(command) => bundle::run(&command),
+            Command::Bench(args) => bench::run(&args),
             Command::Doctor(args) => doctor::run(&args),
             Command::Completions(args) => completions::run(&args),
             Command::Man(args) => completions::run_man(&args),
