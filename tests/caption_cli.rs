@@ -397,6 +397,7 @@ fn captioning_is_measured() {
         (&["--precision", "f32"][..], 3, "it holds no f32 weights"),
         (&["--duration", "0"], 2, "--duration"),
         (&["-"], 2, "must be files"),
+        (&["--engine", "ort", "--ort-lib", "/nowhere"], 5, "where there is none"),
     ] {
         let run = bench(more);
         assert!(run.code == code && run.stderr.contains(message), "{more:?}: {run:?}");

@@ -32,7 +32,8 @@ Examples:
   unimo bench --json --duration 60 photo.jpg > this-board.json
 
 The whole way is timed, from the encoded picture in memory to the text, with the bundle's own decoding. `first` is the wall time
-from the start of the process to its first caption, `cpu` the processor time until then, `MB` the most memory held.
+from the start of the process to its first caption, `cpu` the processor time until then (both the median of the rounds), `peak MB`
+the most memory held.
 Exit code 1: a p90 is above --assert-p90-ms.
 ";
 
@@ -287,22 +288,25 @@ fn compare(args: &BenchArgs) -> anyhow::Result<ExitCode> {
     Ok(output.finish())
 }
 
-/// The engines asked for, or those that can be used.
+/// The engines asked for, which must all be here, or else those that are.
 fn engines(args: &BenchArgs) -> anyhow::Result<Vec<EngineKind>> {
+    let open = |engine| {
+        let provider = if engine == EngineKind::Tract { Provider::Cpu } else { args.provider };
+        let options = EngineOptions { engine, provider, library: args.ort_lib.clone(), ..EngineOptions::default() };
+        unimo::engine::open(&options).map(|_| engine)
+    };
     if !args.engine.is_empty() {
-        return Ok(args.engine.clone());
+        return Ok(args.engine.iter().map(|&engine| open(engine)).collect::<Result<_, _>>()?);
     }
-    let options =
-        |engine, provider| EngineOptions { engine, provider, library: args.ort_lib.clone(), ..EngineOptions::default() };
-    let mut usable = Vec::new();
-    for (engine, provider) in [(EngineKind::Tract, Provider::Cpu), (EngineKind::Ort, args.provider)] {
-        match unimo::engine::open(&options(engine, provider)) {
-            Ok(_) => usable.push(engine),
-            Err(error) => eprintln!("{engine} is left out: {error}"),
-        }
+    let (usable, errors): (Vec<_>, Vec<_>) = [EngineKind::Tract, EngineKind::Ort]
+        .map(|engine| open(engine).map_err(|error| (engine, error)))
+        .into_iter()
+        .partition(Result::is_ok);
+    for (engine, error) in errors.into_iter().filter_map(Result::err) {
+        eprintln!("{engine} is left out: {error}");
     }
     ensure!(!usable.is_empty(), "no engine can be used");
-    Ok(usable)
+    Ok(usable.into_iter().flatten().collect())
 }
 
 /// Starts a worker; gives the milliseconds to its first caption and what it measured.
@@ -337,7 +341,7 @@ fn round(args: &BenchArgs, combination: &Combination) -> anyhow::Result<(f64, Fi
 fn row(bundle: &Bundle, combination: Combination, runs: &[(f64, First, Measured)]) -> Option<Row> {
     let samples: Vec<Sample> = runs.iter().flat_map(|(_, _, measured)| measured.samples.iter().copied()).collect();
     let of = |part: fn(&Sample) -> f64| percentiles(samples.iter().map(part).collect());
-    let least = |values: &mut dyn Iterator<Item = f64>| values.reduce(f64::min);
+    let median = |values| percentiles(values).map(|of| of.p50);
     let manifest = bundle.manifest();
     let precision = combination.precision;
     let graphs = manifest.graphs.iter().map(|graph| Manifest::graph_file(precision, &graph.name));
@@ -351,10 +355,9 @@ fn row(bundle: &Bundle, combination: Combination, runs: &[(f64, First, Measured)
         vision_ms: of(|s| s.vision)?,
         text_ms: of(|s| s.text)?,
         token_ms: samples.iter().map(|s| s.text).sum::<f64>() / tokens.max(1) as f64,
-        // The first process of all pays for reading the program from the disk.
-        first_ms: least(&mut runs.iter().map(|run| run.0))?,
-        first_cpu_ms: least(&mut runs.iter().filter_map(|run| run.1.cpu_ms)),
-        load_ms: least(&mut runs.iter().map(|run| run.1.load_ms))?,
+        first_ms: median(runs.iter().map(|run| run.0).collect())?,
+        first_cpu_ms: median(runs.iter().filter_map(|run| run.1.cpu_ms).collect()),
+        load_ms: median(runs.iter().map(|run| run.1.load_ms).collect())?,
         peak_memory: runs.iter().filter_map(|run| run.2.peak_memory).max(),
         model_bytes: graphs.chain(weights.cloned()).filter_map(|file| bundle.length(&file)).sum(),
         cider: manifest.quality.get(precision.name()).and_then(|figures| figures.get("cider")).copied(),

@@ -316,6 +316,10 @@ mod tests {
             "this build has no engine ort; built in: "
         };
         assert!(ort.starts_with(expected), "{ort}");
+        // What cannot be looked at is not what is not there: a path through a file stands for a folder that may not be entered.
+        let inside = std::env::current_exe().unwrap().join("libonnxruntime.so");
+        let ort = error(EngineOptions { library: Some(inside), ..options(EngineKind::Ort, Provider::Cpu) }).unwrap();
+        assert!(!cfg!(feature = "ort") || ort.contains("which cannot be opened: "), "{ort}");
         let cuda = error(options(EngineKind::Tract, Provider::Cuda)).unwrap();
         let expected = if cfg!(feature = "tract") {
             "engine tract cannot compute on cuda"
