@@ -6,8 +6,7 @@
 
 Both sides get one thread, the same encoded pictures in memory, the same graphs, weights and decoding; rounds take turns. The
 table gives the median milliseconds of a whole caption and of its parts, and the ratio of each to `unimo` on the same library.
-Pillow resamples a little differently, and ONNX Runtime's defaults quantize activations beside 8-bit weights, which `unimo` turns
-off: the program says which captions differ.
+Pillow resamples a little differently, and ONNX Runtime is left with its defaults here: the program says which captions differ.
 """
 
 import argparse
