@@ -86,13 +86,17 @@ fn the_unbroken_bundle_is_accepted() {
 #[test]
 fn each_fault_is_named() {
     type Break = fn(&Victim);
-    let cases: [(Break, &str); 13] = [
+    let cases: [(Break, &str); 14] = [
         (|v| v.edit("f16/weights.bin", |bytes| bytes[1000] ^= 1), "f16/weights.bin is damaged"),
         (|v| v.edit("f16/vision.onnx", |bytes| bytes[100] ^= 64), "f16/vision.onnx is damaged"),
         (|v| v.edit("tokenizer.json", |bytes| bytes.push(b' ')), "tokenizer.json is damaged"),
-        (|v| v.replace("schema = 1", "schema = 2"), "it has schema 2, this program reads up to 1: a newer unimo is needed"),
-        (|v| v.replace("schema = 1", "schema = 1\nnovelty = 1"), "malformed manifest: unknown field `novelty`"),
-        (|v| v.replace("schema = 1", "schema = "), "malformed manifest"),
+        (|v| v.replace("schema = 2", "schema = 3"), "it has schema 3, this program reads up to 2: a newer unimo is needed"),
+        (
+            |v| v.replace("schema = 2", "schema = 1"),
+            "it has schema 1, this program reads 2: `unimo-export upgrade` writes it anew",
+        ),
+        (|v| v.replace("schema = 2", "schema = 2\nnovelty = 1"), "malformed manifest: unknown field `novelty`"),
+        (|v| v.replace("schema = 2", "schema = "), "malformed manifest"),
         (|v| v.edit_manifest(|m| m.graphs.retain(|graph| graph.name != "decode")), "the manifest lists no graph \"decode\""),
         (|v| fs::remove_file(v.path("f16/decode.onnx")).unwrap(), "f16/decode.onnx is missing"),
         (|v| fs::remove_file(v.path("manifest.toml")).unwrap(), "manifest.toml is missing"),

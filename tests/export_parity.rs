@@ -11,7 +11,7 @@ use std::sync::{Arc, OnceLock};
 use candle_core::{DType, Device, Tensor as Candle};
 use serde::Deserialize;
 use tempfile::TempDir;
-use unimo::bundle::manifest::{Manifest, Precision};
+use unimo::bundle::manifest::{Manifest, Precision, Sizes};
 use unimo::bundle::{Bundle, BundleSource, MANIFEST, sha256_hex};
 use unimo::engine::{self, EngineOptions, Graph, GraphSource, Tensor};
 use unimo::tokenizer::{CLS, PAD, SEP};
@@ -20,6 +20,7 @@ use unimo_export::export::{ExportOptions, Gate, Written, export};
 use unimo_export::parity;
 use unimo_export::quality::{Development, MaxDrop};
 use unimo_export::sample::drawn_samples;
+use unimo_export::upgrade::upgrade;
 use unimo_train::backbone::layer_shapes;
 use unimo_train::model::ModelConfig;
 use unimo_train::scenes::{CorpusOptions, write_corpus};
@@ -153,7 +154,10 @@ fn graph(bundle: &Bundle, precision: Precision, name: &str) -> Box<dyn Graph> {
     let signature = bundle.manifest().graphs.iter().find(|graph| graph.name == name).unwrap();
     let onnx = bundle.read(&Manifest::graph_file(precision, name)).unwrap();
     let external = |location: &str| bundle.read(&format!("{precision}/{location}")).ok();
-    engine::open(&EngineOptions::default()).unwrap().load(&GraphSource { signature, onnx, external: &external }).unwrap()
+    // One text at a time, as the reference script decodes it.
+    let sizes = Sizes::of_beam(1, bundle.manifest().model.max_text);
+    let source = GraphSource { signature: &signature.fixed(sizes), sizes, onnx, external: &external };
+    engine::open(&EngineOptions::default()).unwrap().load(&source).unwrap()
 }
 
 /// Every file below a folder, by its path in it.
@@ -217,7 +221,7 @@ fn outputs(bundle: &Bundle, precision: Precision) -> BTreeMap<String, Vec<f32>> 
     for (slot, &id) in ids.iter().enumerate() {
         let (token, position) = (Tensor::i64(&[1], vec![id]).unwrap(), Tensor::i64(&[1], vec![slot as i64]).unwrap());
         let inputs = [
-            ("token", &token),
+            ("tokens", &token),
             ("position", &position),
             ("prefix_keys", &seen[1]),
             ("prefix_values", &seen[2]),
@@ -466,4 +470,47 @@ fn a_bundle_that_is_there_is_replaced_only_when_asked_and_only_by_a_good_one() {
     assert!(!target.join("precious").exists() && !target.join("half").exists());
     let left: Vec<_> = fs::read_dir(out.path()).unwrap().map(|entry| entry.unwrap().file_name()).collect();
     assert_eq!(left, ["bundle"]);
+}
+
+#[test]
+fn a_bundle_of_the_first_version_is_written_anew() {
+    let exported = exported();
+    let current = files(&exported.bundle());
+    let manifest = String::from_utf8(current[MANIFEST].clone()).unwrap();
+    // The first version's graph read one hypothesis, in slots of its own; all other graphs are what they were.
+    let model = &open(&exported.bundle()).manifest().model.clone();
+    let mut table: toml::Table = manifest.parse().unwrap();
+    table.insert("schema".to_owned(), 1.into());
+    for graph in table["graphs"].as_array_mut().unwrap() {
+        for kind in ["inputs", "outputs"] {
+            let tensors = graph[kind].as_array_mut().unwrap();
+            for size in tensors.iter_mut().flat_map(|tensor| tensor["shape"].as_array_mut().unwrap()) {
+                match size.as_str() {
+                    Some("hypotheses") => *size = 1.into(),
+                    Some("slots") => *size = (model.max_text as i64).into(),
+                    _ => {}
+                }
+            }
+        }
+    }
+    let first = copy(&exported.bundle());
+    fs::write(first.path().join(MANIFEST), toml::to_string(&table).unwrap()).unwrap();
+    let refused = Bundle::open(&BundleSource::Path(first.path().to_owned())).unwrap_err().to_string();
+    assert!(refused.contains("it has schema 1") && refused.contains("unimo-export upgrade"), "{refused}");
+
+    let out = first.path().join("new");
+    let report = upgrade(first.path(), &out, false, &drawn_samples(1)).unwrap();
+    assert_eq!(files(&out), current);
+    let compared: Vec<&str> = report.outputs.iter().map(|output| output.graph.as_str()).collect();
+    assert_eq!(compared, ["vision", "vision", "vision", "vision", "text", "match"]);
+    assert!(upgrade(first.path(), &out, false, &[]).unwrap_err().to_string().contains("--force"));
+
+    // Weights that changed on the way are found out before anything is written.
+    let weights = first.path().join(format!("{}/weights.bin", Precision::F32));
+    let mut bytes = fs::read(&weights).unwrap();
+    bytes[100] ^= 1;
+    fs::write(&weights, bytes).unwrap();
+    let damaged = format!("{:#}", upgrade(first.path(), &first.path().join("again"), false, &[]).unwrap_err());
+    assert!(damaged.contains("weights.bin is damaged"), "{damaged}");
+    assert!(!first.path().join("again").exists());
 }

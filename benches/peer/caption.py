@@ -42,6 +42,9 @@ class Captioner:
         self.tokenizer = Tokenizer.from_file(str(bundle / "tokenizer.json"))
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = options.inter_op_num_threads = 1
+        beam = self.manifest["decoding"]["beam"]
+        options.add_free_dimension_override_by_name("hypotheses", beam)
+        options.add_free_dimension_override_by_name("slots", beam * self.manifest["model"]["max_text"])
         session = lambda name: onnxruntime.InferenceSession(
             str(bundle / precision / f"{name}.onnx"), options, providers=["CPUExecutionProvider"]
         )
@@ -62,6 +65,7 @@ class Captioner:
         return np.ascontiguousarray(values.transpose(2, 0, 1)[None])
 
     def likeliest(self, logits, count, tokens, length, no_repeat):
+        """The `count` likeliest allowed ids of one hypothesis, with their log-probabilities."""
         forbidden = self.forbidden.copy()
         forbidden[self.sep] = length == 1
         if no_repeat and len(tokens) >= no_repeat:
@@ -79,46 +83,49 @@ class Captioner:
     def write(self, keys, values):
         model, decoding = self.manifest["model"], self.manifest["decoding"]
         beam, penalty, no_repeat = decoding["beam"], decoding["length_penalty"], decoding["no_repeat"]
-        shape = (model["layers"], model["heads"], model["max_text"], model["hidden"] // model["heads"])
-        state = (np.zeros(shape, np.float32), np.zeros(shape, np.float32), np.full((1, model["max_text"]), EMPTY))
-        live, ended = [(0.0, [], self.cls, state)], []
+        slots = beam * model["max_text"]
+        shape = (model["layers"], model["heads"], slots, model["hidden"] // model["heads"])
+        past_keys, past_values = np.zeros(shape, np.float32), np.zeros(shape, np.float32)
+        mask, filled = np.full((beam, slots), EMPTY), 0
+        tokens = np.full(beam, self.cls)
+        live, ended = [(0.0, [])], []
         for length in range(1, decoding["max_words"] + 1):
+            logits, new_keys, new_values = self.decode.run(
+                ["logits", "new_keys", "new_values"],
+                {
+                    "tokens": tokens,
+                    "position": np.array([length - 1]),
+                    "prefix_keys": keys,
+                    "prefix_values": values,
+                    "past_keys": past_keys,
+                    "past_values": past_values,
+                    "mask": mask,
+                },
+            )
+            count = len(live)
+            past_keys[:, :, filled : filled + count] = new_keys[:, :, :count]
+            past_values[:, :, filled : filled + count] = new_values[:, :, :count]
             continuations = []
-            for parent, (probability, tokens, last, (past_keys, past_values, mask)) in enumerate(live):
-                at = length - 1
-                logits, new_keys, new_values = self.decode.run(
-                    ["logits", "new_keys", "new_values"],
-                    {
-                        "token": np.array([last]),
-                        "position": np.array([at]),
-                        "prefix_keys": keys,
-                        "prefix_values": values,
-                        "past_keys": past_keys,
-                        "past_values": past_values,
-                        "mask": mask,
-                    },
-                )
-                past_keys[:, :, at : at + 1], past_values[:, :, at : at + 1], mask[0, at] = new_keys, new_values, 0
-                for id, added in self.likeliest(logits[0], beam + 1, tokens, length, no_repeat):
+            for parent, (probability, text) in enumerate(live):
+                for id, added in self.likeliest(logits[parent], beam + 1, text, length, no_repeat):
                     continuations.append((probability + added, parent, id))
             continuations.sort(key=lambda next: -next[0])
             for probability, parent, id in continuations[:beam]:
                 if id == self.sep:
                     ended.append((probability / length**penalty, live[parent][1]))
             continuations = [next for next in continuations if next[2] != self.sep][:beam]
-            children = [next[1] for next in continuations]
-            grown = []
-            for index, (probability, parent, id) in enumerate(continuations):
-                tokens, state = live[parent][1], live[parent][3]
-                if parent in children[index + 1 :]:
-                    state = tuple(part.copy() for part in state)
-                grown.append((probability, [*tokens, id], id, state))
-            live = grown
+            before, mask = mask, np.full((beam, slots), EMPTY)
+            for row, (_, parent, id) in enumerate(continuations):
+                mask[row] = before[parent]
+                mask[row, filled + parent] = 0
+                tokens[row] = id
+            filled += count
+            live = [(probability, [*live[parent][1], id]) for probability, parent, id in continuations]
             ended = sorted(ended, key=lambda text: -text[0])[:beam]
             if not live or (len(ended) == beam and live[0][0] / length**penalty <= ended[-1][0]):
                 live = []
                 break
-        ended += [(probability / len(tokens) ** penalty, tokens) for probability, tokens, _, _ in live]
+        ended += [(probability / len(text) ** penalty, text) for probability, text in live]
         return self.tokenizer.decode(max(ended, key=lambda text: text[0])[1]).strip()
 
     def caption(self, encoded: bytes):

@@ -104,13 +104,13 @@ pub fn export(
     result
 }
 
-fn sibling(out: &Path, suffix: &str) -> PathBuf {
+pub(crate) fn sibling(out: &Path, suffix: &str) -> PathBuf {
     let mut name = out.as_os_str().to_owned();
     name.push(format!(".{suffix}"));
     PathBuf::from(name)
 }
 
-fn clear(folder: &Path) -> Result<()> {
+pub(crate) fn clear(folder: &Path) -> Result<()> {
     if folder.exists() {
         fs::remove_dir_all(folder).with_context(|| format!("cannot clear {}", folder.display()))?;
     }
@@ -249,7 +249,7 @@ fn compact_json(path: &Path) -> Result<Vec<u8>> {
 }
 
 /// Gives the checked bundle its name.
-fn publish(partial: &Path, out: &Path) -> Result<()> {
+pub(crate) fn publish(partial: &Path, out: &Path) -> Result<()> {
     if out.extension().is_some_and(|e| e == "tar") {
         let bundle = Bundle::open(&BundleSource::Path(partial.to_path_buf()))?;
         pack(&bundle, out)?;

@@ -9,3 +9,4 @@ pub mod parity;
 pub mod quality;
 pub mod quantize;
 pub mod sample;
+pub mod upgrade;

@@ -21,6 +21,7 @@ const EXAMPLES: &str = "Examples:
   unimo-export --checkpoint runs/pico --out pico-bundle --precision f32,f16,i8
   unimo-export --checkpoint runs/edge-s-caption --out edge-s.tar --precision i8 --keep-f16 backbone.,image.feature
   unimo-export backbone --bundle runtime/bundle/default.tar --out mobilenetv2.safetensors
+  unimo-export upgrade --bundle old.tar --out new.tar
 
 Every output of every graph is compared with candle on real inputs before the bundle gets its name; where they differ the
 export fails with the table and leaves nothing behind. With --measure each precision also captions and finds the pictures given,
@@ -47,6 +48,18 @@ enum Command {
         /// Safetensors file to write; it has no classifier, so that recipes on it set `region_classes` to 0
         #[arg(long, value_name = "FILE")]
         out: PathBuf,
+    },
+    /// Write a bundle of an earlier version anew: this version's graphs over the same weights
+    Upgrade {
+        /// Bundle: a folder or a .tar
+        #[arg(long, value_name = "BUNDLE")]
+        bundle: PathBuf,
+        /// Where to write: a name that ends in .tar, or a folder
+        #[arg(long, value_name = "PATH")]
+        out: PathBuf,
+        /// Replace a bundle that is already there
+        #[arg(long)]
+        force: bool,
     },
 }
 
@@ -156,6 +169,11 @@ fn dispatch(cli: Cli) -> Result<()> {
         (Some(Command::Backbone { bundle, out }), _) => {
             let bytes = unimo_export::backbone_file::extract(&Bundle::open(&BundleSource::Path(bundle))?)?;
             std::fs::write(&out, bytes).with_context(|| format!("cannot write {}", out.display()))
+        }
+        (Some(Command::Upgrade { bundle, out, force }), _) => {
+            let report = unimo_export::upgrade::upgrade(&bundle, &out, force, &drawn_samples(3))?;
+            println!("{report}\n{}", out.display());
+            Ok(())
         }
         (None, Some(args)) => run(&args),
         (None, None) => {

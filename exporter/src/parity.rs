@@ -7,7 +7,8 @@ use candle_core::{Device, Tensor as Candle};
 use image::RgbImage;
 use serde::Serialize;
 use unimo::bundle::Bundle;
-use unimo::bundle::manifest::{GraphSignature, Manifest, Precision};
+use unimo::bundle::manifest::{Manifest, Precision, Sizes};
+use unimo::captioning::KvPool;
 use unimo::engine::{self, EngineOptions, Graph, GraphSource, Tensor};
 use unimo::tokenizer::{CLS, PAD, SEP};
 use unimo_train::backbone::{FEATURES, GRID};
@@ -21,6 +22,9 @@ use crate::checkpoint::Checkpoint;
 pub const TOLERANCE: f64 = 2e-4;
 /// Tokens decoded for each picture.
 const DECODED: usize = 6;
+/// Hypotheses decoded at once: the sample's text, and the same words backwards. From the second word on they change places at
+/// every step.
+const HYPOTHESES: usize = 2;
 
 /// One output's agreement.
 #[derive(Debug, Clone, Serialize)]
@@ -61,7 +65,7 @@ impl ParityReport {
         self.outputs.iter().all(OutputParity::holds)
     }
 
-    fn note(&mut self, graph: &str, output: &str, got: &[f32], expected: &[f32]) {
+    pub(crate) fn note(&mut self, graph: &str, output: &str, got: &[f32], expected: &[f32]) {
         let max = |values: &mut dyn Iterator<Item = f64>| values.fold(0.0, f64::max);
         let mut error = max(&mut got.iter().zip(expected).map(|(g, e)| f64::from((g - e).abs())));
         if got.len() != expected.len() || got.iter().chain(expected).any(|v| !v.is_finite()) {
@@ -110,7 +114,8 @@ pub struct Sample {
 
 struct Session<'a> {
     manifest: &'a Manifest,
-    graphs: Vec<(GraphSignature, Box<dyn Graph>)>,
+    graphs: Vec<(String, Box<dyn Graph>)>,
+    sizes: Sizes,
     checkpoint: &'a Checkpoint,
     report: ParityReport,
 }
@@ -121,14 +126,17 @@ struct Session<'a> {
 /// A graph that cannot be loaded or run. Disagreement is in the report, not an error.
 pub fn compare(bundle: &Bundle, precision: Precision, checkpoint: &Checkpoint, samples: &[Sample]) -> Result<ParityReport> {
     let engine = engine::open(&EngineOptions::default())?;
-    let external = |location: &str| bundle.read(&format!("{precision}/{location}")).ok();
     let mut graphs = Vec::new();
+    let sizes = Sizes::of_beam(HYPOTHESES, bundle.manifest().model.max_text);
     for signature in &bundle.manifest().graphs {
         let onnx = bundle.read(&Manifest::graph_file(precision, &signature.name))?;
-        graphs.push((signature.clone(), engine.load(&GraphSource { signature, onnx, external: &external })?));
+        let fixed = signature.fixed(sizes);
+        let external = |location: &str| bundle.read(&format!("{precision}/{location}")).ok();
+        let source = GraphSource { signature: &fixed, sizes, onnx, external: &external };
+        graphs.push((fixed.name.clone(), engine.load(&source)?));
     }
     let report = ParityReport { samples: samples.len(), outputs: Vec::new() };
-    let mut session = Session { manifest: bundle.manifest(), graphs, checkpoint, report };
+    let mut session = Session { manifest: bundle.manifest(), graphs, sizes, checkpoint, report };
     for sample in samples {
         session.sample(sample)?;
     }
@@ -137,7 +145,7 @@ pub fn compare(bundle: &Bundle, precision: Precision, checkpoint: &Checkpoint, s
 
 impl Session<'_> {
     fn run(&self, graph: &str, inputs: &[(&str, &Tensor)]) -> Result<Vec<Tensor>> {
-        let (_, graph) = self.graphs.iter().find(|(s, _)| s.name == graph).with_context(|| format!("no graph `{graph}`"))?;
+        let (_, graph) = self.graphs.iter().find(|(name, _)| name == graph).with_context(|| format!("no graph `{graph}`"))?;
         Ok(graph.run(inputs)?)
     }
 
@@ -162,7 +170,7 @@ impl Session<'_> {
         }
 
         let words = checkpoint.tokenizer.encode(&sample.text, self.manifest.model.max_text - 2);
-        self.decode(&words, &seen[1], &seen[2], encoded.keys, encoded.values)?;
+        self.decode(&words, &seen[1], &seen[2], &encoded.keys, &encoded.values)?;
         let ids: Vec<u32> = [CLS].into_iter().chain(words).chain([SEP]).collect();
         self.text_and_match(&ids, &regions)
     }
@@ -172,44 +180,40 @@ impl Session<'_> {
         words: &[u32],
         prefix_keys: &Tensor,
         prefix_values: &Tensor,
-        mut keys: Vec<Candle>,
-        mut values: Vec<Candle>,
+        keys: &[Candle],
+        values: &[Candle],
     ) -> Result<()> {
-        let m = &self.manifest.model;
-        let (depth, slots) = (m.hidden / m.heads, m.max_text);
-        let cache = [m.layers, m.heads, slots, depth];
-        let (mut past_keys, mut past_values) = (Tensor::zeros(&cache), Tensor::zeros(&cache));
-        let mut mask = tensor(&[1, slots], vec![-1e4; slots])?;
-        let tokens: Vec<u32> = [CLS].iter().chain(words).copied().take(DECODED).collect();
-        for (position, &token) in tokens.iter().enumerate() {
-            let step = self.checkpoint.model.decode_step(&[token], position, &keys, &values)?;
-            let number = |v: i64| Tensor::i64(&[1], vec![v]).context("a single number");
-            let got = self.run(
-                "decode",
-                &[
-                    ("token", &number(i64::from(token))?),
-                    ("position", &number(position as i64)?),
-                    ("prefix_keys", prefix_keys),
-                    ("prefix_values", prefix_values),
-                    ("past_keys", &past_keys),
-                    ("past_values", &past_values),
-                    ("mask", &mask),
-                ],
-            )?;
-            (keys, values) = (step.keys, step.values);
-            let newest = |layers: &[Candle]| -> Result<Vec<f32>> {
-                let rows = layers.iter().map(|l| l.narrow(2, l.dim(2)? - 1, 1)).collect::<candle_core::Result<Vec<_>>>()?;
-                flat(&Candle::cat(&rows, 0)?)
-            };
-            self.report.note("decode", "logits", got[0].floats(), &flat(&step.logits)?);
-            self.report.note("decode", "new_keys", got[1].floats(), &newest(&keys)?);
-            self.report.note("decode", "new_values", got[2].floats(), &newest(&values)?);
-            for (past, new) in [(&mut past_keys, &got[1]), (&mut past_values, &got[2])] {
-                for (rows, row) in past.floats_mut().chunks_exact_mut(slots * depth).zip(new.floats().chunks_exact(depth)) {
-                    rows[position * depth..][..depth].copy_from_slice(row);
+        let mut pool = KvPool::new(&self.manifest.model, self.sizes);
+        let forwards: Vec<u32> = [CLS].iter().chain(words).copied().take(DECODED).collect();
+        let backwards = [CLS].into_iter().chain(forwards[1..].iter().rev().copied());
+        // candle reads each text by itself, with keys and values of its own.
+        let mut texts =
+            [(forwards.clone(), keys.to_vec(), values.to_vec()), (backwards.collect(), keys.to_vec(), values.to_vec())];
+        for position in 0..forwards.len() {
+            if position > 1 {
+                texts.swap(0, 1);
+            }
+            // Both begin as one.
+            let parents = if position == 1 { [0, 0] } else { [1, 0] };
+            let read = if position == 0 { 1 } else { HYPOTHESES };
+            pool.branch(parents.into_iter().take(read));
+            let tokens = texts.iter().map(|(tokens, ..)| i64::from(tokens[position])).collect();
+            let inputs = [
+                ("tokens", &Tensor::i64(&[HYPOTHESES], tokens).context("a token for each hypothesis")?),
+                ("position", &Tensor::i64(&[1], vec![position as i64]).context("a single number")?),
+                ("prefix_keys", prefix_keys),
+                ("prefix_values", prefix_values),
+            ];
+            let got = self.run("decode", &[&inputs[..], &pool.inputs()[..]].concat())?;
+            for (row, (tokens, keys, values)) in texts.iter_mut().enumerate() {
+                let step = self.checkpoint.model.decode_step(&[tokens[position]], position, keys, values)?;
+                (*keys, *values) = (step.keys, step.values);
+                for (index, expected) in [flat(&step.logits)?, newest(keys)?, newest(values)?].iter().enumerate() {
+                    let name = ["logits", "new_keys", "new_values"][index];
+                    self.report.note("decode", name, &of_row(&got[index], row), expected);
                 }
             }
-            mask.floats_mut()[position] = 0.0;
+            pool.store(&got[1], &got[2], read);
         }
         Ok(())
     }
@@ -236,6 +240,18 @@ impl Session<'_> {
         self.report.note("match", "score", got[0].floats(), &flat(&logit)?);
         Ok(())
     }
+}
+
+/// The last row of every layer's keys or values.
+fn newest(layers: &[Candle]) -> Result<Vec<f32>> {
+    let rows = layers.iter().map(|l| l.narrow(2, l.dim(2)? - 1, 1)).collect::<candle_core::Result<Vec<_>>>()?;
+    flat(&Candle::cat(&rows, 0)?)
+}
+
+/// What belongs to one hypothesis in an output `[…, hypotheses, width]`.
+fn of_row(output: &Tensor, row: usize) -> Vec<f32> {
+    let width = output.shape().last().copied().unwrap_or(1);
+    output.floats().chunks_exact(HYPOTHESES * width).flat_map(|rows| &rows[row * width..][..width]).copied().collect()
 }
 
 fn tensor(shape: &[usize], values: Vec<f32>) -> Result<Tensor> {

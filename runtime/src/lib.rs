@@ -12,6 +12,8 @@ pub mod engine;
 #[cfg(feature = "gallery")]
 pub mod gallery;
 pub mod image;
+#[cfg(feature = "tract")]
+mod kernels;
 pub mod model;
 pub mod ordered;
 pub mod tokenizer;

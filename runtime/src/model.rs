@@ -4,9 +4,9 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 use ::image::RgbImage;
 
-use crate::bundle::manifest::{Manifest, Precision};
+use crate::bundle::manifest::{Manifest, Precision, Sizes};
 use crate::bundle::{Bundle, BundleError, BundleSource};
-use crate::captioning::{Caption, DecodeOptions, KvCache, LanguageModel, beam_search};
+use crate::captioning::{Branch, Caption, DecodeOptions, KvPool, LanguageModel, beam_search};
 use crate::engine::{self, Engine, EngineError, EngineOptions, Graph, GraphSource, Tensor};
 use crate::tokenizer::{CLS, PAD, SEP, Tokenizer};
 
@@ -47,7 +47,7 @@ pub struct Vision {
 pub enum GraphName {
     /// Picture to embedding, keys and values for decoding, and regions.
     Vision,
-    /// One token more of a caption.
+    /// One word more of each hypothesis of a caption.
     Decode,
     /// Text to embedding.
     Text,
@@ -79,7 +79,7 @@ pub struct Model {
     options: EngineOptions,
     precision: Precision,
     tokenizer: Tokenizer,
-    graphs: [Mutex<Option<Arc<dyn Graph>>>; 4],
+    graphs: [Mutex<Vec<(Sizes, Arc<dyn Graph>)>>; 4],
 }
 
 impl Model {
@@ -138,12 +138,28 @@ impl Model {
         DecodeOptions::from(&self.manifest().decoding)
     }
 
-    /// Loads graphs now that would otherwise be loaded when first used.
+    /// Loads graphs now that would otherwise be loaded when first used; `decode` for the bundle's own beam.
     ///
     /// # Errors
     /// Where a graph or its weights are damaged, or the engine refuses it.
     pub fn load(&self, graphs: &[GraphName]) -> Result<(), ModelError> {
-        graphs.iter().try_for_each(|&name| self.graph(name).map(drop))
+        let beam = self.manifest().decoding.beam;
+        graphs.iter().try_for_each(|&name| match name {
+            GraphName::Decode => self.load_decoder(beam),
+            other => self.graph(other).map(drop),
+        })
+    }
+
+    /// Loads the `decode` graph for so many hypotheses at once. Every beam has one of its own.
+    ///
+    /// # Errors
+    /// Those of [`Self::load`].
+    pub fn load_decoder(&self, beam: usize) -> Result<(), ModelError> {
+        self.sized_graph(GraphName::Decode, self.decoder_sizes(beam)).map(drop)
+    }
+
+    fn decoder_sizes(&self, beam: usize) -> Sizes {
+        Sizes::of_beam(beam.max(1), self.manifest().model.max_text)
     }
 
     /// Most ids of a text, `[CLS]` and `[SEP]` not counted, that [`Self::embed_text`] and [`Self::match_score`] read.
@@ -210,8 +226,10 @@ impl Model {
         if !(1..=most).contains(&options.max_words) {
             return Err(ModelError::TooManyWords { asked: options.max_words, most });
         }
-        let writer = Writer { model: self, vision, graph: self.graph(GraphName::Decode)? };
-        let best = beam_search(&writer, KvCache::new(&self.manifest().model), options)?;
+        let sizes = self.decoder_sizes(options.beam);
+        let graph = self.sized_graph(GraphName::Decode, sizes)?;
+        let pool = KvPool::new(&self.manifest().model, sizes);
+        let best = beam_search(&mut Writer { model: self, vision, graph, sizes, pool }, options)?;
         Ok(Caption { text: self.tokenizer.decode(&best.tokens), tokens: best.tokens, score: best.score })
     }
 
@@ -233,18 +251,23 @@ impl Model {
         Ok(outputs(name, self.graph(name)?.run(inputs)?)?)
     }
 
-    /// A graph, loaded at the first call. Others who need it wait instead of loading it twice.
     fn graph(&self, name: GraphName) -> Result<Arc<dyn Graph>, ModelError> {
-        let mut slot = self.graphs[name as usize].lock().unwrap_or_else(PoisonError::into_inner);
-        if let Some(graph) = slot.as_ref() {
+        // Only `decode` has sizes that are not the bundle's.
+        self.sized_graph(name, Sizes { hypotheses: 1, slots: 1 })
+    }
+
+    /// A graph, loaded at the first call with these sizes. Others who need it wait instead of loading it twice.
+    fn sized_graph(&self, name: GraphName, sizes: Sizes) -> Result<Arc<dyn Graph>, ModelError> {
+        let mut loaded = self.graphs[name as usize].lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some((_, graph)) = loaded.iter().find(|(of, _)| *of == sizes) {
             return Ok(graph.clone());
         }
-        let graph: Arc<dyn Graph> = Arc::from(self.load_graph(name.name())?);
-        *slot = Some(graph.clone());
+        let graph: Arc<dyn Graph> = Arc::from(self.load_graph(name.name(), sizes)?);
+        loaded.push((sizes, graph.clone()));
         Ok(graph)
     }
 
-    fn load_graph(&self, name: &str) -> Result<Box<dyn Graph>, ModelError> {
+    fn load_graph(&self, name: &str, sizes: Sizes) -> Result<Box<dyn Graph>, ModelError> {
         let signature = self.manifest().graphs.iter().find(|graph| graph.name == name);
         let signature = signature
             .ok_or_else(|| EngineError::Load { graph: name.to_owned(), reason: "the manifest does not list it".to_owned() })?;
@@ -257,7 +280,7 @@ impl Model {
             }
         }
         let external = |location: &str| self.bundle.read(&format!("{folder}{location}")).ok();
-        Ok(self.engine.load(&GraphSource { signature, onnx, external: &external })?)
+        Ok(self.engine.load(&GraphSource { signature: &signature.fixed(sizes), sizes, onnx, external: &external })?)
     }
 }
 
@@ -266,19 +289,23 @@ struct Writer<'a> {
     model: &'a Model,
     vision: &'a Vision,
     graph: Arc<dyn Graph>,
+    sizes: Sizes,
+    pool: KvPool,
 }
 
 impl LanguageModel for Writer<'_> {
-    type State = KvCache;
     type Error = ModelError;
 
-    fn read(&self, cache: &mut KvCache, id: u32) -> Result<Vec<f32>, ModelError> {
-        let scalar = |name, value: i64| tensor(GraphName::Decode, name, Tensor::i64(&[1], vec![value]));
-        let token = scalar("token", i64::from(id))?;
-        let position = scalar("position", cache.len() as i64)?;
-        let [keys, values, mask] = cache.inputs();
+    fn read(&mut self, branches: &[Branch]) -> Result<Vec<f32>, ModelError> {
+        self.pool.branch(branches.iter().map(|branch| branch.parent));
+        // The graph reads as many hypotheses as the beam is wide, also where fewer are open; what it makes of the rest is left.
+        let ids = branches.iter().map(|branch| i64::from(branch.id)).chain(std::iter::repeat(i64::from(PAD)));
+        let ids = ids.take(self.sizes.hypotheses).collect();
+        let tokens = tensor(GraphName::Decode, "tokens", Tensor::i64(&[self.sizes.hypotheses], ids))?;
+        let position = tensor(GraphName::Decode, "position", Tensor::i64(&[1], vec![self.pool.words() as i64]))?;
+        let [keys, values, mask] = self.pool.inputs();
         let inputs = [
-            ("token", &token),
+            ("tokens", &tokens),
             ("position", &position),
             ("prefix_keys", &self.vision.prefix_keys),
             ("prefix_values", &self.vision.prefix_values),
@@ -287,8 +314,10 @@ impl LanguageModel for Writer<'_> {
             mask,
         ];
         let [logits, new_keys, new_values] = outputs(GraphName::Decode, self.graph.run(&inputs)?)?;
-        cache.push(&new_keys, &new_values);
-        Ok(logits.into_floats())
+        self.pool.store(&new_keys, &new_values, branches.len());
+        let mut logits = logits.into_floats();
+        logits.truncate(branches.len() * self.model.manifest().model.vocabulary);
+        Ok(logits)
     }
 
     fn is_forbidden(&self, id: u32) -> bool {

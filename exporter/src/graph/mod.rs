@@ -3,16 +3,18 @@
 mod operators;
 mod weights;
 
+use std::fmt;
+
 use tract_onnx::pb::tensor_proto::{DataLocation, DataType};
 use tract_onnx::pb::tensor_shape_proto::{Dimension, dimension};
 use tract_onnx::pb::{
     AttributeProto, GraphProto, ModelProto, NodeProto, OperatorSetIdProto, StringStringEntryProto, TensorProto, TensorShapeProto,
     TypeProto, ValueInfoProto, attribute_proto::AttributeType, type_proto,
 };
-use unimo::bundle::manifest::{Dtype, GraphSignature, WEIGHTS};
+use unimo::bundle::manifest::{Dtype, GraphSignature, Size, Symbol, TensorSignature, WEIGHTS};
 
 pub use operators::Convolution;
-pub use weights::{Element, Storage, WeightStore};
+pub use weights::{Element, Storage, StoredWeight, WeightStore};
 
 /// Operator set that the graphs are written in.
 pub const OPSET: i64 = 17;
@@ -45,20 +47,75 @@ pub enum GraphError {
     },
 }
 
+/// One size of a shape: a number, or a number more than a symbol.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub struct Dim {
+    number: usize,
+    symbol: Option<Symbol>,
+}
+
+impl Dim {
+    /// The number, where there is no symbol.
+    #[must_use]
+    pub fn fixed(self) -> Option<usize> {
+        self.symbol.is_none().then_some(self.number)
+    }
+}
+
+impl From<usize> for Dim {
+    fn from(number: usize) -> Self {
+        Self { number, symbol: None }
+    }
+}
+
+impl From<Size> for Dim {
+    fn from(size: Size) -> Self {
+        match size {
+            Size::Fixed(number) => number.into(),
+            Size::Symbol(symbol) => Self { number: 0, symbol: Some(symbol) },
+        }
+    }
+}
+
+impl PartialEq<usize> for Dim {
+    fn eq(&self, number: &usize) -> bool {
+        self.fixed() == Some(*number)
+    }
+}
+
+impl fmt::Debug for Dim {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match (self.symbol, self.number) {
+            (None, number) => write!(f, "{number}"),
+            (Some(symbol), 0) => f.write_str(symbol.name()),
+            (Some(symbol), number) => write!(f, "{number}+{}", symbol.name()),
+        }
+    }
+}
+
 /// A tensor inside a graph.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Value {
     name: String,
-    shape: Vec<usize>,
+    shape: Vec<Dim>,
     dtype: Dtype,
 }
 
 impl Value {
-    /// Fixed shape.
+    /// Its shape.
     #[must_use]
-    pub fn shape(&self) -> &[usize] {
+    pub fn shape(&self) -> &[Dim] {
         &self.shape
     }
+}
+
+/// Numbers as a shape.
+fn shape(numbers: &[usize]) -> Vec<Dim> {
+    numbers.iter().copied().map(Dim::from).collect()
+}
+
+fn dims_of(tensor: &TensorSignature<Size>) -> Vec<Dim> {
+    tensor.shape.iter().copied().map(Dim::from).collect()
 }
 
 /// Attribute values that the operators need.
@@ -70,7 +127,7 @@ enum Attribute {
 
 /// Builds one graph over a store of weights.
 pub struct GraphBuilder<'w> {
-    signature: GraphSignature,
+    signature: GraphSignature<Size>,
     weights: &'w WeightStore,
     graph: GraphProto,
     values: usize,
@@ -80,9 +137,9 @@ pub struct GraphBuilder<'w> {
 impl<'w> GraphBuilder<'w> {
     /// A graph with the inputs of `signature`.
     #[must_use]
-    pub fn new(signature: &GraphSignature, weights: &'w WeightStore) -> Self {
+    pub fn new(signature: &GraphSignature<Size>, weights: &'w WeightStore) -> Self {
         let mut graph = GraphProto { name: signature.name.clone(), ..GraphProto::default() };
-        graph.input = signature.inputs.iter().map(|t| value_info(&t.name, &t.shape, t.dtype)).collect();
+        graph.input = signature.inputs.iter().map(|t| value_info(&t.name, &dims_of(t), t.dtype)).collect();
         Self { signature: signature.clone(), weights, graph, values: 0, used: std::collections::BTreeMap::new() }
     }
 
@@ -92,7 +149,7 @@ impl<'w> GraphBuilder<'w> {
     /// The signature has no such input.
     pub fn input(&self, name: &str) -> Result<Value, GraphError> {
         match self.signature.inputs.iter().find(|t| t.name == name) {
-            Some(t) => Ok(Value { name: name.to_owned(), shape: t.shape.clone(), dtype: t.dtype }),
+            Some(t) => Ok(Value { name: name.to_owned(), shape: dims_of(t), dtype: t.dtype }),
             None => Err(GraphError::Shape {
                 operator: "Input",
                 reason: format!("`{name}` is not an input of {}", self.signature.name),
@@ -146,7 +203,7 @@ impl<'w> GraphBuilder<'w> {
             ],
             ..TensorProto::default()
         });
-        Ok((Value { name: name.to_owned(), shape: stored.shape.clone(), dtype: Dtype::F32 }, stored.element))
+        Ok((Value { name: name.to_owned(), shape: shape(&stored.shape), dtype: Dtype::F32 }, stored.element))
     }
 
     /// A small f32 constant kept inside the graph file.
@@ -161,11 +218,11 @@ impl<'w> GraphBuilder<'w> {
         self.inline(&[values.len()], Dtype::I64, bytes)
     }
 
-    fn inline(&mut self, shape: &[usize], dtype: Dtype, raw_data: Vec<u8>) -> Value {
-        let value = Value { name: self.fresh("constant"), shape: shape.to_vec(), dtype };
+    fn inline(&mut self, sizes: &[usize], dtype: Dtype, raw_data: Vec<u8>) -> Value {
+        let value = Value { name: self.fresh("constant"), shape: shape(sizes), dtype };
         self.graph.initializer.push(TensorProto {
             name: value.name.clone(),
-            dims: dims(shape),
+            dims: dims(sizes),
             data_type: data_type(dtype) as i32,
             raw_data,
             ..TensorProto::default()
@@ -183,7 +240,7 @@ impl<'w> GraphBuilder<'w> {
         operator: &'static str,
         inputs: &[&Value],
         attributes: &[(&str, Attribute)],
-        shape: Vec<usize>,
+        shape: Vec<Dim>,
         dtype: Dtype,
     ) -> Value {
         let value = Value { name: self.fresh(operator), shape, dtype };
@@ -221,11 +278,12 @@ impl<'w> GraphBuilder<'w> {
             return Err(GraphError::Shape { operator: "Output", reason });
         }
         for (output, promised) in outputs.iter().zip(&promised) {
-            if output.shape != promised.shape || output.dtype != promised.dtype {
+            let shape = dims_of(promised);
+            if output.shape != shape || output.dtype != promised.dtype {
                 return Err(GraphError::Output {
                     name: promised.name.clone(),
                     found: format!("{:?} {:?}", output.dtype, output.shape),
-                    expected: format!("{:?} {:?}", promised.dtype, promised.shape),
+                    expected: format!("{:?} {shape:?}", promised.dtype),
                 });
             }
             self.graph.node.push(NodeProto {
@@ -235,7 +293,7 @@ impl<'w> GraphBuilder<'w> {
                 output: vec![promised.name.clone()],
                 ..NodeProto::default()
             });
-            self.graph.output.push(value_info(&promised.name, &promised.shape, promised.dtype));
+            self.graph.output.push(value_info(&promised.name, &shape, promised.dtype));
         }
         Ok(ModelProto {
             ir_version: IR_VERSION,
@@ -259,9 +317,12 @@ fn data_type(dtype: Dtype) -> DataType {
     }
 }
 
-fn value_info(name: &str, shape: &[usize], dtype: Dtype) -> ValueInfoProto {
-    let dim =
-        shape.iter().map(|&d| Dimension { value: Some(dimension::Value::DimValue(d as i64)), ..Dimension::default() }).collect();
+fn value_info(name: &str, shape: &[Dim], dtype: Dtype) -> ValueInfoProto {
+    let value = |d: &Dim| match d.symbol {
+        None => dimension::Value::DimValue(d.number as i64),
+        Some(symbol) => dimension::Value::DimParam(symbol.name().to_owned()),
+    };
+    let dim = shape.iter().map(|d| Dimension { value: Some(value(d)), ..Dimension::default() }).collect();
     let tensor = type_proto::Tensor { elem_type: data_type(dtype) as i32, shape: Some(TensorShapeProto { dim }) };
     ValueInfoProto {
         name: name.to_owned(),

@@ -2,7 +2,7 @@
 
 use unimo::bundle::manifest::Dtype;
 
-use super::{Attribute, GraphBuilder, GraphError, Value, dims};
+use super::{Attribute, Dim, GraphBuilder, GraphError, Value, dims, shape};
 
 type Built = Result<Value, GraphError>;
 
@@ -11,13 +11,13 @@ fn refuse<T>(operator: &'static str, reason: String) -> Result<T, GraphError> {
 }
 
 /// NumPy broadcasting of two shapes.
-fn broadcast(operator: &'static str, a: &[usize], b: &[usize]) -> Result<Vec<usize>, GraphError> {
+fn broadcast(operator: &'static str, a: &[Dim], b: &[Dim]) -> Result<Vec<Dim>, GraphError> {
     let rank = a.len().max(b.len());
-    let at = |shape: &[usize], i: usize| if i + shape.len() < rank { 1 } else { shape[i + shape.len() - rank] };
+    let at = |shape: &[Dim], i: usize| if i + shape.len() < rank { Dim::from(1) } else { shape[i + shape.len() - rank] };
     (0..rank)
         .map(|i| match (at(a, i), at(b, i)) {
             (x, y) if x == y || y == 1 => Ok(x),
-            (1, y) => Ok(y),
+            (x, y) if x == 1 => Ok(y),
             _ => refuse(operator, format!("{a:?} against {b:?}")),
         })
         .collect()
@@ -112,7 +112,7 @@ impl GraphBuilder<'_> {
     pub fn layer_norm(&mut self, name: &str, x: &Value, eps: f32) -> Built {
         let weight = self.weight(&format!("{name}.weight"))?;
         let bias = self.weight(&format!("{name}.bias"))?;
-        let width = x.shape.last().copied().unwrap_or(0);
+        let width = x.shape.last().copied().unwrap_or(Dim::from(0));
         if weight.shape != [width] || bias.shape != [width] {
             return refuse("LayerNormalization", format!("{:?} with weights {:?}", x.shape, weight.shape));
         }
@@ -155,16 +155,21 @@ impl GraphBuilder<'_> {
     /// None for an f32 value.
     pub fn unit_length(&mut self, x: &Value) -> Built {
         let square = self.mul(x, x)?;
-        let axes = self.integers(&[-1]);
-        let mut shape = x.shape.clone();
-        if let Some(last) = shape.last_mut() {
-            *last = 1;
-        }
-        let sum = self.node("ReduceSum", &[&square, &axes], &[("keepdims", Attribute::Int(1))], shape, Dtype::F32);
+        let sum = self.sum_of_rows(&square);
         let floor = self.constant(&[1], &[1e-12]);
         let sum = self.add(&sum, &floor)?;
         let length = self.unary("Sqrt", &sum);
         self.div(x, &length)
+    }
+
+    /// Sum over the last dimension, which stays with length 1.
+    pub fn sum_of_rows(&mut self, x: &Value) -> Value {
+        let axes = self.integers(&[-1]);
+        let mut shape = x.shape.clone();
+        if let Some(last) = shape.last_mut() {
+            *last = Dim::from(1);
+        }
+        self.node("ReduceSum", &[x, &axes], &[("keepdims", Attribute::Int(1))], shape, Dtype::F32)
     }
 
     /// Mean over one axis, which stays with length 1.
@@ -174,7 +179,7 @@ impl GraphBuilder<'_> {
     pub fn mean(&mut self, x: &Value, axis: usize) -> Built {
         let mut shape = x.shape.clone();
         match shape.get_mut(axis) {
-            Some(d) => *d = 1,
+            Some(d) => *d = Dim::from(1),
             None => return refuse("ReduceMean", format!("axis {axis} of {:?}", x.shape)),
         }
         let attributes = [("axes", Attribute::Ints(vec![axis as i64])), ("keepdims", Attribute::Int(1))];
@@ -184,12 +189,17 @@ impl GraphBuilder<'_> {
     /// Same elements in another shape.
     ///
     /// # Errors
-    /// Another number of elements.
-    pub fn reshape(&mut self, x: &Value, shape: &[usize]) -> Built {
-        if x.shape.iter().product::<usize>() != shape.iter().product::<usize>() {
+    /// Another number of elements, or more than one size with a symbol.
+    pub fn reshape(&mut self, x: &Value, shape: &[Dim]) -> Built {
+        let symbols = |shape: &[Dim]| -> Vec<Dim> { shape.iter().copied().filter(|d| d.symbol.is_some()).collect() };
+        let numbers = |shape: &[Dim]| shape.iter().filter_map(|d| d.fixed()).product::<usize>();
+        let (symbol, number) = (symbols(&x.shape), numbers(&x.shape));
+        if number != numbers(shape) || symbol != symbols(shape) || symbol.len() > 1 {
             return refuse("Reshape", format!("{:?} to {shape:?}", x.shape));
         }
-        let target = self.integers(&dims(shape));
+        // -1 stands for the size that remains.
+        let target: Vec<i64> = shape.iter().map(|d| d.fixed().map_or(-1, |number| number as i64)).collect();
+        let target = self.integers(&target);
         Ok(self.node("Reshape", &[x, &target], &[], shape.to_vec(), x.dtype))
     }
 
@@ -210,15 +220,32 @@ impl GraphBuilder<'_> {
     /// `x[start..end]` along one axis.
     ///
     /// # Errors
-    /// A range outside the axis.
+    /// A range outside the axis, or outside the number of a size with a symbol.
     pub fn slice(&mut self, x: &Value, axis: usize, start: usize, end: usize) -> Built {
         let mut shape = x.shape.clone();
         match shape.get_mut(axis) {
-            Some(d) if start < end && end <= *d => *d = end - start,
+            Some(d) if start < end && end <= d.number => *d = Dim::from(end - start),
             _ => return refuse("Slice", format!("{start}..{end} of axis {axis} of {:?}", x.shape)),
         }
-        let [start, end, axis] = [start, end, axis].map(|v| self.integers(&[v as i64]));
-        Ok(self.node("Slice", &[x, &start, &end, &axis], &[], shape, x.dtype))
+        Ok(self.sliced(x, axis, [start as i64, end as i64], shape))
+    }
+
+    /// `x[start..]` along one axis.
+    ///
+    /// # Errors
+    /// A start outside the axis, or outside the number of a size with a symbol.
+    pub fn rest(&mut self, x: &Value, axis: usize, start: usize) -> Built {
+        let mut shape = x.shape.clone();
+        match shape.get_mut(axis) {
+            Some(d) if start < d.number || start == d.number && d.symbol.is_some() => d.number -= start,
+            _ => return refuse("Slice", format!("{start}.. of axis {axis} of {:?}", x.shape)),
+        }
+        Ok(self.sliced(x, axis, [start as i64, i64::MAX], shape))
+    }
+
+    fn sliced(&mut self, x: &Value, axis: usize, [start, end]: [i64; 2], shape: Vec<Dim>) -> Value {
+        let [start, end, axis] = [start, end, axis as i64].map(|v| self.integers(&[v]));
+        self.node("Slice", &[x, &start, &end, &axis], &[], shape, x.dtype)
     }
 
     /// Joins values along one axis.
@@ -236,7 +263,11 @@ impl GraphBuilder<'_> {
             if !fits {
                 return refuse("Concat", format!("{:?} beside {:?} along {axis}", part.shape, first.shape));
             }
-            shape[axis] += part.shape[axis];
+            let (sum, part) = (&mut shape[axis], part.shape[axis]);
+            if sum.symbol.is_some() && part.symbol.is_some() {
+                return refuse("Concat", format!("{sum:?} and {part:?} along {axis}"));
+            }
+            *sum = Dim { number: sum.number + part.number, symbol: sum.symbol.or(part.symbol) };
         }
         Ok(self.node("Concat", parts, &[("axis", Attribute::Int(axis as i64))], shape, first.dtype))
     }
@@ -258,12 +289,15 @@ impl GraphBuilder<'_> {
     /// # Errors
     /// Sides that are no multiples of the tile's.
     pub fn average_pool(&mut self, x: &Value, side: usize) -> Built {
-        let [1, channels, height, width] = x.shape[..] else { return refuse("AveragePool", format!("{:?}", x.shape)) };
+        let sizes: Option<Vec<usize>> = x.shape.iter().map(|d| d.fixed()).collect();
+        let Some(&[1, channels, height, width]) = sizes.as_deref() else {
+            return refuse("AveragePool", format!("{:?}", x.shape));
+        };
         if side == 0 || !height.is_multiple_of(side) || !width.is_multiple_of(side) {
             return refuse("AveragePool", format!("{:?} in tiles of {side}", x.shape));
         }
         let tile = || Attribute::Ints(vec![side as i64; 2]);
-        let shape = vec![1, channels, height / side, width / side];
+        let shape = shape(&[1, channels, height / side, width / side]);
         Ok(self.node("AveragePool", &[x], &[("kernel_shape", tile()), ("strides", tile())], shape, Dtype::F32))
     }
 
@@ -275,16 +309,18 @@ impl GraphBuilder<'_> {
         let weight = self.weight(&format!("{name}.weight"))?;
         let bias = self.weight(&format!("{name}.bias"))?;
         let Convolution { stride, pads, groups } = geometry;
-        let fits = x.shape.len() == 4
-            && weight.shape.len() == 4
-            && weight.shape[1] * groups == x.shape[1]
-            && bias.shape == [weight.shape[0]];
-        if !fits {
+        let fixed = |value: &Value| value.shape.iter().map(|d| d.fixed()).collect::<Option<Vec<usize>>>();
+        let (Some(&[1, channels, height, width]), Some(&[outputs, inputs, kernel_height, kernel_width])) =
+            (fixed(x).as_deref(), fixed(&weight).as_deref())
+        else {
+            return refuse("Conv", format!("{name}: {:?} with {:?}", x.shape, weight.shape));
+        };
+        if inputs * groups != channels || bias.shape != [Dim::from(outputs)] {
             return refuse("Conv", format!("{name}: {:?} with {:?} in {groups} groups", x.shape, weight.shape));
         }
-        let kernel = [weight.shape[2], weight.shape[3]];
-        let side = |i: usize| (x.shape[2 + i] + pads[i] + pads[i + 2] - kernel[i]) / stride + 1;
-        let shape = vec![1, weight.shape[0], side(0), side(1)];
+        let kernel = [kernel_height, kernel_width];
+        let side = |size: usize, i: usize| (size + pads[i] + pads[i + 2] - kernel[i]) / stride + 1;
+        let shape = shape(&[1, outputs, side(height, 0), side(width, 1)]);
         let attributes = [
             ("kernel_shape", Attribute::Ints(dims(&kernel))),
             ("strides", Attribute::Ints(vec![stride as i64; 2])),
@@ -299,11 +335,15 @@ impl GraphBuilder<'_> {
 mod tests {
     use super::*;
     use crate::graph::{Storage, WeightStore};
-    use unimo::bundle::manifest::{GraphSignature, Precision, TensorSignature};
+    use unimo::bundle::manifest::{GraphSignature, Precision, Size, Symbol, TensorSignature};
 
     #[test]
     fn operands_that_do_not_fit_are_refused_by_name() {
-        let tensor = |name: &str, shape: &[usize], dtype| TensorSignature { name: name.into(), shape: shape.to_vec(), dtype };
+        let tensor = |name: &str, shape: &[usize], dtype| TensorSignature {
+            name: name.into(),
+            shape: shape.iter().copied().map(Size::Fixed).collect(),
+            dtype,
+        };
         let signature = GraphSignature {
             name: "test".into(),
             inputs: vec![tensor("x", &[2, 3], Dtype::F32), tensor("i", &[4], Dtype::I64)],
@@ -318,7 +358,7 @@ mod tests {
         assert_eq!(says(b.linear("fc", &x)), "MatMul: [2, 3] · [4, 2]");
         assert_eq!(says(b.linear("nothing", &x)), "there is no weight `nothing.weight`");
         assert_eq!(says(b.add(&x, &i)), "Add: both operands must be f32");
-        assert_eq!(says(b.reshape(&x, &[4])), "Reshape: [2, 3] to [4]");
+        assert_eq!(says(b.reshape(&x, &shape(&[4]))), "Reshape: [2, 3] to [4]");
         assert_eq!(says(b.transpose(&x, &[0, 0])), "Transpose: [0, 0] of [2, 3]");
         assert_eq!(says(b.slice(&x, 1, 2, 4)), "Slice: 2..4 of axis 1 of [2, 3]");
         assert_eq!(says(b.concat(&[&x, &i], 0)), "Concat: [4] beside [2, 3] along 0");
@@ -330,6 +370,34 @@ mod tests {
     }
 
     #[test]
+    fn symbols_are_sizes_of_their_own() {
+        let (fixed, slots) = (Size::Fixed, Size::Symbol(Symbol::Slots));
+        let tensor = |name: &str, shape: &[Size]| TensorSignature { name: name.into(), shape: shape.to_vec(), dtype: Dtype::F32 };
+        let signature = GraphSignature {
+            name: "test".into(),
+            inputs: vec![tensor("x", &[fixed(2), slots]), tensor("y", &[fixed(2), fixed(5)])],
+            outputs: vec![tensor("z", &[fixed(2), fixed(1), slots])],
+        };
+        let weights = WeightStore::new(Storage { precision: Precision::F32, keep_f16: Vec::new() });
+        let mut b = GraphBuilder::new(&signature, &weights);
+        let (x, y) = (b.input("x").unwrap(), b.input("y").unwrap());
+        let joined = b.concat(&[&y, &x], 1).unwrap();
+        assert_eq!(format!("{:?}", joined.shape), "[2, 5+slots]");
+        assert_eq!(b.slice(&joined, 1, 2, 5).unwrap().shape, shape(&[2, 3]));
+        assert_eq!(b.rest(&joined, 1, 5).unwrap().shape, x.shape);
+        let says = |result: Built| result.unwrap_err().to_string();
+        assert_eq!(says(b.slice(&joined, 1, 2, 6)), "Slice: 2..6 of axis 1 of [2, 5+slots]");
+        assert_eq!(says(b.rest(&joined, 1, 6)), "Slice: 6.. of axis 1 of [2, 5+slots]");
+        assert_eq!(says(b.rest(&y, 1, 5)), "Slice: 5.. of axis 1 of [2, 5]");
+        assert_eq!(says(b.concat(&[&x, &x], 1)), "Concat: slots and slots along 1");
+        assert_eq!(says(b.add(&x, &y)), "Add: [2, slots] against [2, 5]");
+        assert_eq!(b.reshape(&x, &[x.shape[1], 1.into(), 2.into()]).unwrap().shape[0], x.shape[1]);
+        assert_eq!(says(b.reshape(&x, &shape(&[2, 5]))), "Reshape: [2, slots] to [2, 5]");
+        let error = b.finish(&[x]).unwrap_err().to_string();
+        assert_eq!(error, "output `z` is F32 [2, slots], the contract says F32 [2, 1, slots]");
+    }
+
+    #[test]
     fn shapes_broadcast_as_in_numpy() {
         for (a, b, expected) in [
             (&[4, 1][..], &[3][..], Some(vec![4, 3])),
@@ -337,7 +405,7 @@ mod tests {
             (&[], &[5], Some(vec![5])),
             (&[2], &[3], None),
         ] {
-            assert_eq!(broadcast("Add", a, b).ok(), expected);
+            assert_eq!(broadcast("Add", &shape(a), &shape(b)).ok(), expected.map(|sizes: Vec<usize>| shape(&sizes)));
         }
     }
 }

@@ -103,6 +103,12 @@ impl WeightStore {
         self.store(name, shape, values, Element::F32);
     }
 
+    /// Weights that lie in a file already.
+    #[must_use]
+    pub fn of_file(storage: Storage, entries: BTreeMap<String, StoredWeight>, bytes: Vec<u8>) -> Self {
+        Self { storage, entries, bytes }
+    }
+
     fn store(&mut self, name: &str, shape: &[usize], values: &[f32], element: Element) {
         debug_assert_eq!(shape.iter().product::<usize>(), values.len());
         self.bytes.resize(self.bytes.len().next_multiple_of(ALIGNMENT), 0);

@@ -4,7 +4,7 @@ use unimo_train::backbone::{BLOCKS, CHANNELS, COLOURS, GRID, INPUT, layer_shapes
 
 use super::Builder;
 use crate::checkpoint::Checkpoint;
-use crate::graph::{GraphError, Value, WeightStore};
+use crate::graph::{Dim, GraphError, Value, WeightStore};
 
 use crate::graph::Convolution;
 
@@ -36,7 +36,7 @@ impl Builder<'_> {
                 y = self.graph.convolution(&name("expand"), &y, POINTWISE)?;
                 y = self.graph.relu6(&y);
             }
-            let channels = y.shape()[1];
+            let channels = y.shape()[1].fixed().unwrap_or_default();
             y = self.graph.convolution(&name("depthwise"), &y, padded(stride, channels))?;
             y = self.graph.relu6(&y);
             y = self.graph.convolution(&name("project"), &y, POINTWISE)?;
@@ -44,7 +44,7 @@ impl Builder<'_> {
         }
         let x = self.graph.convolution("backbone.head", &x, POINTWISE)?;
         let x = self.graph.relu6(&x);
-        let x = self.graph.reshape(&x, &[1, CHANNELS, GRID * GRID])?;
+        let x = self.graph.reshape(&x, &[1, CHANNELS, GRID * GRID].map(Dim::from))?;
         let x = self.graph.transpose(&x, &[0, 2, 1])?;
         let colours = self.quarter_colours(pixels)?;
         self.graph.concat(&[&x, &colours], 2)
@@ -53,8 +53,8 @@ impl Builder<'_> {
     /// Mean colours of each cell's four quarters, `[1, 49, 12]`.
     fn quarter_colours(&mut self, pixels: &Value) -> Result<Value, GraphError> {
         let x = self.graph.average_pool(pixels, INPUT / (2 * GRID))?;
-        let x = self.graph.reshape(&x, &[3, GRID, 2, GRID, 2])?;
+        let x = self.graph.reshape(&x, &[3, GRID, 2, GRID, 2].map(Dim::from))?;
         let x = self.graph.transpose(&x, &[1, 3, 2, 4, 0])?;
-        self.graph.reshape(&x, &[1, GRID * GRID, COLOURS])
+        self.graph.reshape(&x, &[1, GRID * GRID, COLOURS].map(Dim::from))
     }
 }

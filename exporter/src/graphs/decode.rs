@@ -1,4 +1,4 @@
-//! `decode`: one token and what came before → logits of the next, and the token's keys and values.
+//! `decode`: the next token of every hypothesis and what came before → logits of the one after, and the tokens' keys and values.
 
 use tract_onnx::pb::ModelProto;
 
@@ -8,15 +8,15 @@ use crate::graph::{GraphError, Value};
 
 impl Builder<'_> {
     pub(super) fn decode(mut self) -> Result<ModelProto, GraphError> {
-        let (token, position) = (self.graph.input("token")?, self.graph.input("position")?);
+        let (tokens, position) = (self.graph.input("tokens")?, self.graph.input("position")?);
         let prefix = [self.graph.input("prefix_keys")?, self.graph.input("prefix_values")?];
         let past = [self.graph.input("past_keys")?, self.graph.input("past_values")?];
         let mask = self.graph.input("mask")?;
-        let mut x = self.embed_tokens(&token, &position)?;
+        let mut x = self.embed_tokens(&tokens, &position)?;
         let (mut keys, mut values) = (Vec::new(), Vec::new());
         for layer in 0..self.sizes.layers {
-            let seen = [(self.of_layer(&prefix, layer)?, None), (self.of_layer(&past, layer)?, Some(&mask))];
-            let (next, cache) = self.layer(layer, &x, Context::Past(&seen))?;
+            let (prefix, past) = (&self.of_layer(&prefix, layer)?, &self.of_layer(&past, layer)?);
+            let (next, cache) = self.layer(layer, &x, Context::Past { prefix, past, mask: &mask })?;
             x = next;
             keys.push(cache.keys);
             values.push(cache.values);

@@ -24,7 +24,7 @@ impl Builder<'_> {
         let text = self.graph.relu(&text);
         let product = self.graph.mul(&image, &text)?;
         let score = self.graph.linear("match", &product)?;
-        let score = self.graph.reshape(&score, &[1])?;
+        let score = self.graph.reshape(&score, &[1.into()])?;
         self.graph.finish(&[score])
     }
 }

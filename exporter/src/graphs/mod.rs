@@ -8,7 +8,7 @@ mod transformer;
 mod vision;
 
 use tract_onnx::pb::ModelProto;
-use unimo::bundle::manifest::{GraphSignature, ModelSizes};
+use unimo::bundle::manifest::{GraphSignature, ModelSizes, Size};
 use unimo::image::ImagePreparation;
 
 use crate::checkpoint::Checkpoint;
@@ -22,7 +22,7 @@ pub struct Graphs {
     /// Sizes as the manifest states them.
     pub sizes: ModelSizes,
     /// Signatures of the four graphs.
-    pub signatures: Vec<GraphSignature>,
+    pub signatures: Vec<GraphSignature<Size>>,
     /// Weights, shared by all of them.
     pub weights: WeightStore,
 }
@@ -61,7 +61,7 @@ impl Graphs {
     ///
     /// # Errors
     /// A checkpoint whose weights do not fit, or a signature this exporter does not know.
-    pub fn build(&self, signature: &GraphSignature) -> Result<ModelProto, GraphError> {
+    pub fn build(&self, signature: &GraphSignature<Size>) -> Result<ModelProto, GraphError> {
         let builder = Builder { graph: GraphBuilder::new(signature, &self.weights), sizes: &self.sizes };
         match signature.name.as_str() {
             "vision" => builder.vision(),

@@ -2,7 +2,7 @@
 
 use super::{Builder, EPS};
 use crate::checkpoint::Checkpoint;
-use crate::graph::{GraphError, Value, WeightStore};
+use crate::graph::{Dim, GraphError, Value, WeightStore};
 
 /// Keys and values of one layer, `[heads, rows, depth]` each.
 pub(super) struct LayerCache {
@@ -10,12 +10,20 @@ pub(super) struct LayerCache {
     pub values: Value,
 }
 
-/// What rows of a layer attend to, beside each other.
+/// What rows of a layer attend to.
 pub(super) enum Context<'a> {
-    /// Nothing; an additive mask `[1, rows]` may hide some of them.
+    /// Each other; an additive mask `[1, rows]` may hide some of them.
     Rows(Option<&'a Value>),
-    /// Keys and values from before, each with an additive mask `[1, rows]` or none.
-    Past(&'a [(LayerCache, Option<&'a Value>)]),
+    /// Themselves, and not each other; keys and values that all of them see; and others of which an additive mask `[rows, slots]`
+    /// says who sees them.
+    Past {
+        /// Seen by all.
+        prefix: &'a LayerCache,
+        /// Seen by some.
+        past: &'a LayerCache,
+        /// Who sees what of `past`.
+        mask: &'a Value,
+    },
 }
 
 fn transposed(values: &[f32], rows: usize, columns: usize) -> Vec<f32> {
@@ -60,11 +68,11 @@ impl Builder<'_> {
         self.sizes.hidden / self.sizes.heads
     }
 
-    /// Embeds tokens `[n]` at positions `[n]`: `[n, hidden]`.
-    pub(super) fn embed_tokens(&mut self, ids: &Value, positions: &Value) -> Result<Value, GraphError> {
+    /// Embeds tokens `[n]`, all at one position `[1]`: `[n, hidden]`.
+    pub(super) fn embed_tokens(&mut self, ids: &Value, position: &Value) -> Result<Value, GraphError> {
         let table = self.graph.weight("text.token.weight")?;
         let places = self.graph.weight("text.position.weight")?;
-        let (tokens, places) = (self.graph.gather(&table, ids)?, self.graph.gather(&places, positions)?);
+        let (tokens, places) = (self.graph.gather(&table, ids)?, self.graph.gather(&places, position)?);
         let sum = self.graph.add(&tokens, &places)?;
         self.graph.layer_norm("text.norm", &sum, EPS)
     }
@@ -72,7 +80,7 @@ impl Builder<'_> {
     /// Embeds a whole text, ids `[1, n]`: `[n, hidden]`.
     pub(super) fn embed_text(&mut self, ids: &Value) -> Result<Value, GraphError> {
         let n = self.sizes.max_text;
-        let ids = self.graph.reshape(ids, &[n])?;
+        let ids = self.graph.reshape(ids, &[n.into()])?;
         let table = self.graph.weight("text.token.weight")?;
         let places = self.graph.weight("text.position.weight")?;
         let (tokens, places) = (self.graph.gather(&table, &ids)?, self.graph.slice(&places, 0, 0, n)?);
@@ -84,7 +92,7 @@ impl Builder<'_> {
     pub(super) fn embed_regions(&mut self, regions: &Value) -> Result<Value, GraphError> {
         let mean = self.graph.mean(regions, 1)?;
         let features = self.graph.concat(&[&mean, regions], 1)?;
-        let features = self.graph.reshape(&features, &[self.sizes.image_tokens, self.sizes.region_feature])?;
+        let features = self.graph.reshape(&features, &[self.sizes.image_tokens.into(), self.sizes.region_feature.into()])?;
         let weight = self.graph.weight("image.feature.weight")?;
         let places = self.graph.weight("image.places")?;
         let product = self.graph.matmul(&features, &weight)?;
@@ -105,10 +113,10 @@ impl Builder<'_> {
                 let p = self.graph.softmax(&scores);
                 self.graph.matmul(&p, &values)?
             }
-            Context::Past(past) => self.attend_to_past(&query, &keys, &values, past)?,
+            Context::Past { prefix, past, mask } => self.attend_to_past(&query, &keys, &values, [prefix, past], mask)?,
         };
         let attended = self.graph.transpose(&attended, &[1, 0, 2])?;
-        let attended = self.graph.reshape(&attended, &[rows, self.sizes.hidden])?;
+        let attended = self.graph.reshape(&attended, &[rows, self.sizes.hidden.into()])?;
         let attended = self.graph.linear(&name("attention.output"), &attended)?;
         let sum = self.graph.add(x, &attended)?;
         let x = self.graph.layer_norm(&name("attention.norm"), &sum, EPS)?;
@@ -121,11 +129,11 @@ impl Builder<'_> {
     }
 
     /// `[rows, 3·hidden]` → queries, keys, values `[heads, rows, depth]`.
-    fn split_heads(&mut self, qkv: &Value, rows: usize) -> Result<[Value; 3], GraphError> {
+    fn split_heads(&mut self, qkv: &Value, rows: Dim) -> Result<[Value; 3], GraphError> {
         let (hidden, heads, depth) = (self.sizes.hidden, self.sizes.heads, self.depth());
         let mut part = |i: usize| -> Result<Value, GraphError> {
             let part = self.graph.slice(qkv, 1, i * hidden, (i + 1) * hidden)?;
-            let part = self.graph.reshape(&part, &[rows, heads, depth])?;
+            let part = self.graph.reshape(&part, &[rows, heads.into(), depth.into()])?;
             self.graph.transpose(&part, &[1, 0, 2])
         };
         Ok([part(0)?, part(1)?, part(2)?])
@@ -141,35 +149,31 @@ impl Builder<'_> {
         }
     }
 
-    /// Attention over several caches and the rows themselves, without joining the caches: only the scores are joined.
+    /// Attention of each row over a cache that all see, over itself, and over a cache that `mask` hides from some, without
+    /// joining the caches: only the scores are joined.
     fn attend_to_past(
         &mut self,
         query: &Value,
         keys: &Value,
         values: &Value,
-        past: &[(LayerCache, Option<&Value>)],
+        [prefix, past]: [&LayerCache; 2],
+        mask: &Value,
     ) -> Result<Value, GraphError> {
-        let mut scores = Vec::new();
-        for (cache, mask) in past {
-            scores.push(self.scores(query, &cache.keys, *mask)?);
-        }
-        scores.push(self.scores(query, keys, None)?);
-        let joined = self.graph.concat(&scores.iter().collect::<Vec<_>>(), 2)?;
+        let of_prefix = self.scores(query, &prefix.keys, None)?;
+        let product = self.graph.mul(query, keys)?;
+        let of_self = self.graph.sum_of_rows(&product);
+        let of_past = self.scores(query, &past.keys, Some(mask))?;
+        let joined = self.graph.concat(&[&of_prefix, &of_self, &of_past], 2)?;
         let p = self.graph.softmax(&joined);
-        let mut at = 0;
-        let mut sum: Option<Value> = None;
-        for (i, score) in scores.iter().enumerate() {
-            let width = score.shape()[2];
-            let part = self.graph.slice(&p, 2, at, at + width)?;
-            at += width;
-            let seen = past.get(i).map_or(values, |(cache, _)| &cache.values);
-            let weighted = self.graph.matmul(&part, seen)?;
-            sum = Some(match sum {
-                None => weighted,
-                Some(sum) => self.graph.add(&sum, &weighted)?,
-            });
-        }
-        sum.ok_or_else(|| GraphError::Shape { operator: "Attention", reason: "nothing to attend to".into() })
+        let tokens = self.sizes.image_tokens;
+        let to_prefix = self.graph.slice(&p, 2, 0, tokens)?;
+        let to_self = self.graph.slice(&p, 2, tokens, tokens + 1)?;
+        let to_past = self.graph.rest(&p, 2, tokens + 1)?;
+        let from_prefix = self.graph.matmul(&to_prefix, &prefix.values)?;
+        let from_self = self.graph.mul(&to_self, values)?;
+        let from_past = self.graph.matmul(&to_past, &past.values)?;
+        let sum = self.graph.add(&from_prefix, &from_self)?;
+        self.graph.add(&sum, &from_past)
     }
 
     /// Row `row` of the hidden states: `[1, hidden]`.
@@ -181,7 +185,7 @@ impl Builder<'_> {
     pub(super) fn stack(&mut self, parts: &[Value]) -> Result<Value, GraphError> {
         let mut raised = Vec::with_capacity(parts.len());
         for part in parts {
-            let shape: Vec<usize> = std::iter::once(1).chain(part.shape().iter().copied()).collect();
+            let shape: Vec<Dim> = std::iter::once(Dim::from(1)).chain(part.shape().iter().copied()).collect();
             raised.push(self.graph.reshape(part, &shape)?);
         }
         self.graph.concat(&raised.iter().collect::<Vec<_>>(), 0)

@@ -280,7 +280,7 @@ def computed(folder, sizes):
     step = load("decode")
     logits, keys, values = [], [], []
     for slot, token in enumerate(ids):
-        numbers = {"token": np.array([token]), "position": np.array([slot]), "mask": mask}
+        numbers = {"tokens": np.array([token]), "position": np.array([slot]), "mask": mask}
         out = step({**numbers, **past, "prefix_keys": vision["prefix_keys"], "prefix_values": vision["prefix_values"]})
         for kind in ("keys", "values"):
             past[f"past_{kind}"][:, :, slot] = out[f"new_{kind}"][:, :, 0]

@@ -10,8 +10,8 @@ use serde::{Deserialize, Serialize};
 use super::BundleFault;
 use crate::image::ImagePreparation;
 
-/// The manifest's version that this crate writes and reads.
-pub const SCHEMA: u32 = 1;
+/// The manifest's version that this crate writes and reads. In version 1 the `decode` graph read one hypothesis at a time.
+pub const SCHEMA: u32 = 2;
 
 /// File beside a precision's graphs that holds the weights of all of them.
 pub const WEIGHTS: &str = "weights.bin";
@@ -67,93 +67,180 @@ pub enum Dtype {
     I64,
 }
 
-/// One input or output of a graph.
+/// A size that is fixed when a graph is loaded; the ONNX file knows it by this name.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Symbol {
+    /// Texts that `decode` continues at once: the beam.
+    Hypotheses,
+    /// Words that `decode` can look back on, of all hypotheses together.
+    Slots,
+}
+
+impl Symbol {
+    /// All of them.
+    pub const ALL: [Self; 2] = [Self::Hypotheses, Self::Slots];
+
+    /// The name in the manifest and the ONNX file.
+    #[must_use]
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Hypotheses => "hypotheses",
+            Self::Slots => "slots",
+        }
+    }
+}
+
+/// One size of a shape in a bundle.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(untagged)]
+pub enum Size {
+    /// The same always.
+    Fixed(usize),
+    /// Fixed when the graph is loaded.
+    Symbol(Symbol),
+}
+
+impl From<usize> for Size {
+    fn from(size: usize) -> Self {
+        Self::Fixed(size)
+    }
+}
+
+impl fmt::Display for Size {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Fixed(size) => write!(f, "{size}"),
+            Self::Symbol(symbol) => f.write_str(symbol.name()),
+        }
+    }
+}
+
+/// What a graph's symbols stand for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Sizes {
+    /// [`Symbol::Hypotheses`].
+    pub hypotheses: usize,
+    /// [`Symbol::Slots`].
+    pub slots: usize,
+}
+
+impl Sizes {
+    /// Room for so many hypotheses of up to `words` words each, `[CLS]` counted.
+    #[must_use]
+    pub fn of_beam(hypotheses: usize, words: usize) -> Self {
+        Self { hypotheses, slots: hypotheses * words }
+    }
+
+    /// What a symbol stands for.
+    #[must_use]
+    pub fn of(&self, symbol: Symbol) -> usize {
+        match symbol {
+            Symbol::Hypotheses => self.hypotheses,
+            Symbol::Slots => self.slots,
+        }
+    }
+}
+
+/// One input or output of a graph: as it is run, where sizes are numbers, or as the bundle holds it (`D` is [`Size`]).
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
-pub struct TensorSignature {
+pub struct TensorSignature<D = usize> {
     /// Name in the ONNX file.
     pub name: String,
-    /// Fixed shape.
-    pub shape: Vec<usize>,
+    /// Shape.
+    pub shape: Vec<D>,
     /// Element type.
     pub dtype: Dtype,
 }
 
-impl TensorSignature {
-    fn f32(name: &str, shape: &[usize]) -> Self {
-        Self { name: name.to_owned(), shape: shape.to_vec(), dtype: Dtype::F32 }
-    }
-
-    fn i64(name: &str, shape: &[usize]) -> Self {
-        Self { name: name.to_owned(), shape: shape.to_vec(), dtype: Dtype::I64 }
-    }
-}
-
-/// A graph's name, inputs and outputs, in order.
+/// A graph's name, inputs and outputs, in order: as it is run, or as the bundle holds it (`D` is [`Size`]).
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
-pub struct GraphSignature {
+pub struct GraphSignature<D = usize> {
     /// `vision`, `decode`, `text` or `match`.
     pub name: String,
     /// What it reads.
-    pub inputs: Vec<TensorSignature>,
+    pub inputs: Vec<TensorSignature<D>>,
     /// What it gives.
-    pub outputs: Vec<TensorSignature>,
+    pub outputs: Vec<TensorSignature<D>>,
 }
 
-impl GraphSignature {
+impl GraphSignature<Size> {
+    /// The signature with numbers in place of symbols.
+    #[must_use]
+    pub fn fixed(&self, sizes: Sizes) -> GraphSignature {
+        let size = |size: &Size| match *size {
+            Size::Fixed(size) => size,
+            Size::Symbol(symbol) => sizes.of(symbol),
+        };
+        let fixed = |tensors: &[TensorSignature<Size>]| {
+            let fixed = tensors.iter().map(|t| TensorSignature {
+                name: t.name.clone(),
+                shape: t.shape.iter().map(size).collect(),
+                dtype: t.dtype,
+            });
+            fixed.collect()
+        };
+        GraphSignature { name: self.name.clone(), inputs: fixed(&self.inputs), outputs: fixed(&self.outputs) }
+    }
+
     /// The four graphs that a bundle of these sizes holds: the one definition that the exporter writes and the runtime runs.
     ///
-    /// With `P` image tokens, `T` text slots, `d = hidden / heads`: `vision` encodes a picture once, giving the keys and values
-    /// that every later text token attends to; `decode` reads one token, whose key and value the caller stores in slot
-    /// `position` of `past`; `text` embeds a whole text; `match` scores a picture and a text read jointly (a logit).
-    /// `mask` is added to attention scores: 0 for a filled slot, −10⁴ for an empty one.
+    /// With `P` image tokens, `T` text slots, `d = hidden / heads`:
+    /// - `vision` encodes a picture once, giving the keys and values that every later text token attends to;
+    /// - `decode` reads the next word of each of H hypotheses, all at the same `position`. What earlier words left lies in one
+    ///   pool of S slots, in any order; row h of `mask` says which of them hypothesis h goes back on. The caller stores the new
+    ///   words' keys and values in slots of its choice: branching and dropping hypotheses moves nothing but rows of the mask;
+    /// - `text` embeds a whole text;
+    /// - `match` scores a picture and a text read jointly (a logit).
+    ///
+    /// Masks are added to attention scores: 0 for what is seen, −10⁴ for what is not.
     #[must_use]
     pub fn contract(model: &ModelSizes, image: &ImagePreparation) -> Vec<Self> {
+        let (hypotheses, slots) = (Size::Symbol(Symbol::Hypotheses), Size::Symbol(Symbol::Slots));
+        let fixed = |shape: &[usize]| -> Vec<Size> { shape.iter().copied().map(Size::Fixed).collect() };
+        let tensor = |dtype, name: &str, shape: Vec<Size>| TensorSignature { name: name.to_owned(), shape, dtype };
+        let f32 = |name: &str, shape: &[usize]| tensor(Dtype::F32, name, fixed(shape));
+        let i64 = |name: &str, shape: &[usize]| tensor(Dtype::I64, name, fixed(shape));
         let head_width = model.hidden / model.heads.max(1);
+        let cache = |name: &str, rows| {
+            let (layers, heads) = (Size::Fixed(model.layers), Size::Fixed(model.heads));
+            tensor(Dtype::F32, name, vec![layers, heads, rows, Size::Fixed(head_width)])
+        };
+        let prefix = Size::Fixed(model.image_tokens);
         let text = model.max_text;
-        let cache = |slots| [model.layers, model.heads, slots, head_width];
-        let (prefix, past, new) = (cache(model.image_tokens), cache(text), cache(1));
         let regions = [1, model.image_tokens.saturating_sub(1), model.region_feature];
         let pixels = [1, 3, image.height as usize, image.width as usize];
-        let embedding = || TensorSignature::f32("embedding", &[1, model.embedding]);
-        let ids = || TensorSignature::i64("ids", &[1, text]);
-        let mask = || TensorSignature::f32("mask", &[1, text]);
+        let embedding = || f32("embedding", &[1, model.embedding]);
+        let ids = || i64("ids", &[1, text]);
+        let mask = || f32("mask", &[1, text]);
         let graph = |name: &str, inputs, outputs| Self { name: name.to_owned(), inputs, outputs };
         vec![
             graph(
                 "vision",
-                vec![TensorSignature::f32("pixels", &pixels)],
-                vec![
-                    embedding(),
-                    TensorSignature::f32("prefix_keys", &prefix),
-                    TensorSignature::f32("prefix_values", &prefix),
-                    TensorSignature::f32("regions", &regions),
-                ],
+                vec![f32("pixels", &pixels)],
+                vec![embedding(), cache("prefix_keys", prefix), cache("prefix_values", prefix), f32("regions", &regions)],
             ),
             graph(
                 "decode",
                 vec![
-                    TensorSignature::i64("token", &[1]),
-                    TensorSignature::i64("position", &[1]),
-                    TensorSignature::f32("prefix_keys", &prefix),
-                    TensorSignature::f32("prefix_values", &prefix),
-                    TensorSignature::f32("past_keys", &past),
-                    TensorSignature::f32("past_values", &past),
-                    mask(),
+                    tensor(Dtype::I64, "tokens", vec![hypotheses]),
+                    i64("position", &[1]),
+                    cache("prefix_keys", prefix),
+                    cache("prefix_values", prefix),
+                    cache("past_keys", slots),
+                    cache("past_values", slots),
+                    tensor(Dtype::F32, "mask", vec![hypotheses, slots]),
                 ],
                 vec![
-                    TensorSignature::f32("logits", &[1, model.vocabulary]),
-                    TensorSignature::f32("new_keys", &new),
-                    TensorSignature::f32("new_values", &new),
+                    tensor(Dtype::F32, "logits", vec![hypotheses, Size::Fixed(model.vocabulary)]),
+                    cache("new_keys", hypotheses),
+                    cache("new_values", hypotheses),
                 ],
             ),
             graph("text", vec![ids(), mask()], vec![embedding()]),
-            graph(
-                "match",
-                vec![TensorSignature::f32("regions", &regions), ids(), mask()],
-                vec![TensorSignature::f32("score", &[1])],
-            ),
+            graph("match", vec![f32("regions", &regions), ids(), mask()], vec![f32("score", &[1])]),
         ]
     }
 }
@@ -214,7 +301,7 @@ pub struct Manifest {
     /// How captions are decoded by default.
     pub decoding: DecodingDefaults,
     /// Graphs with their inputs and outputs.
-    pub graphs: Vec<GraphSignature>,
+    pub graphs: Vec<GraphSignature<Size>>,
     /// SHA-256, in hex, of every file but the manifest.
     pub files: BTreeMap<String, String>,
     /// Data, licences and figures of the training, free-form.
@@ -240,6 +327,9 @@ impl Manifest {
             && found > i64::from(SCHEMA)
         {
             return Err(BundleFault::NewerSchema { found, supported: SCHEMA });
+        }
+        if table.get("schema").and_then(toml::Value::as_integer) == Some(1) {
+            return Err(BundleFault::OlderSchema { found: 1, supported: SCHEMA });
         }
         let manifest: Self = toml::from_str(text).map_err(|error| malformed(error.message().to_owned()))?;
         manifest.check()?;
@@ -333,13 +423,17 @@ impl Manifest {
 }
 
 /// What is different between two signatures of a graph, in words.
-fn difference(expected: &GraphSignature, found: &GraphSignature) -> String {
-    let both = |kind: &str, expected: &[TensorSignature], found: &[TensorSignature]| {
+fn difference(expected: &GraphSignature<Size>, found: &GraphSignature<Size>) -> String {
+    let shape = |t: &TensorSignature<Size>| {
+        let sizes: Vec<String> = t.shape.iter().map(ToString::to_string).collect();
+        format!("{} {:?} [{}]", t.name, t.dtype, sizes.join(", "))
+    };
+    let both = |kind: &str, expected: &[TensorSignature<Size>], found: &[TensorSignature<Size>]| {
         if expected.len() != found.len() {
             return Some(format!("{} {kind}s instead of {}", found.len(), expected.len()));
         }
         let (e, f) = expected.iter().zip(found).find(|(e, f)| e != f)?;
-        Some(format!("{kind} {} {:?} {:?} instead of {} {:?} {:?}", f.name, f.dtype, f.shape, e.name, e.dtype, e.shape))
+        Some(format!("{kind} {} instead of {}", shape(f), shape(e)))
     };
     both("input", &expected.inputs, &found.inputs)
         .or_else(|| both("output", &expected.outputs, &found.outputs))
@@ -400,7 +494,10 @@ pub(crate) mod tests {
             (|m| m.image.std[1] = 0.0, "image.std is 0, outside 1e-6..=1e6"),
             (|m| m.decoding.length_penalty = -1.0, "decoding.length_penalty is -1, outside"),
             (|m| drop(m.graphs.remove(1)), "the manifest lists no graph \"decode\""),
-            (|m| m.graphs[2].inputs[0].shape[1] = 9, "graph \"text\" has input ids I64 [1, 9] instead of ids I64 [1, 8]"),
+            (
+                |m| m.graphs[2].inputs[0].shape[1] = Size::Fixed(9),
+                "graph \"text\" has input ids I64 [1, 9] instead of ids I64 [1, 8]",
+            ),
             (|m| drop(m.files.remove("f16/match.onnx")), "the manifest gives no hash for f16/match.onnx"),
             (|m| m.precisions.clear(), "no precisions"),
         ];
@@ -414,9 +511,11 @@ pub(crate) mod tests {
 
     #[test]
     fn a_newer_schema_is_named_before_its_fields() {
-        let error = Manifest::parse(b"schema = 2\nnovelty = true").unwrap_err();
-        assert!(matches!(error, BundleFault::NewerSchema { found: 2, supported: 1 }), "{error}");
-        let error = Manifest::parse(b"schema = 1\nnovelty = true").unwrap_err().to_string();
+        let error = Manifest::parse(b"schema = 3\nnovelty = true").unwrap_err();
+        assert!(matches!(error, BundleFault::NewerSchema { found: 3, supported: 2 }), "{error}");
+        let error = Manifest::parse(b"schema = 1\nnovelty = true").unwrap_err();
+        assert!(matches!(error, BundleFault::OlderSchema { found: 1, supported: 2 }), "{error}");
+        let error = Manifest::parse(b"schema = 2\nnovelty = true").unwrap_err().to_string();
         assert!(error.contains("novelty"), "{error}");
         Manifest::parse(b"\xff").unwrap_err();
         Manifest::parse(b"not toml at all").unwrap_err();

@@ -110,6 +110,16 @@ pub enum BundleFault {
         /// The newest that this crate reads.
         supported: u32,
     },
+    /// The bundle was made by an earlier version of this program, whose graphs this one does not run.
+    #[error(
+        "it has schema {found}, this program reads {supported}: `unimo-export upgrade` writes it anew, its weights unchanged"
+    )]
+    OlderSchema {
+        /// The bundle's schema.
+        found: i64,
+        /// The one that this crate reads.
+        supported: u32,
+    },
     /// A size that no model has.
     #[error("{name} is {value}, outside {range}")]
     OutOfRange {

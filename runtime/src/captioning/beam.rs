@@ -3,18 +3,26 @@
 use super::DecodeOptions;
 use crate::tokenizer::{CLS, SEP};
 
-/// A model that continues texts word by word.
+/// A text that goes on: which of the texts of the call before, and with what.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Branch {
+    /// Place of that text in the call before; 0 in the first call, where nothing is before.
+    pub parent: usize,
+    /// The id that it goes on with.
+    pub id: u32,
+}
+
+/// A model that continues several texts at once, word by word.
 pub trait LanguageModel {
-    /// What it remembers of a text.
-    type State: Clone;
     /// What can go wrong.
     type Error;
 
-    /// Reads one more id and gives a logit for every id that may follow, `[vocabulary]`.
+    /// Reads one more id of each text and gives a logit for every id that may follow, `[branches, vocabulary]`. All texts have
+    /// the same length; those of the call before that are no parent are forgotten.
     ///
     /// # Errors
     /// Where the model cannot be run.
-    fn read(&self, state: &mut Self::State, id: u32) -> Result<Vec<f32>, Self::Error>;
+    fn read(&mut self, branches: &[Branch]) -> Result<Vec<f32>, Self::Error>;
 
     /// Whether an id may never be written, such as `[PAD]`. `[SEP]` ends a text and is dealt with by the search.
     fn is_forbidden(&self, id: u32) -> bool;
@@ -38,18 +46,15 @@ impl Hypothesis {
     }
 }
 
-/// A text still being written, whose state has read all but its last id.
-struct Live<S> {
-    state: S,
-    last: u32,
+/// A text still being written.
+struct Live {
     tokens: Vec<u32>,
     log_probability: f32,
 }
 
 /// One way of continuing a live text.
 struct Continuation {
-    parent: usize,
-    id: u32,
+    branch: Branch,
     log_probability: f32,
 }
 
@@ -60,32 +65,39 @@ struct Continuation {
 ///
 /// # Errors
 /// Those of the model.
-pub fn beam_search<M: LanguageModel>(model: &M, start: M::State, options: &DecodeOptions) -> Result<Hypothesis, M::Error> {
+pub fn beam_search<M: LanguageModel>(model: &mut M, options: &DecodeOptions) -> Result<Hypothesis, M::Error> {
     let beam = options.beam.max(1);
-    let mut live = vec![Live { state: start, last: CLS, tokens: Vec::new(), log_probability: 0.0 }];
+    let mut live = vec![Live { tokens: Vec::new(), log_probability: 0.0 }];
+    let mut branches = vec![Branch { parent: 0, id: CLS }];
     let mut ended: Vec<Hypothesis> = Vec::new();
     for length in 1..=options.max_words.max(1) {
+        let logits = model.read(&branches)?;
+        let vocabulary = logits.len() / branches.len();
         let mut continuations = Vec::new();
-        for (parent, text) in live.iter_mut().enumerate() {
-            let logits = model.read(&mut text.state, text.last)?;
+        for (parent, (text, logits)) in live.iter().zip(logits.chunks_exact(vocabulary.max(1))).enumerate() {
             let allowed = |id| {
                 if id == SEP { length > 1 } else { !model.is_forbidden(id) && !repeats(&text.tokens, id, options.no_repeat) }
             };
             // One more than the beam: `[SEP]` may be among them, and ends a text instead of continuing it.
-            for (id, log_probability) in likeliest(&logits, beam + 1, allowed) {
+            for (id, log_probability) in likeliest(logits, beam + 1, allowed) {
                 let log_probability = text.log_probability + log_probability;
-                continuations.push(Continuation { parent, id, log_probability });
+                continuations.push(Continuation { branch: Branch { parent, id }, log_probability });
             }
         }
         continuations.sort_by(|a, b| b.log_probability.total_cmp(&a.log_probability));
-        let ends = continuations.iter().take(beam).filter(|next| next.id == SEP);
+        let ends = continuations.iter().take(beam).filter(|next| next.branch.id == SEP);
         ended.extend(ends.map(|end| {
-            let tokens = live[end.parent].tokens.clone();
+            let tokens = live[end.branch.parent].tokens.clone();
             Hypothesis::new(tokens, end.log_probability, length, options)
         }));
-        continuations.retain(|next| next.id != SEP);
+        continuations.retain(|next| next.branch.id != SEP);
         continuations.truncate(beam);
-        live = advance(live, &continuations);
+        let advance = |next: &Continuation| Live {
+            tokens: live[next.branch.parent].tokens.iter().copied().chain([next.branch.id]).collect(),
+            log_probability: next.log_probability,
+        };
+        live = continuations.iter().map(advance).collect();
+        branches = continuations.iter().map(|next| next.branch).collect();
 
         ended.sort_by(|a, b| b.score.total_cmp(&a.score));
         ended.truncate(beam);
@@ -103,27 +115,6 @@ pub fn beam_search<M: LanguageModel>(model: &M, start: M::State, options: &Decod
     Ok(best.unwrap_or_else(|| Hypothesis::new(Vec::new(), 0.0, 1, options)))
 }
 
-/// The continued texts, in the given order. A parent's state is copied only where it has several children.
-fn advance<S: Clone>(live: Vec<Live<S>>, continuations: &[Continuation]) -> Vec<Live<S>> {
-    let mut children = vec![0usize; live.len()];
-    for next in continuations {
-        children[next.parent] += 1;
-    }
-    let mut parents: Vec<Option<Live<S>>> = live.into_iter().map(Some).collect();
-    let continued = continuations.iter().filter_map(|next| {
-        let parent = &mut parents[next.parent];
-        children[next.parent] -= 1;
-        let (state, mut tokens) = if children[next.parent] == 0 {
-            parent.take().map(|parent| (parent.state, parent.tokens))?
-        } else {
-            parent.as_ref().map(|parent| (parent.state.clone(), parent.tokens.clone()))?
-        };
-        tokens.push(next.id);
-        Some(Live { state, last: next.id, tokens, log_probability: next.log_probability })
-    });
-    continued.collect()
-}
-
 /// Whether a run of `length` ids that `id` completes is in the text already; never, for a length of 0.
 fn repeats(tokens: &[u32], id: u32, length: usize) -> bool {
     if length == 0 || tokens.len() < length {
@@ -138,20 +129,21 @@ fn likeliest(logits: &[f32], count: usize, allowed: impl Fn(u32) -> bool) -> Vec
     let largest = logits.iter().copied().fold(f32::NEG_INFINITY, f32::max);
     let sum: f32 = logits.iter().map(|logit| (logit - largest).exp()).sum();
     let normaliser = largest + sum.ln();
-    let mut ids: Vec<(u32, f32)> =
-        (0u32..).zip(logits).filter(|(id, _)| allowed(*id)).map(|(id, logit)| (id, logit - normaliser)).collect();
-    let order = |a: &(u32, f32), b: &(u32, f32)| b.1.total_cmp(&a.1).then(a.0.cmp(&b.0));
-    if ids.len() > count {
-        ids.select_nth_unstable_by(count, order);
-        ids.truncate(count);
+    let mut best: Vec<(u32, f32)> = Vec::with_capacity(count + 1);
+    for (id, &logit) in (0u32..).zip(logits) {
+        // Few ids get as far as the second question, which looks through the whole text.
+        if best.last().is_some_and(|worst| best.len() == count && logit <= worst.1) || !allowed(id) {
+            continue;
+        }
+        let place = best.partition_point(|better| better.1 >= logit);
+        best.insert(place, (id, logit));
+        best.truncate(count);
     }
-    ids.sort_unstable_by(order);
-    ids
+    best.into_iter().map(|(id, logit)| (id, logit - normaliser)).collect()
 }
 
 #[cfg(test)]
 mod tests {
-    use std::cell::Cell;
     use std::convert::Infallible;
 
     use super::*;
@@ -162,7 +154,8 @@ mod tests {
     /// Logits that depend on the whole text so far, reproducibly; counts how often it is run.
     struct Toy {
         seed: u64,
-        runs: Cell<usize>,
+        runs: usize,
+        texts: Vec<Vec<u32>>,
     }
 
     impl Toy {
@@ -180,13 +173,13 @@ mod tests {
     }
 
     impl LanguageModel for Toy {
-        type State = Vec<u32>;
         type Error = Infallible;
 
-        fn read(&self, state: &mut Vec<u32>, id: u32) -> Result<Vec<f32>, Infallible> {
-            self.runs.set(self.runs.get() + 1);
-            state.push(id);
-            Ok(self.logits(state))
+        fn read(&mut self, branches: &[Branch]) -> Result<Vec<f32>, Infallible> {
+            self.runs += 1;
+            let longer = |branch: &Branch| self.texts[branch.parent].iter().copied().chain([branch.id]).collect();
+            self.texts = branches.iter().map(longer).collect();
+            Ok(self.texts.iter().flat_map(|text| self.logits(text)).collect())
         }
 
         fn is_forbidden(&self, id: u32) -> bool {
@@ -195,7 +188,7 @@ mod tests {
     }
 
     fn toy(seed: u64) -> Toy {
-        Toy { seed, runs: Cell::new(0) }
+        Toy { seed, runs: 0, texts: vec![Vec::new()] }
     }
 
     /// The best of all texts there are.
@@ -231,9 +224,9 @@ mod tests {
     #[test]
     fn a_beam_of_one_takes_the_likeliest_word_each_time() {
         for seed in 0..40 {
-            let model = toy(seed);
+            let mut model = toy(seed);
             let options = DecodeOptions { beam: 1, max_words: 6, length_penalty: 1.0, no_repeat: 0 };
-            let found = beam_search(&model, Vec::new(), &options).unwrap();
+            let found = beam_search(&mut model, &options).unwrap();
             let mut text = vec![CLS];
             while text.len() <= 6 {
                 let logits = model.logits(&text);
@@ -245,7 +238,7 @@ mod tests {
                 }
             }
             assert_eq!(found.tokens, text[1..], "seed {seed}");
-            assert_eq!(model.runs.get(), (found.tokens.len() + 1).min(6), "seed {seed}: no run is wasted");
+            assert_eq!(model.runs, (found.tokens.len() + 1).min(6), "seed {seed}: no run is wasted");
         }
     }
 
@@ -253,10 +246,10 @@ mod tests {
     fn a_beam_as_wide_as_the_space_finds_the_best_text() {
         for seed in 0..40 {
             for length_penalty in [0.0, 0.7, 1.0] {
-                let model = toy(seed);
+                let mut model = toy(seed);
                 // 4 writable ids and 3 places: never more than 64 open texts.
                 let options = DecodeOptions { beam: 85, max_words: 3, length_penalty, no_repeat: 0 };
-                let found = beam_search(&model, Vec::new(), &options).unwrap();
+                let found = beam_search(&mut model, &options).unwrap();
                 let best = exhaustive(&model, &[], 0.0, &options);
                 assert_eq!(found.tokens, best.tokens, "seed {seed}, penalty {length_penalty}");
                 // Sums of at most 4 terms of size 10, in f32.
@@ -269,7 +262,7 @@ mod tests {
     fn a_wider_beam_finds_likelier_texts_on_the_whole() {
         let sum = |beam| -> f32 {
             let options = DecodeOptions { beam, max_words: 6, length_penalty: 1.0, no_repeat: 0 };
-            (0..60).map(|seed| beam_search(&toy(seed), Vec::new(), &options).unwrap().score).sum()
+            (0..60).map(|seed| beam_search(&mut toy(seed), &options).unwrap().score).sum()
         };
         assert!(sum(3) > sum(1) + 1.0, "{} {}", sum(3), sum(1));
     }
@@ -280,7 +273,7 @@ mod tests {
             for beam in [1, 2, 5] {
                 for max_words in [1, 2, 9] {
                     let options = DecodeOptions { beam, max_words, length_penalty: 1.0, no_repeat: 0 };
-                    let found = beam_search(&toy(seed), Vec::new(), &options).unwrap();
+                    let found = beam_search(&mut toy(seed), &options).unwrap();
                     assert!((1..=max_words).contains(&found.tokens.len()));
                     assert!(found.tokens.iter().all(|id| *id != SEP && !FORBIDDEN.contains(id)));
                 }
@@ -317,7 +310,7 @@ mod tests {
     fn no_run_occurs_twice_where_that_is_forbidden() {
         for seed in 0..40 {
             let options = DecodeOptions { beam: 3, max_words: 12, length_penalty: 4.0, no_repeat: 2 };
-            let found = beam_search(&toy(seed), Vec::new(), &options).unwrap().tokens;
+            let found = beam_search(&mut toy(seed), &options).unwrap().tokens;
             for i in 2..found.len() {
                 assert!(!repeats(&found[..i], found[i], 2), "seed {seed}: {found:?}");
             }

@@ -1,47 +1,40 @@
-//! Keys and values of the words of one hypothesis.
+//! Keys and values of the words of all hypotheses.
 
-use crate::bundle::manifest::ModelSizes;
+use crate::bundle::manifest::{ModelSizes, Sizes};
 use crate::engine::Tensor;
 
-/// Added to the attention score of an empty slot.
-const EMPTY: f32 = -1e4;
+/// Added to the attention score of a slot that a hypothesis does not see.
+const UNSEEN: f32 = -1e4;
 
-/// The words' keys and values `[layers, heads, slots, head_width]`, in fixed slots, and the mask `[1, slots]` that hides the
-/// empty ones. The picture's keys and values are not in here: all hypotheses share them.
+/// One pool of the words' keys and values `[layers, heads, slots, head_width]`, and for each hypothesis the slots of the words that
+/// it goes back on, `[hypotheses, slots]`. Hypotheses that share a beginning share its slots: branching and dropping them changes
+/// the mask and moves no key. The picture's keys and values are not in here: all hypotheses see all of them.
 #[derive(Debug, Clone)]
-pub struct KvCache {
+pub struct KvPool {
     keys: Tensor,
     values: Tensor,
     mask: Tensor,
+    /// The slot of each hypothesis' last word.
+    last: Vec<usize>,
     filled: usize,
+    words: usize,
 }
 
-impl KvCache {
-    /// An empty cache for a model's text slots.
+impl KvPool {
+    /// An empty pool.
     #[must_use]
-    pub fn new(model: &ModelSizes) -> Self {
-        let shape = [model.layers, model.heads, model.max_text, model.hidden / model.heads.max(1)];
-        let mut mask = Tensor::zeros(&[1, model.max_text]);
-        mask.floats_mut().fill(EMPTY);
-        Self { keys: Tensor::zeros(&shape), values: Tensor::zeros(&shape), mask, filled: 0 }
+    pub fn new(model: &ModelSizes, sizes: Sizes) -> Self {
+        let shape = [model.layers, model.heads, sizes.slots, model.hidden / model.heads.max(1)];
+        let mut mask = Tensor::zeros(&[sizes.hypotheses, sizes.slots]);
+        mask.floats_mut().fill(UNSEEN);
+        let (keys, values) = (Tensor::zeros(&shape), Tensor::zeros(&shape));
+        Self { keys, values, mask, last: Vec::new(), filled: 0, words: 0 }
     }
 
-    /// Number of words in it, which is the position of the next one.
+    /// Number of words of every hypothesis, which is the position of the next one.
     #[must_use]
-    pub fn len(&self) -> usize {
-        self.filled
-    }
-
-    /// Whether no word is in it.
-    #[must_use]
-    pub fn is_empty(&self) -> bool {
-        self.filled == 0
-    }
-
-    /// Number of words it has room for.
-    #[must_use]
-    pub fn slots(&self) -> usize {
-        self.mask.shape()[1]
+    pub fn words(&self) -> usize {
+        self.words
     }
 
     /// The inputs `past_keys`, `past_values` and `mask` of the `decode` graph.
@@ -50,24 +43,43 @@ impl KvCache {
         [("past_keys", &self.keys), ("past_values", &self.values), ("mask", &self.mask)]
     }
 
-    /// Stores a word's `new_keys` and `new_values` `[layers, heads, 1, head_width]` in the next slot; a full cache is left as it is.
-    pub fn push(&mut self, new_keys: &Tensor, new_values: &Tensor) {
-        if self.filled == self.slots() {
+    /// Makes hypothesis i one that goes on from what was hypothesis `parents[i]`; rows beyond them see nothing. Does nothing
+    /// before the first words are stored.
+    pub fn branch(&mut self, parents: impl ExactSizeIterator<Item = usize>) {
+        if self.words == 0 {
             return;
         }
-        store(&mut self.keys, new_keys, self.filled);
-        store(&mut self.values, new_values, self.filled);
-        self.mask.floats_mut()[self.filled] = 0.0;
-        self.filled += 1;
+        let slots = self.mask.shape()[1];
+        let before = self.mask.floats().to_vec();
+        let mask = self.mask.floats_mut();
+        mask.fill(UNSEEN);
+        for (row, parent) in mask.chunks_exact_mut(slots).zip(parents) {
+            row.copy_from_slice(&before[parent * slots..][..slots]);
+            row[self.last[parent]] = 0.0;
+        }
+    }
+
+    /// Stores the words just read: the first `count` rows of `new_keys` and `new_values` `[layers, heads, hypotheses, head_width]`.
+    /// Nothing is stored where the pool has no room for them.
+    pub fn store(&mut self, new_keys: &Tensor, new_values: &Tensor, count: usize) {
+        if self.filled + count > self.mask.shape()[1] {
+            return;
+        }
+        store(&mut self.keys, new_keys, self.filled, count);
+        store(&mut self.values, new_values, self.filled, count);
+        self.last = (self.filled..self.filled + count).collect();
+        self.filled += count;
+        self.words += 1;
     }
 }
 
-fn store(past: &mut Tensor, new: &Tensor, slot: usize) {
-    let (slots, width) = (past.shape()[2], past.shape()[3]);
-    let rows = past.floats_mut().chunks_exact_mut(slots * width);
-    for (head, row) in rows.zip(new.floats().chunks_exact(width)) {
-        head[slot * width..(slot + 1) * width].copy_from_slice(row);
-    }
+fn store(pool: &mut Tensor, new: &Tensor, slot: usize, count: usize) {
+    let (slots, width, hypotheses) = (pool.shape()[2], pool.shape()[3], new.shape()[2]);
+    pool.update(|pool| {
+        for (head, rows) in pool.chunks_exact_mut(slots * width).zip(new.floats().chunks_exact(hypotheses * width)) {
+            head[slot * width..][..count * width].copy_from_slice(&rows[..count * width]);
+        }
+    });
 }
 
 #[cfg(test)]
@@ -75,21 +87,37 @@ mod tests {
     use super::*;
 
     #[test]
-    fn words_go_into_their_slots() {
-        let model = ModelSizes { layers: 1, heads: 2, hidden: 4, max_text: 3, ..crate::bundle::manifest::tests::tiny().model };
-        let mut cache = KvCache::new(&model);
-        assert_eq!((cache.len(), cache.slots()), (0, 3));
-        let word = |x: f32| Tensor::f32(&[1, 2, 1, 2], vec![x, x + 1.0, x + 2.0, x + 3.0]).unwrap();
-        for (k, v) in [(10.0, 50.0), (20.0, 60.0)] {
-            cache.push(&word(k), &word(v));
-        }
-        let [(_, keys), (_, values), (_, mask)] = cache.inputs();
-        assert_eq!(keys.floats(), [10.0, 11.0, 20.0, 21.0, 0.0, 0.0, 12.0, 13.0, 22.0, 23.0, 0.0, 0.0]);
-        assert_eq!(values.floats()[2..4], [60.0, 61.0]);
-        assert_eq!(mask.floats(), [0.0, 0.0, EMPTY]);
-        cache.push(&word(30.0), &word(0.0));
-        cache.push(&word(40.0), &word(0.0));
-        assert_eq!(cache.len(), 3);
-        assert_eq!(cache.inputs()[0].1.floats()[4..6], [30.0, 31.0]);
+    fn hypotheses_see_their_own_past() {
+        let model = ModelSizes { layers: 1, heads: 2, hidden: 4, ..crate::bundle::manifest::tests::tiny().model };
+        let mut pool = KvPool::new(&model, Sizes::of_beam(2, 3));
+        let word = |x: f32| Tensor::f32(&[1, 2, 2, 2], (0..8).map(|i| x + i as f32).collect()).unwrap();
+        let seen = |pool: &KvPool| -> Vec<Vec<usize>> {
+            let mask = pool.inputs()[2].1.floats();
+            mask.chunks(6).map(|row| (0..6).filter(|&slot| row[slot] == 0.0).collect()).collect()
+        };
+        pool.branch([0].into_iter());
+        assert_eq!((pool.words(), seen(&pool)), (0, vec![vec![], vec![]]));
+        // `[CLS]`, the same for all: one slot.
+        pool.store(&word(10.0), &word(50.0), 1);
+        pool.branch([0, 0].into_iter());
+        assert_eq!((pool.words(), seen(&pool)), (1, vec![vec![0], vec![0]]));
+        pool.store(&word(20.0), &word(60.0), 2);
+        // Both go on from the second.
+        pool.branch([1, 1].into_iter());
+        assert_eq!(seen(&pool), [vec![0, 2], vec![0, 2]]);
+        pool.store(&word(30.0), &word(70.0), 2);
+        // They change places, and then one is left.
+        pool.branch([1, 0].into_iter());
+        assert_eq!(seen(&pool), [vec![0, 2, 4], vec![0, 2, 3]]);
+        pool.store(&word(40.0), &word(80.0), 1);
+        pool.branch([0].into_iter());
+        assert_eq!((pool.words(), seen(&pool)), (4, vec![vec![0, 2, 4, 5], vec![]]));
+        let [(_, keys), (_, values), _] = pool.inputs();
+        let first_head = [10.0, 11.0, 20.0, 21.0, 22.0, 23.0, 30.0, 31.0, 32.0, 33.0, 40.0, 41.0];
+        assert_eq!(keys.floats()[..12], first_head);
+        assert_eq!(values.floats()[12..16], [54.0, 55.0, 64.0, 65.0]);
+        // There is no room for two more.
+        pool.store(&word(90.0), &word(90.0), 2);
+        assert_eq!((pool.words(), &pool.inputs()[0].1.floats()[..12]), (4, &first_head[..]));
     }
 }

@@ -1,10 +1,10 @@
-//! Captioning: one text token after the other, each seeing the picture and the words before it.
+//! Captioning: one word after the other, each seeing the picture and the words before it, several hypotheses at once.
 
 mod beam;
 mod cache;
 
-pub use self::beam::{Hypothesis, LanguageModel, beam_search};
-pub use self::cache::KvCache;
+pub use self::beam::{Branch, Hypothesis, LanguageModel, beam_search};
+pub use self::cache::KvPool;
 
 use crate::bundle::manifest::DecodingDefaults;
 

@@ -4,6 +4,10 @@
 //! compiled in with the feature `tract`, ONNX Runtime is loaded at run time with the feature `ort`.
 
 #[cfg(feature = "tract")]
+mod fusion;
+#[cfg(feature = "tract")]
+mod network;
+#[cfg(feature = "tract")]
 mod onnx;
 #[cfg(feature = "ort")]
 mod ort;
@@ -20,7 +24,7 @@ use std::str::FromStr;
 #[cfg(feature = "ort")]
 pub use self::ort::{OrtLibrary, ort_library};
 pub use self::tensor::Tensor;
-use crate::bundle::manifest::{Dtype, GraphSignature, Precision, TensorSignature};
+use crate::bundle::manifest::{Dtype, GraphSignature, Precision, Sizes, TensorSignature};
 
 /// Which engine runs the graphs.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
@@ -197,6 +201,8 @@ fn built_in() -> &'static str {
 pub struct GraphSource<'a> {
     /// What it must read and give.
     pub signature: &'a GraphSignature,
+    /// What the symbols in the ONNX file stand for.
+    pub sizes: Sizes,
     /// The ONNX file.
     pub onnx: &'a [u8],
     /// Finds external data by the location that the ONNX file names.

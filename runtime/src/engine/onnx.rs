@@ -12,22 +12,27 @@ use std::collections::{BTreeMap, BTreeSet};
 use half::f16;
 use prost::Message;
 use tract_onnx::pb::tensor_proto::{DataLocation, DataType};
-use tract_onnx::pb::{GraphProto, ModelProto, NodeProto, TensorProto};
+use tract_onnx::pb::tensor_shape_proto::dimension;
+use tract_onnx::pb::{GraphProto, ModelProto, NodeProto, TensorProto, ValueInfoProto, type_proto};
 
-use super::{EngineError, GraphSource};
+use super::network::{self, Backbone};
+use super::{EngineError, GraphSource, fusion};
+use crate::bundle::manifest::{Sizes, Symbol};
 
 /// A constant whose bytes are known to be as many as its shape needs.
-struct Constant<'a> {
-    dtype: DataType,
-    dims: Vec<i64>,
-    bytes: Cow<'a, [u8]>,
+pub(super) struct Constant<'a> {
+    pub dtype: DataType,
+    pub dims: Vec<i64>,
+    pub bytes: Cow<'a, [u8]>,
 }
 
-/// Parses a graph, fetches its weights and folds the operators that only prepare them.
-pub(super) fn parse(source: &GraphSource<'_>) -> Result<ModelProto, EngineError> {
+/// Parses a graph, fetches its weights, folds the operators that only prepare them, and takes out or fuses what our own kernels
+/// compute. The backbone, where there is one, is not in the graph any more.
+pub(super) fn parse(source: &GraphSource<'_>) -> Result<(ModelProto, Option<Backbone>), EngineError> {
     let load = |reason: String| EngineError::Load { graph: source.signature.name.clone(), reason };
     let mut model = ModelProto::decode(source.onnx).map_err(|error| load(error.to_string()))?;
     let graph = model.graph.as_mut().ok_or_else(|| load("the file holds no graph".to_owned()))?;
+    fix_sizes(graph, source.sizes).map_err(load)?;
     let mut constants = BTreeMap::new();
     let mut inline = Vec::new();
     for mut tensor in std::mem::take(&mut graph.initializer) {
@@ -41,7 +46,11 @@ pub(super) fn parse(source: &GraphSource<'_>) -> Result<ModelProto, EngineError>
             inline.push(tensor);
         }
     }
+    fusion::fuse_levels(graph, &mut constants);
     fold(graph, &mut constants);
+    let backbone = network::take_backbone(graph, &constants);
+    fusion::fuse_linears(graph, &constants);
+    forget_unread(graph, &mut constants);
     graph.initializer = inline;
     graph.initializer.extend(constants.into_iter().map(|(name, constant)| TensorProto {
         name,
@@ -50,7 +59,7 @@ pub(super) fn parse(source: &GraphSource<'_>) -> Result<ModelProto, EngineError>
         raw_data: constant.bytes.into_owned(),
         ..TensorProto::default()
     }));
-    Ok(model)
+    Ok((model, backbone))
 }
 
 fn constant<'a>(
@@ -96,7 +105,28 @@ fn external_bytes<'a>(tensor: &TensorProto, find: &dyn Fn(&str) -> Option<&'a [u
         .ok_or_else(|| format!("is out of range: {length} bytes at {offset} of {location}, which has {}", file.len()))
 }
 
-/// Replaces operators over constants by constants, and forgets those that nothing reads any more.
+/// Puts numbers in place of the symbols in the shapes of inputs and outputs.
+fn fix_sizes(graph: &mut GraphProto, sizes: Sizes) -> Result<(), String> {
+    let shape = |value: &mut ValueInfoProto| match value.r#type.as_mut()?.value.as_mut()? {
+        type_proto::Value::TensorType(tensor) => tensor.shape.take(),
+    };
+    for value in graph.input.iter_mut().chain(&mut graph.output) {
+        let Some(mut fixed) = shape(value) else { continue };
+        for dim in &mut fixed.dim {
+            if let Some(dimension::Value::DimParam(name)) = &dim.value {
+                let symbol = Symbol::ALL.into_iter().find(|symbol| symbol.name() == name);
+                let symbol = symbol.ok_or_else(|| format!("{:?} has a size {name:?} that nothing fixes", value.name))?;
+                dim.value = Some(dimension::Value::DimValue(sizes.of(symbol) as i64));
+            }
+        }
+        if let Some(type_proto::Value::TensorType(tensor)) = value.r#type.as_mut().and_then(|t| t.value.as_mut()) {
+            tensor.shape = Some(fixed);
+        }
+    }
+    Ok(())
+}
+
+/// Replaces operators over constants by constants.
 fn fold(graph: &mut GraphProto, constants: &mut BTreeMap<String, Constant<'_>>) {
     // Nodes come in topological order, so one pass sees through chains.
     graph.node.retain(|node| match folded(node, constants) {
@@ -106,6 +136,9 @@ fn fold(graph: &mut GraphProto, constants: &mut BTreeMap<String, Constant<'_>>) 
         }
         None => true,
     });
+}
+
+fn forget_unread(graph: &GraphProto, constants: &mut BTreeMap<String, Constant<'_>>) {
     let read: BTreeSet<&String> =
         graph.node.iter().flat_map(|node| &node.input).chain(graph.output.iter().map(|output| &output.name)).collect();
     constants.retain(|name, _| read.contains(name));

@@ -1,6 +1,7 @@
 //! Tensors as graphs exchange them with the host.
 
 use std::any::Any;
+use std::fmt;
 use std::sync::{Arc, OnceLock};
 
 use crate::bundle::manifest::Dtype;
@@ -19,7 +20,13 @@ enum Data {
 pub struct Tensor {
     shape: Vec<usize>,
     data: Data,
-    native: OnceLock<Arc<dyn Any + Send + Sync>>,
+    native: OnceLock<Arc<dyn Native>>,
+}
+
+/// An engine's own form of a tensor.
+pub trait Native: Any + fmt::Debug + Send + Sync {
+    /// Writes to its floats in row-major order; `false`, and nothing done, where they do not lie so in the host's memory.
+    fn write(&mut self, write: &dyn Fn(&mut [f32])) -> bool;
 }
 
 impl Tensor {
@@ -78,6 +85,16 @@ impl Tensor {
         }
     }
 
+    /// Writes to its floats, and alike to what an engine keeps of them where it can, so that a small change costs little.
+    pub fn update(&mut self, write: impl Fn(&mut [f32])) {
+        let Data::F32(data) = &mut self.data else { return };
+        write(data);
+        let native = self.native.get_mut().and_then(Arc::get_mut);
+        if !native.is_some_and(|native| native.write(&write)) {
+            self.native = OnceLock::new();
+        }
+    }
+
     /// Its floats, without copying them; empty for a tensor of integers.
     #[must_use]
     pub fn into_floats(self) -> Vec<f32> {
@@ -100,9 +117,9 @@ impl Tensor {
     ///
     /// # Errors
     /// Those of `make`.
-    pub fn native<T: Any + Send + Sync, E>(&self, make: impl FnOnce(&Self) -> Result<T, E>) -> Result<Arc<T>, E> {
+    pub fn native<T: Native, E>(&self, make: impl FnOnce(&Self) -> Result<T, E>) -> Result<Arc<T>, E> {
         if let Some(native) = self.native.get()
-            && let Ok(native) = native.clone().downcast::<T>()
+            && let Ok(native) = (native.clone() as Arc<dyn Any + Send + Sync>).downcast::<T>()
         {
             return Ok(native);
         }
@@ -129,13 +146,46 @@ mod tests {
         assert!(Tensor::i64(&[usize::MAX, 2], vec![]).is_none());
     }
 
+    /// A form that is written to where it may be.
+    #[derive(Debug)]
+    struct Copied(Vec<f32>, bool);
+
+    impl Native for Copied {
+        fn write(&mut self, write: &dyn Fn(&mut [f32])) -> bool {
+            if self.1 {
+                write(&mut self.0);
+            }
+            self.1
+        }
+    }
+
     #[test]
     fn the_native_form_lives_until_the_next_write() {
         let mut tensor = Tensor::zeros(&[2]);
-        let sum = |t: &Tensor| Ok::<f32, ()>(t.floats().iter().sum());
-        assert_eq!(*tensor.native(sum).unwrap(), 0.0);
-        assert_eq!(*tensor.native(|_| Err::<f32, ()>(())).unwrap(), 0.0);
+        let copy = |t: &Tensor| Ok::<_, ()>(Copied(t.floats().to_vec(), false));
+        assert_eq!(tensor.native(copy).unwrap().0, [0.0, 0.0]);
+        assert_eq!(tensor.native(|_| Err::<Copied, ()>(())).unwrap().0, [0.0, 0.0]);
         tensor.floats_mut()[0] = 3.0;
-        assert_eq!(*tensor.native(sum).unwrap(), 3.0);
+        assert_eq!(tensor.native(copy).unwrap().0, [3.0, 0.0]);
+    }
+
+    #[test]
+    fn updates_reach_the_native_form_or_drop_it() {
+        for writable in [true, false] {
+            let mut tensor = Tensor::zeros(&[2]);
+            let made = std::cell::Cell::new(0);
+            let copy = |t: &Tensor| {
+                made.set(made.get() + 1);
+                Ok::<_, ()>(Copied(t.floats().to_vec(), writable))
+            };
+            drop(tensor.native(copy).unwrap());
+            tensor.update(|floats| floats[1] = 2.0);
+            assert_eq!((tensor.native(copy).unwrap().0.as_slice(), tensor.floats()), (&[0.0, 2.0][..], &[0.0, 2.0][..]));
+            assert_eq!(made.get(), if writable { 1 } else { 2 });
+            // One that somebody still holds is left as it is.
+            let held = tensor.native(copy).unwrap();
+            tensor.update(|floats| floats[0] = 7.0);
+            assert_eq!((held.0[0], tensor.native(copy).unwrap().0[0]), (0.0, 7.0));
+        }
     }
 }

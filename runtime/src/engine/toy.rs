@@ -3,22 +3,23 @@
 use half::f16;
 use prost::Message;
 use tract_onnx::pb::tensor_proto::{DataLocation, DataType};
-use tract_onnx::pb::tensor_shape_proto::{Dimension, dimension::Value as Size};
+use tract_onnx::pb::tensor_shape_proto::{Dimension, dimension};
 use tract_onnx::pb::{
     AttributeProto, GraphProto, ModelProto, NodeProto, OperatorSetIdProto, StringStringEntryProto, TensorProto, TensorShapeProto,
     TypeProto, ValueInfoProto, attribute_proto::AttributeType, type_proto,
 };
 
-use crate::bundle::manifest::{Dtype, GraphSignature, ModelSizes};
+use crate::bundle::manifest::{Dtype, GraphSignature, ModelSizes, Size, TensorSignature};
 use crate::tokenizer::SEP;
 
 /// A graph under construction; every node's output is named by the caller.
 pub(crate) struct Toy(GraphProto);
 
 impl Toy {
-    pub(crate) fn new(signature: &GraphSignature) -> Self {
-        let values = |tensors: &[crate::bundle::manifest::TensorSignature]| {
-            tensors.iter().map(|tensor| value(&tensor.name, &tensor.shape, tensor.dtype)).collect()
+    pub(crate) fn new<D: Copy + Into<Size>>(signature: &GraphSignature<D>) -> Self {
+        let values = |tensors: &[TensorSignature<D>]| {
+            let shape = |tensor: &TensorSignature<D>| tensor.shape.iter().map(|&size| size.into()).collect::<Vec<Size>>();
+            tensors.iter().map(|tensor| value(&tensor.name, &shape(tensor), tensor.dtype)).collect()
         };
         Self(GraphProto {
             name: signature.name.clone(),
@@ -124,8 +125,12 @@ pub(crate) enum Attribute {
     Ints(Vec<i64>),
 }
 
-fn value(name: &str, shape: &[usize], dtype: Dtype) -> ValueInfoProto {
-    let dims = shape.iter().map(|&size| Dimension { value: Some(Size::DimValue(size as i64)), ..Dimension::default() });
+fn value(name: &str, shape: &[Size], dtype: Dtype) -> ValueInfoProto {
+    let value = |size: &Size| match size {
+        Size::Fixed(size) => dimension::Value::DimValue(*size as i64),
+        Size::Symbol(symbol) => dimension::Value::DimParam(symbol.name().to_owned()),
+    };
+    let dims = shape.iter().map(|size| Dimension { value: Some(value(size)), ..Dimension::default() });
     let tensor = type_proto::Tensor {
         elem_type: match dtype {
             Dtype::F32 => DataType::Float as i32,
@@ -152,9 +157,11 @@ pub(crate) fn halves(numbers: &[f32]) -> Vec<u8> {
 /// - `decode`: the likeliest ids are `64 + 16 m + n` with n the number of words before, and `[SEP]` from the fourth place on;
 /// - `text`: the embedding is the mean over its ids of `[1, id, 0, …]`, of unit length;
 /// - `match`: the logit is `m` times the number of ids.
-pub(crate) fn graphs(model: &ModelSizes, signatures: &[GraphSignature]) -> (Vec<(String, Vec<u8>)>, Vec<u8>) {
+pub(crate) fn graphs(model: &ModelSizes, signatures: &[GraphSignature<Size>]) -> (Vec<(String, Vec<u8>)>, Vec<u8>) {
     let shape = |signature: usize, output: usize| -> Vec<i64> {
-        signatures[signature].outputs[output].shape.iter().map(|&size| size as i64).collect()
+        // -1 where a symbol stands, which `decode` fills with the sizes of its tokens.
+        let size = |size: &Size| if let Size::Fixed(size) = size { *size as i64 } else { -1 };
+        signatures[signature].outputs[output].shape.iter().map(size).collect()
     };
     let (vocabulary, width) = (model.vocabulary, model.embedding);
     let colours: Vec<f32> = (0..3 * width).map(|i| if i % width == i / width { 1.0 } else { 0.25 }).collect();
@@ -178,7 +185,7 @@ pub(crate) fn graphs(model: &ModelSizes, signatures: &[GraphSignature]) -> (Vec<
         .integers("regions_shape", &[3], &regions)
         .node("Expand", &["mean3", "regions_shape"], "regions");
 
-    let new = shape(1, 1);
+    let [layers, heads, _, head_width] = shape(1, 1)[..] else { unreachable!("caches have four sizes") };
     let ids: Vec<f32> = (0..vocabulary).map(|id| id as f32).collect();
     let ends: Vec<f32> = (0..vocabulary).map(|id| if id == SEP as usize { 1e5 } else { 0.0 }).collect();
     let decode = Toy::new(&signatures[1])
@@ -189,14 +196,13 @@ pub(crate) fn graphs(model: &ModelSizes, signatures: &[GraphSignature]) -> (Vec<
         .floats("first", &[1], &[64.0])
         .node("Mul", &["m", "sixteen"], "shade")
         .node("Add", &["shade", "first"], "start")
-        // Filled slots, counted by the mask.
+        // Words before, counted by the slots that each hypothesis sees, `[hypotheses, 1]`.
         .floats("scale", &[1], &[1e-4])
-        .floats("slots", &[1], &[model.max_text as f32])
+        .floats("whole", &[1], &[1.0])
         .node("Mul", &["mask", "scale"], "minus")
+        .node("Add", &["minus", "whole"], "seen")
         .integers("last", &[1], &[1])
-        .node("ReduceSum", &["minus", "last"], "empty2")
-        .node("Reshape", &["empty2", "one"], "empty")
-        .node("Add", &["slots", "empty"], "filled")
+        .node("ReduceSum", &["seen", "last"], "filled")
         .node("Add", &["start", "filled"], "target")
         .floats("ids", &[1, vocabulary as i64], &ids)
         .node("Sub", &["ids", "target"], "distance")
@@ -210,14 +216,13 @@ pub(crate) fn graphs(model: &ModelSizes, signatures: &[GraphSignature]) -> (Vec<
         .floats("ends", &[1, vocabulary as i64], &ends)
         .node("Mul", &["ends", "over"], "end")
         .node("Add", &["nearness", "end"], "logits")
-        .node("Cast", &["token"], "word")
+        .node("Cast", &["tokens"], "words")
         .with("to", Attribute::Int(DataType::Float as i64))
-        .integers("four", &[4], &[1, 1, 1, 1])
-        .node("Reshape", &["word", "four"], "word4")
-        .node("Reshape", &["place", "four"], "place4")
-        .integers("new_shape", &[4], &new)
-        .node("Expand", &["word4", "new_shape"], "new_keys")
-        .node("Expand", &["place4", "new_shape"], "new_values");
+        .integers("rows", &[4], &[1, 1, -1, 1])
+        .node("Reshape", &["words", "rows"], "word4")
+        .floats("ones", &[layers, heads, 1, head_width], &vec![1.0; (layers * heads * head_width) as usize])
+        .node("Mul", &["word4", "ones"], "new_keys")
+        .node("Mul", &["new_keys", "place"], "new_values");
 
     let table: Vec<f32> = (0..vocabulary * width)
         .map(|i| match i % width {

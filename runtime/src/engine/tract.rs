@@ -1,6 +1,8 @@
 //! The pure-Rust engine, [tract](https://github.com/sonos/tract).
 
-use std::sync::Arc;
+mod linear;
+
+use std::sync::{Arc, Mutex, PoisonError};
 
 use tract_linalg::multithread::{Executor, multithread_tract_scope};
 use tract_onnx::pb::ValueInfoProto;
@@ -8,9 +10,14 @@ use tract_onnx::prelude::{
     DatumType, Framework, InferenceModelExt, IntoRunnable, TValue, TVec, Tensor as TractTensor, TractResult, TypedRunnableModel,
 };
 
+use super::network::Backbone;
+use super::tensor::Native;
 use super::{Engine, EngineError, Graph, GraphSource, Tensor};
 use super::{check_names, checked_output, onnx, ordered_inputs, shape_error};
 use crate::bundle::manifest::{Dtype, GraphSignature};
+use crate::kernels::Scratch;
+
+pub(super) use self::linear::OPERATOR as LINEAR;
 
 /// tract on the processor.
 pub(super) struct Tract {
@@ -36,14 +43,16 @@ impl Tract {
 
 impl Engine for Tract {
     fn load(&self, source: &GraphSource<'_>) -> Result<Box<dyn Graph>, EngineError> {
-        let proto = onnx::parse(source)?;
+        let (proto, backbone) = onnx::parse(source)?;
         let signature = source.signature.clone();
         let graph = proto.graph.as_ref().map(|graph| (graph.input.as_slice(), graph.output.as_slice()));
         let (inputs, outputs) = graph.unwrap_or_default();
-        check_names(&signature, &names(inputs), &names(outputs))?;
+        // What the backbone gives is an input of the graph's that the caller does not know of.
+        let known = inputs.len() - usize::from(backbone.is_some());
+        check_names(&signature, &names(&inputs[..known]), &names(outputs))?;
         let plan =
             prepare(&proto).map_err(|error| EngineError::Load { graph: signature.name.clone(), reason: format!("{error:#}") })?;
-        let graph = TractGraph { plan, signature, executor: self.executor.clone() };
+        let graph = TractGraph { plan, signature, executor: self.executor.clone(), backbone, scratch: Mutex::default() };
         graph.check_facts()?;
         Ok(Box::new(graph))
     }
@@ -54,16 +63,32 @@ fn names(values: &[ValueInfoProto]) -> Vec<&str> {
 }
 
 fn prepare(proto: &tract_onnx::pb::ModelProto) -> TractResult<Arc<TypedRunnableModel>> {
-    tract_onnx::onnx().model_for_proto_model(proto)?.into_optimized()?.into_runnable()
+    let mut onnx = tract_onnx::onnx();
+    linear::register(&mut onnx);
+    onnx.model_for_proto_model(proto)?.into_optimized()?.into_runnable()
 }
 
 struct TractGraph {
     plan: Arc<TypedRunnableModel>,
     signature: GraphSignature,
     executor: Executor,
+    /// What is computed before the plan, and given to it as its last input.
+    backbone: Option<Backbone>,
+    /// Memory of runs of the backbone that have ended.
+    scratch: Mutex<Vec<Scratch>>,
 }
 
 impl TractGraph {
+    /// What the backbone makes of its input.
+    fn features(&self, backbone: &Backbone, inputs: &[&Tensor]) -> TractResult<TractTensor> {
+        let held = || self.scratch.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut scratch = held().pop().unwrap_or_default();
+        let features = backbone.network.run(inputs[backbone.input].floats(), &mut scratch);
+        held().push(scratch);
+        let [channels, height, width] = backbone.network.output();
+        TractTensor::from_shape(&[1, channels, height, width], &features)
+    }
+
     /// Compares what tract inferred with what the signature promises.
     fn check_facts(&self) -> Result<(), EngineError> {
         let model = self.plan.model();
@@ -102,9 +127,13 @@ impl TractGraph {
 impl Graph for TractGraph {
     fn run(&self, inputs: &[(&str, &Tensor)]) -> Result<Vec<Tensor>, EngineError> {
         let mut values: TVec<TValue> = TVec::new();
-        for tensor in ordered_inputs(&self.signature, inputs)? {
+        let inputs = ordered_inputs(&self.signature, inputs)?;
+        for tensor in &inputs {
             let native = tensor.native(to_tract).map_err(|error| self.failed(&error))?;
             values.push(TValue::from_const(native));
+        }
+        if let Some(backbone) = &self.backbone {
+            values.push(self.features(backbone, &inputs).map_err(|error| self.failed(&error))?.into());
         }
         let outputs = multithread_tract_scope(self.executor.clone(), || self.plan.run(values));
         let outputs = outputs.map_err(|error| self.failed(&error))?;
@@ -116,6 +145,14 @@ fn datum_type(dtype: Dtype) -> DatumType {
     match dtype {
         Dtype::F32 => DatumType::F32,
         Dtype::I64 => DatumType::I64,
+    }
+}
+
+impl Native for TractTensor {
+    fn write(&mut self, write: &dyn Fn(&mut [f32])) -> bool {
+        let mut view = self.as_plain_ram_mut();
+        let floats = view.as_mut().and_then(|view| view.as_slice_mut().ok());
+        floats.map(write).is_some()
     }
 }
 
@@ -142,7 +179,9 @@ mod tests {
 
     use super::super::toy::{Attribute, Toy, halves};
     use super::*;
-    use crate::bundle::manifest::TensorSignature;
+    use crate::bundle::manifest::{Sizes, TensorSignature};
+
+    const SIZES: Sizes = Sizes { hypotheses: 2, slots: 4 };
 
     fn signature() -> GraphSignature {
         let tensor = |name: &str| TensorSignature { name: name.to_owned(), shape: vec![1, 2], dtype: Dtype::F32 };
@@ -166,14 +205,14 @@ mod tests {
     fn load(model: &ModelProto, signature: &GraphSignature, threads: usize) -> Result<Box<dyn Graph>, EngineError> {
         let (onnx, weights) = (model.encode_to_vec(), halves(&[9.0, 1.0, 2.0, 3.0, 4.0]));
         let external = |location: &str| (location == "weights.bin").then_some(weights.as_slice());
-        Tract::new(threads)?.load(&GraphSource { signature, onnx: &onnx, external: &external })
+        Tract::new(threads)?.load(&GraphSource { signature, sizes: SIZES, onnx: &onnx, external: &external })
     }
 
     #[test]
     fn sixteen_bit_weights_are_folded_and_run() {
         let (onnx, weights) = (model().encode_to_vec(), halves(&[9.0, 1.0, 2.0, 3.0, 4.0]));
-        let source = GraphSource { signature: &signature(), onnx: &onnx, external: &|_| Some(weights.as_slice()) };
-        let parsed = onnx::parse(&source).unwrap().graph.unwrap();
+        let source = GraphSource { signature: &signature(), sizes: SIZES, onnx: &onnx, external: &|_| Some(weights.as_slice()) };
+        let parsed = onnx::parse(&source).unwrap().0.graph.unwrap();
         assert!(parsed.node.iter().all(|node| node.op_type != "Cast" && node.op_type != "Transpose"));
         let names: Vec<&str> = parsed.initializer.iter().map(|tensor| tensor.name.as_str()).collect();
         assert_eq!(names, ["w", "wt"]);
@@ -203,8 +242,8 @@ mod tests {
                 .node("Add", &["a", "c"], "y")
                 .model();
             let onnx = model.encode_to_vec();
-            let source = GraphSource { signature: &signature(), onnx: &onnx, external: &|_| None };
-            let parsed = onnx::parse(&source).unwrap().graph.unwrap();
+            let source = GraphSource { signature: &signature(), sizes: SIZES, onnx: &onnx, external: &|_| None };
+            let parsed = onnx::parse(&source).unwrap().0.graph.unwrap();
             assert!(parsed.node.iter().all(|node| node.op_type != "DequantizeLinear" && node.op_type != "Transpose"));
             assert!(parsed.initializer.iter().all(|tensor| tensor.data_type == DataType::Float as i32));
             let x = Tensor::f32(&[1, 2], vec![1.0, 10.0]).unwrap();
@@ -252,7 +291,7 @@ mod tests {
         wide.outputs[0].shape = vec![1, 3];
         let error = load(&model(), &wide, 1).err().unwrap().to_string();
         assert!(error.contains("output \"y\" is F32") && error.ends_with("expected F32 [1, 3]"), "{error}");
-        let garbage = GraphSource { signature: &signature(), onnx: b"\xff\xff", external: &|_| None };
+        let garbage = GraphSource { signature: &signature(), sizes: SIZES, onnx: b"\xff\xff", external: &|_| None };
         assert!(Tract::new(1).unwrap().load(&garbage).is_err());
     }
 }

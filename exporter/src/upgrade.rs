@@ -1,0 +1,257 @@
+//! A bundle of an earlier version as one of this version: the graphs are written anew, the weights stay as they are.
+
+use std::collections::BTreeMap;
+use std::fs::{self, File};
+use std::io::Read;
+use std::path::Path;
+
+use anyhow::{Context, Result, bail};
+use prost::Message;
+use serde::Deserialize;
+use tract_onnx::pb::tensor_proto::DataType;
+use tract_onnx::pb::{ModelProto, NodeProto, TensorProto};
+use unimo::bundle::manifest::{
+    DecodingDefaults, Dtype, GraphSignature, Manifest, ModelSizes, Precision, SCHEMA, Size, Sizes, WEIGHTS,
+};
+use unimo::bundle::{Bundle, BundleSource, MANIFEST, sha256_hex};
+use unimo::engine::{self, Engine, EngineOptions, GraphSource, Tensor};
+use unimo::image::ImagePreparation;
+use unimo::tokenizer::{CLS, PAD, SEP, Tokenizer};
+
+use crate::export::{clear, publish, sibling};
+use crate::graph::{Element, Storage, StoredWeight, WeightStore};
+use crate::graphs::Graphs;
+use crate::parity::{ParityReport, Sample};
+
+/// Largest difference of a graph's outputs before and after, as a share of the output's largest magnitude: the same sums of the
+/// same numbers, in an order that may be another.
+const TOLERANCE: f64 = 1e-5;
+
+/// What manifests of all versions hold.
+#[derive(Deserialize)]
+struct AnyManifest {
+    schema: u32,
+    precisions: Vec<Precision>,
+    model: ModelSizes,
+    image: ImagePreparation,
+    decoding: DecodingDefaults,
+    graphs: Vec<GraphSignature<Size>>,
+    files: BTreeMap<String, String>,
+    #[serde(default)]
+    training: toml::Table,
+    #[serde(default)]
+    quality: BTreeMap<String, BTreeMap<String, f64>>,
+}
+
+/// Writes the bundle at `bundle` (a folder or a `.tar`) to `out` with the graphs of this version. Graphs that read and give what
+/// they did before are run on `samples` before and after.
+///
+/// # Errors
+/// A bundle that is damaged or newer than this program, one at `out` unless `force`, graphs that compute something else.
+pub fn upgrade(bundle: &Path, out: &Path, force: bool, samples: &[Sample]) -> Result<ParityReport> {
+    if out.exists() && !force {
+        bail!("{} is already there; --force replaces it", out.display());
+    }
+    let old = files_of(bundle).with_context(|| format!("bundle {}", bundle.display()))?;
+    let partial = sibling(out, "partial");
+    clear(&partial)?;
+    let result = write(&old, &partial, samples).with_context(|| format!("bundle {}", bundle.display())).and_then(|report| {
+        publish(&partial, out)?;
+        Ok(report)
+    });
+    let _ = fs::remove_dir_all(&partial);
+    result
+}
+
+/// Every file of a bundle by its path inside.
+fn files_of(bundle: &Path) -> Result<BTreeMap<String, Vec<u8>>> {
+    let mut files = BTreeMap::new();
+    if bundle.is_dir() {
+        let mut read = |name: &str| -> Result<()> {
+            files.insert(name.to_owned(), fs::read(bundle.join(name)).with_context(|| format!("cannot read {name}"))?);
+            Ok(())
+        };
+        read(MANIFEST)?;
+        let manifest = parse(&fs::read(bundle.join(MANIFEST))?)?;
+        manifest.files.keys().try_for_each(|name| read(name))?;
+        return Ok(files);
+    }
+    let mut archive = tar::Archive::new(File::open(bundle).context("cannot be opened")?);
+    for entry in archive.entries()? {
+        let mut entry = entry?;
+        let name = entry.path()?.to_string_lossy().into_owned();
+        let mut bytes = Vec::new();
+        entry.read_to_end(&mut bytes).with_context(|| format!("cannot read {name}"))?;
+        files.insert(name, bytes);
+    }
+    Ok(files)
+}
+
+fn parse(bytes: &[u8]) -> Result<AnyManifest> {
+    let text = std::str::from_utf8(bytes).context("the manifest is no text")?;
+    let manifest: AnyManifest = toml::from_str(text).context("the manifest has not the form it should have")?;
+    if manifest.schema > SCHEMA {
+        bail!("it has schema {}, this program writes {SCHEMA}", manifest.schema);
+    }
+    Ok(manifest)
+}
+
+fn write(old: &BTreeMap<String, Vec<u8>>, folder: &Path, samples: &[Sample]) -> Result<ParityReport> {
+    let file = |name: &str| old.get(name).with_context(|| format!("{name} is missing"));
+    let from = parse(file(MANIFEST)?)?;
+    for (name, hash) in &from.files {
+        if sha256_hex(file(name)?) != *hash {
+            bail!("{name} is damaged: its hash is another than the manifest's");
+        }
+    }
+    let mut files = BTreeMap::new();
+    let mut put = |name: String, bytes: &[u8]| -> Result<()> {
+        let path = folder.join(&name);
+        if let Some(parent) = path.parent() {
+            fs::create_dir_all(parent).with_context(|| format!("cannot create {}", parent.display()))?;
+        }
+        fs::write(&path, bytes).with_context(|| format!("cannot write {}", path.display()))?;
+        files.insert(name, sha256_hex(bytes));
+        Ok(())
+    };
+    put("tokenizer.json".to_owned(), file("tokenizer.json")?)?;
+    let signatures = GraphSignature::contract(&from.model, &from.image);
+    for &precision in &from.precisions {
+        let weights = weights_of(&from, precision, &file)?;
+        let graphs = Graphs { sizes: from.model.clone(), signatures: signatures.clone(), weights };
+        for signature in &signatures {
+            let model = graphs.build(signature).with_context(|| format!("graph {}", signature.name))?;
+            put(Manifest::graph_file(precision, &signature.name), &model.encode_to_vec())?;
+        }
+        put(format!("{precision}/{WEIGHTS}"), graphs.weights.bytes())?;
+    }
+    let before = (from.graphs, from.precisions.clone());
+    let manifest = Manifest {
+        schema: SCHEMA,
+        precisions: from.precisions,
+        model: from.model,
+        image: from.image,
+        decoding: from.decoding,
+        graphs: signatures,
+        files,
+        training: from.training,
+        quality: from.quality,
+    };
+    fs::write(folder.join(MANIFEST), manifest.to_toml()?).context("cannot write the manifest")?;
+    let new = Bundle::open(&BundleSource::Path(folder.to_path_buf()))?;
+    new.verify()?;
+    let tokenizer = new.tokenizer()?;
+    let report = compare(old, &before.0, &before.1, &new, &tokenizer, samples)?;
+    if let Some(other) = report.outputs.iter().find(|output| output.relative_error > TOLERANCE) {
+        bail!("the new graph {} computes another {}:\n{report}", other.graph, other.output);
+    }
+    Ok(report)
+}
+
+/// Where the weights of a precision lie, as its graphs say.
+fn weights_of<'a>(
+    manifest: &AnyManifest,
+    precision: Precision,
+    file: &dyn Fn(&str) -> Result<&'a Vec<u8>>,
+) -> Result<WeightStore> {
+    let mut entries = BTreeMap::new();
+    for signature in &manifest.graphs {
+        let name = Manifest::graph_file(precision, &signature.name);
+        let graph = ModelProto::decode(file(&name)?.as_slice()).with_context(|| format!("{name} is not ONNX"))?;
+        let graph = graph.graph.unwrap_or_default();
+        for tensor in graph.initializer.iter().filter(|tensor| !tensor.external_data.is_empty()) {
+            let axis = axis_of_scales(&graph.node, &tensor.name);
+            entries.insert(tensor.name.clone(), stored(tensor, axis).with_context(|| format!("weight `{}`", tensor.name))?);
+        }
+    }
+    let storage = Storage { precision, keep_f16: Vec::new() };
+    Ok(WeightStore::of_file(storage, entries, file(&format!("{precision}/{WEIGHTS}"))?.clone()))
+}
+
+/// The axis along which an 8-bit weight has a scale for each index.
+fn axis_of_scales(nodes: &[NodeProto], weight: &str) -> Option<usize> {
+    let node = nodes.iter().find(|node| node.op_type == "DequantizeLinear" && node.input[0] == weight)?;
+    let axis = node.attribute.iter().find(|attribute| attribute.name == "axis")?;
+    usize::try_from(axis.i).ok()
+}
+
+fn stored(tensor: &TensorProto, axis: Option<usize>) -> Result<StoredWeight> {
+    let number = |key: &str| -> Result<usize> {
+        let entry = tensor.external_data.iter().find(|e| e.key == key).with_context(|| format!("no {key}"))?;
+        entry.value.parse().with_context(|| format!("{key} {:?}", entry.value))
+    };
+    let element = match DataType::try_from(tensor.data_type) {
+        Ok(DataType::Float) => Element::F32,
+        Ok(DataType::Float16) => Element::F16,
+        Ok(DataType::Int8) => Element::I8 { axis: axis.context("has no scales")? },
+        _ => bail!("has the unsupported type {}", tensor.data_type),
+    };
+    let shape = tensor.dims.iter().map(|&d| usize::try_from(d).context("a negative size")).collect::<Result<_>>()?;
+    Ok(StoredWeight { shape, offset: number("offset")?, length: number("length")?, element })
+}
+
+/// Runs every graph whose signature is what it was, before and after.
+fn compare(
+    old: &BTreeMap<String, Vec<u8>>,
+    before: &[GraphSignature<Size>],
+    precisions: &[Precision],
+    new: &Bundle,
+    tokenizer: &Tokenizer,
+    samples: &[Sample],
+) -> Result<ParityReport> {
+    let engine = engine::open(&EngineOptions::default())?;
+    let mut report = ParityReport { samples: samples.len(), outputs: Vec::new() };
+    for &precision in precisions {
+        for signature in &new.manifest().graphs {
+            if signature.name == "decode" || !before.contains(signature) {
+                continue;
+            }
+            let file = Manifest::graph_file(precision, &signature.name);
+            let weights = format!("{precision}/{WEIGHTS}");
+            let was = old.get(&file).zip(old.get(&weights)).context("files of the manifest are there")?;
+            let was = load(engine.as_ref(), signature, was.0, was.1)?;
+            let is = load(engine.as_ref(), signature, new.read(&file)?, new.read(&weights)?)?;
+            for sample in samples {
+                let inputs = inputs_of(signature, new.manifest(), tokenizer, sample)?;
+                let inputs: Vec<(&str, &Tensor)> = inputs.iter().map(|(name, tensor)| (name.as_str(), tensor)).collect();
+                for ((was, is), output) in was.run(&inputs)?.iter().zip(is.run(&inputs)?).zip(&signature.outputs) {
+                    report.note(&signature.name, &output.name, is.floats(), was.floats());
+                }
+            }
+        }
+    }
+    Ok(report)
+}
+
+fn load(engine: &dyn Engine, signature: &GraphSignature<Size>, onnx: &[u8], weights: &[u8]) -> Result<Box<dyn engine::Graph>> {
+    let sizes = Sizes { hypotheses: 1, slots: 1 };
+    let external = |location: &str| (location == WEIGHTS).then_some(weights);
+    Ok(engine.load(&GraphSource { signature: &signature.fixed(sizes), sizes, onnx, external: &external })?)
+}
+
+/// A sample as a graph's inputs; regions, which another graph makes, are numbers between −1 and 1.
+fn inputs_of(
+    signature: &GraphSignature<Size>,
+    manifest: &Manifest,
+    tokenizer: &Tokenizer,
+    sample: &Sample,
+) -> Result<Vec<(String, Tensor)>> {
+    let room = manifest.model.max_text;
+    let ids: Vec<u32> = [CLS].into_iter().chain(tokenizer.encode(&sample.text, room - 2)).chain([SEP]).collect();
+    let fixed = signature.fixed(Sizes { hypotheses: 1, slots: 1 });
+    let input = |input: &unimo::bundle::manifest::TensorSignature| {
+        let count: usize = input.shape.iter().product();
+        let at = |slot: usize| ids.get(slot).copied();
+        let tensor = match (input.name.as_str(), input.dtype) {
+            ("pixels", _) => Tensor::f32(&input.shape, manifest.image.tensor(&sample.image)),
+            ("ids", _) => Tensor::i64(&input.shape, (0..count).map(|slot| i64::from(at(slot).unwrap_or(PAD))).collect()),
+            ("mask", _) => {
+                Tensor::f32(&input.shape, (0..count).map(|slot| if at(slot).is_some() { 0.0 } else { -1e4 }).collect())
+            }
+            (_, Dtype::F32) => Tensor::f32(&input.shape, (0..count).map(|i| (i as f32 * 0.37).sin()).collect()),
+            (_, Dtype::I64) => Tensor::i64(&input.shape, vec![0; count]),
+        };
+        Ok((input.name.clone(), tensor.with_context(|| format!("input {}", input.name))?))
+    };
+    fixed.inputs.iter().map(input).collect()
+}
