@@ -152,6 +152,7 @@ fn levels(graph: &GraphProto, constants: &Constants<'_>) -> BTreeMap<String, Lev
                 let of =
                     |name: &String, dtype, rank| constants.get(name).is_some_and(|c| c.dtype == dtype && c.dims.len() == rank);
                 let axis = attribute("axis").map_or(1, |axis| axis.i);
+                let axis = if axis < 0 { axis + 2 } else { axis };
                 (of(levels, DataType::Int8, 2) && of(scales, DataType::Float, 1)).then(|| Levels {
                     levels: levels.clone(),
                     scales: scales.clone(),

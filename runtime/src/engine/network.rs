@@ -29,6 +29,12 @@ pub(super) fn take_backbone(graph: &mut GraphProto, constants: &BTreeMap<String,
     let (backbone, nodes) = found?;
     let output = graph.node[*nodes.last()?].output[0].clone();
     let nodes: BTreeSet<usize> = nodes.into_iter().collect();
+    // What lies inside may be read by nobody else.
+    let inner: BTreeSet<&String> = nodes.iter().map(|&n| &graph.node[n].output[0]).filter(|&name| *name != output).collect();
+    let others = graph.node.iter().enumerate().filter(|(n, _)| !nodes.contains(n)).flat_map(|(_, node)| &node.input);
+    if others.chain(graph.output.iter().map(|output| &output.name)).any(|name| inner.contains(name)) {
+        return None;
+    }
     let mut at = 0;
     graph.node.retain(|_| {
         at += 1;
@@ -148,15 +154,10 @@ impl Search<'_> {
                 let node = &self.graph.node[n];
                 node.op_type == "Add" && node.input.iter().any(|input| input == value)
             });
-            // What a block holds inside may be read by nobody else.
-            let alone = self.readers(projected).count() == 1;
             nodes.extend(add);
-            let residual = add.is_some() && alone;
             value = self.output(add.unwrap_or(project.node));
-            blocks.push(Bottleneck::new(expand, depthwise.depthwise()?, depthwise.stride, project.pointwise()?, residual)?);
-            if add.is_some() && !alone {
-                return None;
-            }
+            let (inner, outer) = (depthwise.depthwise()?, project.pointwise()?);
+            blocks.push(Bottleneck::new(expand, inner, depthwise.stride, outer, add.is_some())?);
         }
     }
 
@@ -211,5 +212,92 @@ impl Search<'_> {
     fn is_relu6(&self, node: &NodeProto) -> bool {
         let [_, low, high] = node.input.as_slice() else { return false };
         node.op_type == "Clip" && self.floats(low).as_deref() == Some(&[0.0]) && self.floats(high).as_deref() == Some(&[6.0])
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::borrow::Cow;
+
+    use super::super::toy::{Attribute, Toy};
+    use super::*;
+    use crate::bundle::manifest::{Dtype, GraphSignature, TensorSignature};
+
+    /// A stem, a block without expansion, one with, and a last convolution, on pictures of 8 by 8.
+    fn toy() -> (GraphProto, BTreeMap<String, Constant<'static>>) {
+        let tensor =
+            |name: &str, shape: &[usize]| TensorSignature { name: name.to_owned(), shape: shape.to_vec(), dtype: Dtype::F32 };
+        let signature = GraphSignature {
+            name: "toy".to_owned(),
+            inputs: vec![tensor("other", &[1]), tensor("pixels", &[1, 3, 8, 8])],
+            outputs: vec![tensor("y", &[1, 8, 2, 2])],
+        };
+        let convolution = |toy: Toy, x: &str, name: &str, [stride, groups]: [i64; 2], pads: &[i64]| {
+            toy.node("Conv", &[x, &format!("{name}.w"), &format!("{name}.b")], name)
+                .with("strides", Attribute::Ints(vec![stride; 2]))
+                .with("pads", Attribute::Ints(pads.to_vec()))
+                .with("group", Attribute::Int(groups))
+        };
+        let clip = |toy: Toy, x: &str| toy.node("Clip", &[x, "low", "high"], &format!("{x}6"));
+        let mut toy = Toy::new(&signature);
+        toy = clip(convolution(toy, "pixels", "stem", [2, 1], &[0, 0, 1, 1]), "stem");
+        toy = clip(convolution(toy, "stem6", "d0", [1, 16], &[1; 4]), "d0");
+        toy = convolution(toy, "d06", "p0", [1, 1], &[0; 4]).node("Add", &["p0", "stem6"], "x1");
+        toy = clip(convolution(toy, "x1", "e1", [1, 1], &[0; 4]), "e1");
+        toy = clip(convolution(toy, "e16", "d1", [2, 32], &[0, 0, 1, 1]), "d1");
+        toy = convolution(toy, "d16", "p1", [1, 1], &[0; 4]);
+        toy = clip(convolution(toy, "p1", "head", [1, 1], &[0; 4]), "head").node("Identity", &["head6"], "y");
+        let mut constants = BTreeMap::new();
+        let mut add = |name: String, dims: &[i64], values: &[f32]| {
+            let bytes = Cow::Owned(values.iter().flat_map(|v| v.to_le_bytes()).collect());
+            constants.insert(name, Constant { dtype: DataType::Float, dims: dims.to_vec(), bytes });
+        };
+        for (name, dims) in [
+            ("stem", [16, 3, 3, 3]),
+            ("d0", [16, 1, 3, 3]),
+            ("p0", [16, 16, 1, 1]),
+            ("e1", [32, 16, 1, 1]),
+            ("d1", [32, 1, 3, 3]),
+            ("p1", [4, 32, 1, 1]),
+            ("head", [8, 4, 1, 1]),
+        ] {
+            add(format!("{name}.w"), &dims, &vec![0.1; dims.iter().product::<i64>() as usize]);
+            add(format!("{name}.b"), &dims[..1], &vec![0.0; dims[0] as usize]);
+        }
+        add("low".to_owned(), &[], &[0.0]);
+        add("high".to_owned(), &[], &[6.0]);
+        (toy.model().graph.unwrap(), constants)
+    }
+
+    #[test]
+    fn a_chain_of_blocks_is_taken_out() {
+        let (mut graph, constants) = toy();
+        let backbone = take_backbone(&mut graph, &constants).unwrap();
+        assert_eq!((backbone.input, backbone.network.output()), (1, [8, 2, 2]));
+        assert_eq!(graph.node.len(), 1);
+        assert_eq!((graph.input.len(), graph.input[2].name.as_str()), (3, "head6"));
+    }
+
+    #[test]
+    fn other_forms_are_left_alone() {
+        type Break = fn(&mut GraphProto, &mut BTreeMap<String, Constant<'static>>);
+        fn node<'a>(graph: &'a mut GraphProto, output: &str) -> &'a mut NodeProto {
+            graph.node.iter_mut().find(|node| node.output[0] == output).unwrap()
+        }
+        let cases: [Break; 5] = [
+            |g, _| node(g, "d0").attribute[1].ints = vec![0, 0, 1, 1],
+            |g, _| node(g, "stem").attribute[0].ints = vec![2, 1],
+            |g, _| node(g, "y").input[0] = "p1".to_owned(),
+            |_, c| c.get_mut("high").unwrap().bytes = Cow::Owned(8f32.to_le_bytes().to_vec()),
+            |_, c| drop(c.remove("d1.w")),
+        ];
+        for (i, break_it) in cases.into_iter().enumerate() {
+            let (mut graph, mut constants) = toy();
+            break_it(&mut graph, &mut constants);
+            let before = graph.clone();
+            // What is read from inside is no longer there once the chain is taken out: only what ends it may be.
+            let taken = take_backbone(&mut graph, &constants);
+            assert!(taken.is_none() && graph == before, "case {i}");
+        }
     }
 }

@@ -21,23 +21,19 @@ pub(super) use self::linear::OPERATOR as LINEAR;
 
 /// tract on the processor.
 pub(super) struct Tract {
-    executor: Executor,
+    /// None for one thread: the caller's.
+    pool: Option<Arc<rayon::ThreadPool>>,
 }
 
 impl Tract {
     /// An engine whose matrix products use so many threads (0 counts as 1).
     pub(super) fn new(threads: usize) -> Result<Self, EngineError> {
-        let executor = if threads <= 1 {
-            Executor::SingleThread
-        } else {
-            let pool = rayon::ThreadPoolBuilder::new()
-                .num_threads(threads)
-                .thread_name(|i| format!("tract-{i}"))
-                .build()
-                .map_err(|error| EngineError::Threads { threads, reason: error.to_string() })?;
-            Executor::MultiThread(Arc::new(pool))
-        };
-        Ok(Self { executor })
+        if threads <= 1 {
+            return Ok(Self { pool: None });
+        }
+        let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).thread_name(|i| format!("tract-{i}")).build();
+        let pool = pool.map_err(|error| EngineError::Threads { threads, reason: error.to_string() })?;
+        Ok(Self { pool: Some(Arc::new(pool)) })
     }
 }
 
@@ -52,7 +48,7 @@ impl Engine for Tract {
         check_names(&signature, &names(&inputs[..known]), &names(outputs))?;
         let plan =
             prepare(&proto).map_err(|error| EngineError::Load { graph: signature.name.clone(), reason: format!("{error:#}") })?;
-        let graph = TractGraph { plan, signature, executor: self.executor.clone(), backbone, scratch: Mutex::default() };
+        let graph = TractGraph { plan, signature, pool: self.pool.clone(), backbone, scratch: Mutex::default() };
         graph.check_facts()?;
         Ok(Box::new(graph))
     }
@@ -71,7 +67,7 @@ fn prepare(proto: &tract_onnx::pb::ModelProto) -> TractResult<Arc<TypedRunnableM
 struct TractGraph {
     plan: Arc<TypedRunnableModel>,
     signature: GraphSignature,
-    executor: Executor,
+    pool: Option<Arc<rayon::ThreadPool>>,
     /// What is computed before the plan, and given to it as its last input.
     backbone: Option<Backbone>,
     /// Memory of runs of the backbone that have ended.
@@ -122,10 +118,8 @@ impl TractGraph {
         let tensor = tensor.map_err(|error| self.failed(&error))?;
         checked_output(&self.signature, index, value.shape(), tensor)
     }
-}
 
-impl Graph for TractGraph {
-    fn run(&self, inputs: &[(&str, &Tensor)]) -> Result<Vec<Tensor>, EngineError> {
+    fn run_here(&self, inputs: &[(&str, &Tensor)]) -> Result<Vec<Tensor>, EngineError> {
         let mut values: TVec<TValue> = TVec::new();
         let inputs = ordered_inputs(&self.signature, inputs)?;
         for tensor in &inputs {
@@ -135,9 +129,20 @@ impl Graph for TractGraph {
         if let Some(backbone) = &self.backbone {
             values.push(self.features(backbone, &inputs).map_err(|error| self.failed(&error))?.into());
         }
-        let outputs = multithread_tract_scope(self.executor.clone(), || self.plan.run(values));
+        let executor = self.pool.clone().map_or(Executor::SingleThread, Executor::MultiThread);
+        let outputs = multithread_tract_scope(executor, || self.plan.run(values));
         let outputs = outputs.map_err(|error| self.failed(&error))?;
         outputs.iter().enumerate().map(|(index, value)| self.output(index, value)).collect()
+    }
+}
+
+impl Graph for TractGraph {
+    fn run(&self, inputs: &[(&str, &Tensor)]) -> Result<Vec<Tensor>, EngineError> {
+        // Our kernels share their work among the threads of the pool that they are called in.
+        match &self.pool {
+            Some(pool) => pool.install(|| self.run_here(inputs)),
+            None => self.run_here(inputs),
+        }
     }
 }
 
@@ -175,7 +180,8 @@ fn integers(value: &TractTensor) -> TractResult<Vec<i64>> {
 mod tests {
     use prost::Message;
     use tract_onnx::pb::tensor_proto::DataType;
-    use tract_onnx::pb::{GraphProto, ModelProto};
+    use tract_onnx::pb::tensor_shape_proto::dimension;
+    use tract_onnx::pb::{GraphProto, ModelProto, type_proto};
 
     use super::super::toy::{Attribute, Toy, halves};
     use super::*;
@@ -213,9 +219,11 @@ mod tests {
         let (onnx, weights) = (model().encode_to_vec(), halves(&[9.0, 1.0, 2.0, 3.0, 4.0]));
         let source = GraphSource { signature: &signature(), sizes: SIZES, onnx: &onnx, external: &|_| Some(weights.as_slice()) };
         let parsed = onnx::parse(&source).unwrap().0.graph.unwrap();
-        assert!(parsed.node.iter().all(|node| node.op_type != "Cast" && node.op_type != "Transpose"));
-        let names: Vec<&str> = parsed.initializer.iter().map(|tensor| tensor.name.as_str()).collect();
-        assert_eq!(names, ["w", "wt"]);
+        let operators: Vec<&str> = parsed.node.iter().map(|node| node.op_type.as_str()).collect();
+        assert_eq!((operators, parsed.initializer.len()), (vec![LINEAR, LINEAR, "Add"], 0));
+        let weights: Vec<Vec<u8>> = parsed.node[..2].iter().map(|node| node.attribute[0].t.clone().unwrap().raw_data).collect();
+        let floats = |values: [f32; 4]| values.iter().flat_map(|v| v.to_le_bytes()).collect::<Vec<u8>>();
+        assert_eq!(weights, [floats([1.0, 2.0, 3.0, 4.0]), floats([1.0, 3.0, 2.0, 4.0])]);
         for threads in [1, 2] {
             let graph = load(&model(), &signature(), threads).unwrap();
             let x = Tensor::f32(&[1, 2], vec![1.0, 10.0]).unwrap();
@@ -226,7 +234,7 @@ mod tests {
     }
 
     #[test]
-    fn eight_bit_weights_are_folded_with_the_scales_of_their_axis() {
+    fn eight_bit_weights_have_the_scales_of_their_axis() {
         // W = [1 −2; 3 −4] by row: [0.5 −1; 30 −40]; by column: [0.5 −20; 1.5 −40].
         for (axis, first) in [(0, [300.5, -401.0]), (1, [15.5, -420.0]), (-1, [15.5, -420.0])] {
             let model = Toy::new(&signature())
@@ -245,11 +253,108 @@ mod tests {
             let source = GraphSource { signature: &signature(), sizes: SIZES, onnx: &onnx, external: &|_| None };
             let parsed = onnx::parse(&source).unwrap().0.graph.unwrap();
             assert!(parsed.node.iter().all(|node| node.op_type != "DequantizeLinear" && node.op_type != "Transpose"));
-            assert!(parsed.initializer.iter().all(|tensor| tensor.data_type == DataType::Float as i32));
+            // One of the two products has a scale for each output, and stays in 8 bits.
+            let types: Vec<i32> =
+                parsed.node.iter().filter(|node| node.op_type == LINEAR).map(|node| weight(node).data_type).collect();
+            let eight = if axis == 0 { DataType::Int8 } else { DataType::Float } as i32;
+            let other = if axis == 0 { DataType::Float } else { DataType::Int8 } as i32;
+            assert_eq!(types, [eight, other], "axis {axis}");
             let x = Tensor::f32(&[1, 2], vec![1.0, 10.0]).unwrap();
             let y = load(&model, &signature(), 1).unwrap().run(&[("x", &x)]).unwrap();
             assert_eq!(y[0].floats(), first, "axis {axis}");
         }
+    }
+
+    fn weight(node: &tract_onnx::pb::NodeProto) -> tract_onnx::pb::TensorProto {
+        node.attribute.iter().find(|attribute| attribute.name == "weight").and_then(|attribute| attribute.t.clone()).unwrap()
+    }
+
+    #[test]
+    fn bias_and_gelu_belong_to_their_product_where_nobody_else_reads_it() {
+        let toy = || {
+            Toy::new(&signature())
+                .levels("w8", &[2, 2], &[1, -2, 3, -4])
+                .floats("scales", &[2], &[0.5, 0.1])
+                .floats("bias", &[2], &[0.25, -0.5])
+                .floats("root", &[1], &[std::f32::consts::FRAC_1_SQRT_2])
+                .floats("one", &[1], &[1.0])
+                .floats("half", &[1], &[0.5])
+                .node("DequantizeLinear", &["w8", "scales"], "w")
+                .with("axis", Attribute::Int(1))
+                .node("MatMul", &["x", "w"], "product")
+                .node("Add", &["product", "bias"], "sum")
+                .node("Mul", &["sum", "root"], "scaled")
+                .node("Erf", &["scaled"], "erf")
+                .node("Add", &["erf", "one"], "more")
+                .node("Mul", &["sum", "more"], "twice")
+        };
+        let gelu = |x: f64| 0.5 * x * (1.0 + erf(x / 2f64.sqrt()));
+        // x = (1, −0.5): sums (1 − 3/2)·0.5 + 0.25 = 0 and (−2 + 2)·0.1 − 0.5 = −0.5.
+        let x = Tensor::f32(&[1, 2], vec![1.0, -0.5]).unwrap();
+        let alone = toy().node("Mul", &["twice", "half"], "y").model();
+        let shared = toy().node("Mul", &["twice", "half"], "gelu").node("Add", &["gelu", "erf"], "y").model();
+        for (model, operators) in [(alone, 1), (shared, 7)] {
+            let onnx = model.encode_to_vec();
+            let source = GraphSource { signature: &signature(), sizes: SIZES, onnx: &onnx, external: &|_| None };
+            let parsed = onnx::parse(&source).unwrap().0.graph.unwrap();
+            assert_eq!(parsed.node.len(), operators, "{:?}", parsed.node.iter().map(|n| &n.op_type).collect::<Vec<_>>());
+            assert_eq!(parsed.node[0].op_type, LINEAR);
+            let y = load(&model, &signature(), 1).unwrap().run(&[("x", &x)]).unwrap();
+            for (found, sum) in y[0].floats().iter().zip([0.0, -0.5]) {
+                let expected = gelu(sum) + if operators == 1 { 0.0 } else { erf(sum / 2f64.sqrt()) };
+                assert!((f64::from(*found) - expected).abs() < 1e-6, "{found} {expected}");
+            }
+        }
+    }
+
+    /// The error function by its series, for small arguments.
+    fn erf(x: f64) -> f64 {
+        let mut term = x;
+        let mut sum = x;
+        for n in 1..30 {
+            term *= -x * x / f64::from(n);
+            sum += term / f64::from(2 * n + 1);
+        }
+        sum * 2.0 / std::f64::consts::PI.sqrt()
+    }
+
+    #[test]
+    fn rows_of_a_table_in_eight_bits_are_scaled_as_they_are_read() {
+        let tensor = |name: &str, shape: &[usize], dtype| TensorSignature { name: name.to_owned(), shape: shape.to_vec(), dtype };
+        let signature = GraphSignature {
+            name: "toy".to_owned(),
+            inputs: vec![tensor("ids", &[3], Dtype::I64)],
+            outputs: vec![tensor("y", &[3, 2], Dtype::F32)],
+        };
+        let model = Toy::new(&signature)
+            .levels("table8", &[3, 2], &[1, -2, 3, -4, 5, -6])
+            .floats("scales", &[3], &[0.5, 2.0, 10.0])
+            .node("DequantizeLinear", &["table8", "scales"], "table")
+            .with("axis", Attribute::Int(0))
+            .node("Gather", &["table", "ids"], "y")
+            .model();
+        let onnx = model.encode_to_vec();
+        let source = GraphSource { signature: &signature, sizes: SIZES, onnx: &onnx, external: &|_| None };
+        let parsed = onnx::parse(&source).unwrap().0.graph.unwrap();
+        let kept = parsed.initializer.iter().find(|tensor| tensor.dims == [3, 2]).unwrap();
+        assert_eq!(kept.data_type, DataType::Int8 as i32);
+        let ids = Tensor::i64(&[3], vec![2, 0, 2]).unwrap();
+        let y = load(&model, &signature, 1).unwrap().run(&[("ids", &ids)]).unwrap();
+        assert_eq!(y[0].floats(), [50.0, -60.0, 0.5, -1.0, 50.0, -60.0]);
+    }
+
+    #[test]
+    fn sizes_that_nothing_fixes_are_refused() {
+        let named = |name: &str| {
+            let mut model = model();
+            let input = model.graph.as_mut().and_then(|graph| graph.input[0].r#type.as_mut()).and_then(|t| t.value.as_mut());
+            let Some(type_proto::Value::TensorType(tensor)) = input else { panic!("an input is a tensor") };
+            tensor.shape.as_mut().unwrap().dim[1].value = Some(dimension::Value::DimParam(name.to_owned()));
+            load(&model, &signature(), 1)
+        };
+        assert!(named("hypotheses").is_ok());
+        let error = named("batch").err().unwrap().to_string();
+        assert!(error.contains("\"x\" has a size \"batch\" that nothing fixes"), "{error}");
     }
 
     #[test]

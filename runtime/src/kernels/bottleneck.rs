@@ -1,6 +1,9 @@
 //! A network of inverted residuals (Sandler et al., "MobileNetV2: Inverted Residuals and Linear Bottlenecks", arXiv 1801.04381),
 //! channels innermost, a few rows at a time, so that the wide inner activations never leave the cache.
 
+use rayon::prelude::*;
+
+use super::matrix::threads;
 use super::{Activation, Depthwise, Layout, Matrix};
 
 /// Floats of a strip's expanded rows: they stay in a second-level cache of 512 KiB beside the weights that they meet.
@@ -76,43 +79,75 @@ impl Bottleneck {
     }
 
     /// `[height, width, inputs]` to `[height / stride, width / stride, outputs]`.
-    fn run(&self, x: &[f32], [height, width]: Size, scratch: &mut [Vec<f32>; 2], y: &mut Vec<f32>) {
-        let (stride, inner) = (self.stride, self.depthwise.channels());
-        let before = if stride == 1 { 1 } else { 0 };
-        let [rows, columns] = [height / stride, width / stride];
-        let line = (width + before + 1) * inner;
-        let strip = ((STRIP / line).saturating_sub(3) / stride + 1).min(rows);
+    fn run(&self, x: &[f32], size: Size, scratch: &mut [Vec<f32>; 2], y: &mut Vec<f32>) {
+        let [rows, columns] = size.map(|side| side / self.stride);
+        let line = self.line(size[1]);
+        let strip = ((STRIP / line).saturating_sub(3) / self.stride + 1).min(rows);
         y.resize(rows * columns * self.outputs(), 0.0);
-        let [wide, filtered] = scratch;
-        wide.clear();
-        wide.resize(((strip - 1) * stride + 3) * line, 0.0);
-        filtered.resize(strip * columns * inner, 0.0);
-        let overlap = 3 - stride;
-        for first in (0..rows).step_by(strip) {
-            let count = strip.min(rows - first);
-            let needed = (count - 1) * stride + 3;
-            let kept = if first == 0 { 0 } else { overlap };
-            let last = ((strip - 1) * stride + 3) * line;
-            wide.copy_within(last - kept * line..last, 0);
-            // Row i of the strip is row `first · stride + i − before` of the image; those outside of it are padding.
-            let begin = (first * stride + kept).max(before) - before;
-            let skipped = begin + before - first * stride;
-            let end = (first * stride + needed - before).min(height);
-            wide[kept * line..skipped * line].fill(0.0);
-            wide[(skipped + end - begin) * line..needed * line].fill(0.0);
-            self.widen(
-                &x[begin * width * self.inputs()..end * width * self.inputs()],
-                width,
-                &mut wide[skipped * line + before * inner..],
-                line,
-            );
-            let filtered = &mut filtered[..count * columns * inner];
-            self.depthwise.relu6(wide, line / inner, stride, [count, columns], filtered);
-            let (from, to) = (Layout::dense(inner), Layout::dense(self.outputs()));
-            let range = first * columns * self.outputs()..(first + count) * columns * self.outputs();
-            let add = self.residual.then(|| (&x[range.clone()], to));
-            self.project.multiply(count * columns, (filtered, from), add, Activation::None, (&mut y[range], to));
+        let threads = threads();
+        if threads > 1 {
+            // Strips by themselves: rows that two of them need are expanded twice.
+            let strip = strip.min(rows.div_ceil(threads));
+            let strips = y.par_chunks_mut(strip * columns * self.outputs()).enumerate();
+            strips.for_each_init(Default::default, |scratch: &mut [Vec<f32>; 2], (number, y)| {
+                self.fit(scratch, strip, columns, line);
+                self.strip(x, size, number * strip, 0, scratch, y);
+            });
+            return;
         }
+        self.fit(scratch, strip, columns, line);
+        let overlap = 3 - self.stride;
+        for (number, y) in y.chunks_mut(strip * columns * self.outputs()).enumerate() {
+            let kept = if number == 0 { 0 } else { overlap };
+            let last = ((strip - 1) * self.stride + 3) * line;
+            scratch[0].copy_within(last - kept * line..last, 0);
+            self.strip(x, size, number * strip, kept, scratch, y);
+        }
+    }
+
+    /// Floats of a row of the strip, padding included.
+    fn line(&self, width: usize) -> usize {
+        (width + self.before() + 1) * self.depthwise.channels()
+    }
+
+    /// Pixels of padding at the top and the left.
+    fn before(&self) -> usize {
+        if self.stride == 1 { 1 } else { 0 }
+    }
+
+    fn fit(&self, [wide, filtered]: &mut [Vec<f32>; 2], strip: usize, columns: usize, line: usize) {
+        wide.clear();
+        wide.resize(((strip - 1) * self.stride + 3) * line, 0.0);
+        filtered.resize(strip * columns * self.depthwise.channels(), 0.0);
+    }
+
+    /// The rows of `y`, which begin with row `first`; of the expanded rows that they need, the first `kept` are there already.
+    fn strip(
+        &self,
+        x: &[f32],
+        [height, width]: Size,
+        first: usize,
+        kept: usize,
+        [wide, filtered]: &mut [Vec<f32>; 2],
+        y: &mut [f32],
+    ) {
+        let (stride, inner, before, line) = (self.stride, self.depthwise.channels(), self.before(), self.line(width));
+        let columns = width / stride;
+        let count = y.len() / (columns * self.outputs());
+        let needed = (count - 1) * stride + 3;
+        // Row i of the strip is row `first · stride + i − before` of the image; those outside of it are padding.
+        let begin = (first * stride + kept).max(before) - before;
+        let skipped = begin + before - first * stride;
+        let end = (first * stride + needed - before).min(height);
+        wide[kept * line..skipped * line].fill(0.0);
+        wide[(skipped + end - begin) * line..needed * line].fill(0.0);
+        let rows = &x[begin * width * self.inputs()..end * width * self.inputs()];
+        self.widen(rows, width, &mut wide[skipped * line + before * inner..], line);
+        let filtered = &mut filtered[..count * columns * inner];
+        self.depthwise.relu6(wide, line / inner, stride, [count, columns], filtered);
+        let to = Layout::dense(self.outputs());
+        let add = self.residual.then(|| (&x[first * columns * self.outputs()..][..y.len()], to));
+        self.project.multiply(count * columns, (filtered, Layout::dense(inner)), add, Activation::None, (y, to));
     }
 
     /// Whole rows of the input, expanded, into lines of the strip.
@@ -188,7 +223,7 @@ impl Network {
         let (cells, channels) = (size[0] * size[1], self.head.outputs());
         y.resize(cells * channels, 0.0);
         let (from, to) = (Layout::dense(self.head.inputs()), Layout::dense(channels));
-        self.head.multiply(cells, (x, from), None, Activation::Relu6, (y, to));
+        self.head.multiply_shared(cells, (x, from), Activation::Relu6, (y, to));
         let mut turned = vec![0.0; cells * channels];
         for (cell, row) in y[..cells * channels].chunks_exact(channels).enumerate() {
             for (channel, value) in row.iter().enumerate() {
@@ -283,8 +318,10 @@ mod tests {
         let network = Network::new([32, 160], Stem::new(3, matrix(&stem)).unwrap(), blocks, matrix(&head)).unwrap();
         assert_eq!(network.output(), [48, 4, 20]);
         let mut scratch = Scratch::default();
-        for _ in 0..2 {
-            let found = network.run(&pixels, &mut scratch);
+        let pool = rayon::ThreadPoolBuilder::new().num_threads(3).build().unwrap();
+        for shared in [false, true, false] {
+            let found =
+                if shared { pool.install(|| network.run(&pixels, &mut scratch)) } else { network.run(&pixels, &mut scratch) };
             assert_eq!(found.len(), expected.len());
             for (i, (f, e)) in found.iter().zip(&expected).enumerate() {
                 // Ten layers of sums of up to 144 products, in f32.

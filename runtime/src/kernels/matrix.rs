@@ -1,13 +1,18 @@
 //! Products with constant matrices.
 
+use std::ops::Range;
+
 use multiversion::multiversion;
 use pulp::{Arch, Simd, WithSimd};
+use rayon::prelude::*;
 
 /// Rows that one call of the innermost loop works on where there are 32 registers, and where there are 16.
 const ROWS_MANY: usize = 12;
 const ROWS_FEW: usize = 6;
 /// Registers of weights that one step of the innermost loop reads: a panel's width.
 const REGISTERS: usize = 2;
+/// Multiplications from which on it pays to wake other threads.
+const WORTH_SHARING: usize = 1 << 17;
 /// The widest panel of any instruction set.
 const WIDEST: usize = 32;
 
@@ -127,13 +132,64 @@ impl Matrix {
         activation: Activation,
         y: (&mut [f32], Layout),
     ) {
-        self.arch.dispatch(Product { matrix: self, rows, x, add, relu6: activation == Activation::Relu6, y: (&mut *y.0, y.1) });
-        if activation == Activation::Gelu {
-            for row in 0..rows {
-                gelu_all(&mut y.0[y.1.at(row)..][..self.outputs]);
+        self.some_panels(0..self.bias.len() / self.width, rows, x, add, activation, y);
+    }
+
+    /// [`Self::multiply`] without `add`, its outputs shared among the threads of the pool that it is called in, if it is.
+    ///
+    /// # Panics
+    /// Where a layout leads out of its slice.
+    pub fn multiply_shared(&self, rows: usize, x: (&[f32], Layout), activation: Activation, y: (&mut [f32], Layout)) {
+        let threads = threads();
+        if threads == 1 || rows * self.inputs * self.outputs < WORTH_SHARING {
+            return self.multiply(rows, x, None, activation, y);
+        }
+        let panels = self.bias.len() / self.width;
+        let each = panels.div_ceil(threads);
+        let parts: Vec<(usize, Vec<f32>)> = (0..panels)
+            .into_par_iter()
+            .step_by(each)
+            .map(|first| {
+                let range = first..(first + each).min(panels);
+                let columns = (range.end * self.width).min(self.outputs) - first * self.width;
+                let mut part = vec![0.0; rows * columns];
+                self.some_panels(range, rows, x, None, activation, (&mut part, Layout::dense(columns)));
+                (first * self.width, part)
+            })
+            .collect();
+        let (y, to) = y;
+        for (first, part) in parts {
+            let columns = part.len() / rows;
+            for (row, part) in part.chunks_exact(columns).enumerate() {
+                y[to.at(row) + first..][..columns].copy_from_slice(part);
             }
         }
     }
+
+    /// Some of the panels; `y` begins with the first one's columns.
+    fn some_panels(
+        &self,
+        panels: Range<usize>,
+        rows: usize,
+        x: (&[f32], Layout),
+        add: Option<(&[f32], Layout)>,
+        activation: Activation,
+        (y, to): (&mut [f32], Layout),
+    ) {
+        let columns = (panels.end * self.width).min(self.outputs) - panels.start * self.width;
+        let relu6 = activation == Activation::Relu6;
+        self.arch.dispatch(Product { matrix: self, panels, rows, x, add, relu6, y: (&mut *y, to) });
+        if activation == Activation::Gelu {
+            for row in 0..rows {
+                gelu_all(&mut y[to.at(row)..][..columns]);
+            }
+        }
+    }
+}
+
+/// Threads of the pool that this is called in; 1 outside of one.
+pub(super) fn threads() -> usize {
+    rayon::current_thread_index().map_or(1, |_| rayon::current_num_threads())
 }
 
 fn panels<T: Copy + Default>(values: &[T], [inputs, outputs]: [usize; 2], transposed: bool, width: usize) -> Vec<T> {
@@ -170,6 +226,7 @@ impl WithSimd for Lanes {
 /// One call of [`Matrix::multiply`].
 struct Product<'a> {
     matrix: &'a Matrix,
+    panels: Range<usize>,
     rows: usize,
     x: (&'a [f32], Layout),
     add: Option<(&'a [f32], Layout)>,
@@ -199,7 +256,7 @@ impl Product<'_> {
         let packed = self.pack(MOST);
         let size = matrix.inputs * matrix.width;
         let mut expanded = Vec::new();
-        for panel in 0..matrix.bias.len() / matrix.width {
+        for panel in self.panels.clone() {
             let weights = match &matrix.panels {
                 Panels::F32(panels) => &panels[panel * size..][..size],
                 Panels::I8(panels) => {
@@ -281,6 +338,7 @@ impl Product<'_> {
     fn finish(&mut self, sums: &mut [[f32; WIDEST]], panel: usize, row: usize) {
         let matrix = self.matrix;
         let first = panel * matrix.width;
+        let column = first - self.panels.start * matrix.width;
         let lanes = matrix.width.min(matrix.outputs - first);
         let bias = &matrix.bias[first..first + lanes];
         let (y, to) = &mut self.y;
@@ -297,7 +355,7 @@ impl Product<'_> {
             if self.relu6 {
                 sums.iter_mut().for_each(|sum| *sum = sum.clamp(0.0, 6.0));
             }
-            y[to.at(row + r) + first..][..lanes].copy_from_slice(sums);
+            y[to.at(row + r) + column..][..lanes].copy_from_slice(sums);
         }
     }
 }
@@ -382,6 +440,21 @@ mod tests {
                 near(&y, &expected(&x, &|k, n| f32::from(levels[k * outputs + n]) * scales[n], &bias, [inputs, outputs]));
             }
         }
+    }
+
+    #[test]
+    fn threads_share_the_outputs() {
+        let pool = rayon::ThreadPoolBuilder::new().num_threads(3).build().unwrap();
+        let (rows, inputs, outputs) = (5, 300, 333);
+        let (x, w, bias) = (numbers(rows * inputs, 0.0), numbers(inputs * outputs, 9.0), numbers(outputs, 3.0));
+        let matrix = Matrix::new(Weights::F32(&w), [inputs, outputs], false, Some(&bias)).unwrap();
+        let (from, to) = (Layout::dense(inputs), Layout { start: 2, width: 2, line: 900, step: 400 });
+        let mut alone = vec![7.0; 2 + 3 * 900];
+        let mut shared = alone.clone();
+        matrix.multiply_shared(rows, (&x, from), Activation::Gelu, (&mut alone, to));
+        pool.install(|| matrix.multiply_shared(rows, (&x, from), Activation::Gelu, (&mut shared, to)));
+        assert_eq!(alone, shared);
+        assert_ne!(alone[2 + 1800 + 332], 7.0);
     }
 
     #[test]

@@ -124,7 +124,7 @@ impl EvalOp for Linear {
         let mut output = Tensor::zero::<f32>(&shape)?;
         let mut view = output.try_as_plain_ram_mut()?;
         let y = (view.as_slice_mut::<f32>()?, Layout::dense(outputs));
-        self.matrix.multiply(rows, (x, Layout::dense(inputs)), None, self.activation, y);
+        self.matrix.multiply_shared(rows, (x, Layout::dense(inputs)), self.activation, y);
         Ok(tvec!(output.into_tvalue()))
     }
 }
