@@ -12,6 +12,7 @@ pub mod engine;
 #[cfg(feature = "gallery")]
 pub mod gallery;
 pub mod image;
+mod map;
 pub mod model;
 pub mod ordered;
 pub mod tokenizer;
