@@ -4,7 +4,7 @@ use std::path::PathBuf;
 
 use rusqlite::Row as Record;
 
-use super::index::{FLUSH, Index, MOST_IN_MEMORY, Revision, Row, Unavailable};
+use super::index::{FLUSH, Flushed, Index, MOST_IN_MEMORY, Revision, Row, Unavailable};
 use super::search::values;
 use super::{BUSY, Gallery, GalleryError, Time, beside, changes};
 
@@ -18,12 +18,15 @@ pub(super) enum NoIndex {
     NotNeeded,
     /// It cannot be had.
     Unavailable(Unavailable),
+    /// Its file is of a later state than the transaction sees: another process has gone on meanwhile.
+    Later,
 }
 
 /// What can go wrong while an index is made or brought up to date.
 enum Fault {
     Index(Unavailable),
     Gallery(GalleryError),
+    Later,
 }
 
 impl From<Unavailable> for Fault {
@@ -52,7 +55,8 @@ impl Gallery {
     pub fn prepare_search(&self) -> Result<(), GalleryError> {
         self.keep_changes();
         let _snapshot = self.connection.unchecked_transaction().map_err(|e| self.fault(e))?;
-        self.refresh().map(drop)
+        // One that is ahead of this transaction is as good.
+        self.refresh(true).map(drop)
     }
 
     /// Sees to it that the gallery keeps a list of its changes, as far as can be done at once: galleries of earlier versions
@@ -72,8 +76,9 @@ impl Gallery {
         let _ = self.connection.busy_timeout(BUSY);
     }
 
-    /// Makes `self.index` a copy of what the open transaction sees.
-    pub(super) fn refresh(&self) -> Result<Result<(), NoIndex>, GalleryError> {
+    /// Makes `self.index` a copy of what the open transaction sees. One of a later state is made again only where `waited`, as one
+    /// of another gallery is.
+    pub(super) fn refresh(&self, waited: bool) -> Result<Result<(), NoIndex>, GalleryError> {
         let mut held = self.index.borrow_mut();
         if held.is_none() && self.is_small().map_err(|e| self.fault(e))? {
             return Ok(Err(NoIndex::NotNeeded));
@@ -87,7 +92,7 @@ impl Gallery {
         if held.as_ref().is_some_and(|index| index.revision() == latest) {
             return Ok(Ok(()));
         }
-        match self.current(held.take(), latest) {
+        match self.current(held.take(), latest, waited) {
             Ok(index) => {
                 *held = Some(index);
                 Ok(Ok(()))
@@ -95,6 +100,7 @@ impl Gallery {
             // Searching without the index finds the same, and says whose embedding is damaged if it is met.
             Err(Fault::Gallery(GalleryError::Damaged { .. })) => Ok(Err(NoIndex::NotNeeded)),
             Err(Fault::Gallery(error)) => Err(error),
+            Err(Fault::Later) => Ok(Err(NoIndex::Later)),
             Err(Fault::Index(error)) => Ok(Err(NoIndex::Unavailable(error))),
         }
     }
@@ -106,16 +112,20 @@ impl Gallery {
     }
 
     /// An index of the latest state, from the one in use, the file, or the gallery.
-    fn current(&self, mut held: Option<Index>, latest: Revision) -> Result<Index, Fault> {
+    fn current(&self, mut held: Option<Index>, latest: Revision, waited: bool) -> Result<Index, Fault> {
         let path = self.index_path();
+        let ours = |index: Index| match changes::reach_back_to(&self.connection, index.revision()) {
+            Ok(reached) => Ok(reached.then_some(index)),
+            Err(error) => Err(self.fault(error)),
+        };
         for attempt in 0..2 {
-            let of_ours = |index: Index| match changes::reach_back_to(&self.connection, index.revision()) {
-                Ok(reached) => Ok(reached.then_some(index)),
-                Err(error) => Err(self.fault(error)),
-            };
-            let mut found = held.take().map(of_ours).transpose()?.flatten();
+            let mut found = held.take().map(ours).transpose()?.flatten();
             if found.is_none() {
-                found = Index::open(&path, self.width).map(of_ours).transpose()?.flatten();
+                let opened = Index::open(&path, self.width);
+                if !waited && opened.as_ref().is_some_and(|index| index.revision().number > latest.number) {
+                    return Err(Fault::Later);
+                }
+                found = opened.map(ours).transpose()?.flatten();
             }
             let Some(mut index) = found else { break };
             let changed = changes::since(&self.connection, index.revision()).map_err(|e| self.fault(e))?;
@@ -126,23 +136,22 @@ impl Gallery {
                 self.picture(id, |row| Ok(index.change(id, row)?))?;
             }
             index.reached(latest);
-            if index.is_worn() {
-                match self.build(latest) {
-                    Err(Fault::Index(_)) => return Ok(index),
-                    result => return result,
+            if !index.is_worn() {
+                if index.unwritten() < FLUSH {
+                    return Ok(index);
+                }
+                match index.flush() {
+                    Ok(Flushed::Yes) => return Ok(index),
+                    // The file is not what it was when it was opened: once more, with what it is now.
+                    Ok(Flushed::FileChanged) if attempt == 0 => continue,
+                    Ok(Flushed::FileChanged) => {}
+                    Err(_) => return Ok(index),
                 }
             }
-            if index.unwritten() < FLUSH {
-                return Ok(index);
-            }
-            match index.flush() {
-                // Another process may have gone on with the file, further than what this transaction sees.
-                Ok(true) if index.revision() == latest => return Ok(index),
-                // The file is not what it was when it was opened: once more, with what it is now.
-                Ok(_) if attempt == 0 => {}
-                Ok(_) => break,
-                Err(_) => return Ok(index),
-            }
+            return match self.build(latest) {
+                Err(Fault::Index(_)) => Ok(index),
+                result => result,
+            };
         }
         self.build(latest)
     }

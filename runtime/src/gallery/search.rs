@@ -11,6 +11,9 @@ use super::indexing::NoIndex;
 use super::quantize::{Query, below};
 use super::{Gallery, GalleryError, Time};
 
+/// How often a search begins again where another process is ahead of it, before it takes the index for another gallery's.
+const TURNS: usize = 3;
+
 /// Which pictures are considered.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Filter {
@@ -193,22 +196,33 @@ impl Gallery {
             return Err(GalleryError::Width { found: query.len(), expected: self.width });
         }
         self.keep_changes();
-        // All that follows sees the gallery in one state, whoever writes meanwhile.
-        let _snapshot = self.connection.unchecked_transaction().map_err(|e| self.fault(e))?;
-        let (best, method) = self.best(query, filter, count)?;
-        Ok(Found { hits: self.hits(best)?, method })
+        for turn in 0..=TURNS {
+            // All that follows sees the gallery in one state, whoever writes meanwhile.
+            let _snapshot = self.connection.unchecked_transaction().map_err(|e| self.fault(e))?;
+            if let Some((best, method)) = self.best(query, filter, count, turn == TURNS)? {
+                return Ok(Found { hits: self.hits(best)?, method });
+            }
+        }
+        Ok(Found { hits: Vec::new(), method: Method::Scan })
     }
 
-    fn best(&self, query: &[f32], filter: &Filter, count: usize) -> Result<(Vec<Candidate>, Method), GalleryError> {
+    /// The best, and how they were found; nothing where the index is of a later state than the transaction, unless `waited`.
+    fn best(
+        &self,
+        query: &[f32],
+        filter: &Filter,
+        count: usize,
+        waited: bool,
+    ) -> Result<Option<(Vec<Candidate>, Method)>, GalleryError> {
+        let scan = |method| Ok(Some((self.scan(query, filter, count)?, method)));
         let codes = Query::new(query).filter(|_| count > 0);
-        let Some(codes) = codes else { return Ok((self.scan(query, filter, count)?, Method::Scan)) };
+        let Some(codes) = codes else { return scan(Method::Scan) };
         for _ in 0..2 {
-            match self.refresh()? {
+            match self.refresh(waited)? {
                 Ok(()) => {}
                 Err(NoIndex::NotNeeded) => break,
-                Err(NoIndex::Unavailable(reason)) => {
-                    return Ok((self.scan(query, filter, count)?, Method::ScanWithoutIndex(reason)));
-                }
+                Err(NoIndex::Unavailable(reason)) => return scan(Method::ScanWithoutIndex(reason)),
+                Err(NoIndex::Later) => return Ok(None),
             }
             let mut held = self.index.borrow_mut();
             let Some(index) = held.as_ref() else { break };
@@ -218,7 +232,7 @@ impl Gallery {
                 break;
             }
             match self.rescore(query, &candidates, count)? {
-                Some((best, rescored)) => return Ok((best, Method::Index { rescored })),
+                Some((best, rescored)) => return Ok(Some((best, Method::Index { rescored }))),
                 // One is gone and no trigger told: the index is worth nothing.
                 None => {
                     *held = None;
@@ -226,7 +240,7 @@ impl Gallery {
                 }
             }
         }
-        Ok((self.scan(query, filter, count)?, Method::Scan))
+        scan(Method::Scan)
     }
 
     /// The best of the candidates by their products in full, and how many were looked at; nothing where one is not in the

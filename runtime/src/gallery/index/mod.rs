@@ -84,6 +84,15 @@ pub struct Candidate {
     pub id: i64,
 }
 
+/// What became of an attempt to write changes down.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Flushed {
+    /// They are in the file.
+    Yes,
+    /// Another process has replaced the file or gone on with it, or it has been cut short.
+    FileChanged,
+}
+
 /// An index in use.
 #[derive(Debug)]
 pub struct Index {
@@ -234,21 +243,27 @@ impl Index {
         self.revision = revision;
     }
 
-    /// Writes the changes in memory behind the rest of the file. Gives whether it could: not where the file is not the one that
-    /// was opened any more, or has been cut short; then all is as it was.
+    /// Writes the changes in memory behind the rest of the file, where it still is the file that was opened; else all is as it was.
     ///
     /// # Errors
     /// A file that cannot be written, or that somebody else writes.
-    pub fn flush(&mut self) -> Result<bool, Unavailable> {
+    pub fn flush(&mut self) -> Result<Flushed, Unavailable> {
         // By id, as in every segment.
         let mut latest: Vec<(i64, usize)> = self.in_tail.iter().map(|(&id, &row)| (id, row)).collect();
         latest.sort_unstable();
         let rows: Vec<usize> = latest.into_iter().map(|(_, row)| row).collect();
         let rows = self.tail.picked(&rows, self.width);
         if self.file.append(&self.path, &rows, &self.newly_dead, self.revision)? != Appended::Yes {
-            return Ok(false);
+            return Ok(Flushed::FileChanged);
         }
-        Self::open(&self.path, self.width).map(|grown| *self = grown).map_or(Ok(false), |()| Ok(true))
+        match Self::open(&self.path, self.width) {
+            // Not where another process has gone on already.
+            Some(grown) if grown.revision == self.revision => {
+                *self = grown;
+                Ok(Flushed::Yes)
+            }
+            _ => Ok(Flushed::FileChanged),
+        }
     }
 
     /// The pictures that may be among the `count` best of those that pass the filter, the likeliest first: all whose product
