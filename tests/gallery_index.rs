@@ -314,6 +314,27 @@ fn a_damaged_cut_or_foreign_index_is_made_again() {
 }
 
 #[test]
+fn a_new_file_that_lacks_its_end_is_no_index() {
+    let folder = tempfile::tempdir().unwrap();
+    // More than one segment of a new file holds.
+    let path = filled(folder.path(), 40_000);
+    let stored = gallery(&path);
+    stored.prepare_search().unwrap();
+    let index = stored.index_path();
+    let whole = fs::read(&index).unwrap();
+    let begins: Vec<usize> = (0..whole.len()).step_by(64).filter(|&at| whole[at..].starts_with(b"segm")).collect();
+    assert_eq!(begins.len(), 3);
+    for &cut in &begins {
+        fs::remove_file(&index).unwrap();
+        fs::write(&index, &whole[..cut]).unwrap();
+        let (hits, method) = found(&gallery(&path), &unit(39_999), &Filter::default(), 1);
+        assert_eq!(hits[0].source, "a/39999", "cut at {cut}");
+        assert!(indexed(&method));
+        assert_eq!(fs::metadata(&index).unwrap().len(), whole.len() as u64);
+    }
+}
+
+#[test]
 fn a_deleted_index_is_made_again_and_one_that_cannot_be_made_is_said() {
     let folder = tempfile::tempdir().unwrap();
     let path = filled(folder.path(), PICTURES);

@@ -56,7 +56,7 @@ impl Gallery {
         self.keep_changes();
         let _snapshot = self.connection.unchecked_transaction().map_err(|e| self.fault(e))?;
         // One that is ahead of this transaction is as good.
-        self.refresh(true).map(drop)
+        self.refresh(false).map(drop)
     }
 
     /// Sees to it that the gallery keeps a list of its changes, as far as can be done at once: galleries of earlier versions

@@ -196,14 +196,15 @@ impl Gallery {
             return Err(GalleryError::Width { found: query.len(), expected: self.width });
         }
         self.keep_changes();
-        for turn in 0..=TURNS {
+        let mut turn = 0;
+        loop {
             // All that follows sees the gallery in one state, whoever writes meanwhile.
             let _snapshot = self.connection.unchecked_transaction().map_err(|e| self.fault(e))?;
             if let Some((best, method)) = self.best(query, filter, count, turn == TURNS)? {
                 return Ok(Found { hits: self.hits(best)?, method });
             }
+            turn += 1;
         }
-        Ok(Found { hits: Vec::new(), method: Method::Scan })
     }
 
     /// The best, and how they were found; nothing where the index is of a later state than the transaction, unless `waited`.
