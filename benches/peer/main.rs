@@ -15,6 +15,7 @@ mod candle;
 mod inputs;
 mod ours;
 mod rten;
+mod unpacked;
 
 use std::path::PathBuf;
 use std::time::{Duration, Instant};

@@ -9,6 +9,7 @@ use unimo::bundle::manifest::{GraphSignature, Manifest, Precision};
 
 use super::Peer;
 use super::inputs::{Input, Values};
+use super::unpacked::unpacked;
 
 /// Where the bundle's graphs say that their weights are.
 const WEIGHTS: &str = "weights.bin";
@@ -32,7 +33,7 @@ pub fn load(
     if let Ok(weights) = bundle.read(&format!("{precision}/{WEIGHTS}")) {
         options.external_data(WEIGHTS, weights.to_vec());
     }
-    let model = options.load(onnx.to_vec())?;
+    let model = options.load(unpacked(onnx)?)?;
     let value = |input: &Input| -> anyhow::Result<(NodeId, Value)> {
         let value = match &input.values {
             Values::F32(values) => Value::from_shape(&input.shape, values.clone()).map_err(|error| anyhow!("{error}"))?,
