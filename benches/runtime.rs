@@ -64,7 +64,7 @@ fn bookkeeping(c: &mut Criterion) {
     let mut logits = || (0..vocabulary).map(|_| rng.random_range(-8.0..8.0f32)).collect::<Vec<_>>();
     let model = Recited { logits: (0..64).map(|_| logits()).collect() };
     for beam in [1, 3, 5] {
-        let options = DecodeOptions { beam, max_words: 20, ..DecodeOptions::default() };
+        let options = DecodeOptions { beam, max_words: 20, length_penalty: 0.7, no_repeat: 3 };
         c.bench_function(&format!("beam of {beam}, 20 words of {vocabulary}, without a model"), |b| {
             b.iter(|| beam_search(black_box(&model), 0, &options));
         });
