@@ -1,1 +1,2 @@
-//! Criterion benchmarks of the runtime's pieces: `cargo bench -p unimo-benches`.
+//! Measurements: `cargo bench -p unimo-benches` times the runtime's pieces (criterion); `search-speed` measures searches, their
+//! memory and recall; `peers` runs a bundle's graphs in other runtimes beside ours; `peer/caption.py` captions in Python.

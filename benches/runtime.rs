@@ -1,19 +1,17 @@
-//! The pieces of a caption and of a search, on the default bundle and a drawn scene: one thread, engine tract.
+//! The pieces of a caption, on the default bundle and a drawn scene: one thread, engine tract.
 
 use std::hint::black_box;
 use std::path::Path;
 
 use criterion::{Criterion, criterion_group, criterion_main};
+use rand::rngs::StdRng;
+use rand::{Rng, SeedableRng};
 use unimo::bundle::BundleSource;
-use unimo::captioning::DecodeOptions;
+use unimo::captioning::{DecodeOptions, LanguageModel, beam_search};
 use unimo::engine::EngineOptions;
-use unimo::gallery::{Entry, Filter, Gallery, Time};
 use unimo::image::{DecodeLimits, decode};
 use unimo::model::{GraphName, Model};
 use unimo_train::scenes;
-
-/// Pictures in the searched gallery.
-const GALLERY: usize = 10_000;
 
 fn model() -> Model {
     let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("../runtime/bundle/default.tar");
@@ -40,30 +38,46 @@ fn captioning(c: &mut Criterion) {
     c.bench_function("match", |b| b.iter(|| model.match_score(black_box(&vision), "a red circle")));
 }
 
-fn search(c: &mut Criterion) {
-    let folder = tempfile::tempdir().expect("a folder");
-    let width = 256;
-    let unit = |seed: usize| -> Vec<f32> {
-        let values: Vec<f32> = (0..width).map(|i| ((seed * 31 + i * 17) as f32 * 0.37).sin()).collect();
-        let length = values.iter().map(|v| v * v).sum::<f32>().sqrt();
-        values.into_iter().map(|v| v / length).collect()
-    };
-    let mut gallery = Gallery::open_or_create(&folder.path().join("gallery"), "bench", width).expect("a gallery");
-    let entries: Vec<Entry> = (0..GALLERY)
-        .map(|i| Entry {
-            source: format!("picture {i}"),
-            hash: [0; 32],
-            embedding: unit(i),
-            caption: None,
-            time: Time::from_milliseconds(i as i64),
-        })
-        .collect();
-    gallery.put(&entries).expect("entries are stored");
-    let query = unit(GALLERY / 2);
-    c.bench_function(&format!("search among {GALLERY} pictures"), |b| {
-        b.iter(|| gallery.search(black_box(&query), &Filter::default(), 5));
-    });
+/// A language model that costs nothing: the logits of a word are always the same.
+struct Recited {
+    logits: Vec<Vec<f32>>,
 }
 
-criterion_group!(benches, captioning, search);
+impl LanguageModel for Recited {
+    type State = u32;
+    type Error = std::convert::Infallible;
+
+    fn read(&self, state: &mut u32, id: u32) -> Result<Vec<f32>, Self::Error> {
+        *state = state.wrapping_mul(31).wrapping_add(id);
+        Ok(self.logits[*state as usize % self.logits.len()].clone())
+    }
+
+    fn is_forbidden(&self, id: u32) -> bool {
+        id == 1
+    }
+}
+
+/// What beam search does around the model: scores, the best continuations, ranking.
+fn bookkeeping(c: &mut Criterion) {
+    let vocabulary = 8192;
+    let mut rng = StdRng::seed_from_u64(1);
+    let mut logits = || (0..vocabulary).map(|_| rng.random_range(-8.0..8.0f32)).collect::<Vec<_>>();
+    let model = Recited { logits: (0..64).map(|_| logits()).collect() };
+    for beam in [1, 3, 5] {
+        let options = DecodeOptions { beam, max_words: 20, length_penalty: 0.7, no_repeat: 3 };
+        c.bench_function(&format!("beam of {beam}, 20 words of {vocabulary}, without a model"), |b| {
+            b.iter(|| beam_search(black_box(&model), 0, &options));
+        });
+    }
+}
+
+fn words(c: &mut Criterion) {
+    let model = model();
+    let text = "Two dogs, one brown and one white, are running after a red ball on a wet beach at sunset.";
+    let ids = model.tokenizer().encode(text, 64);
+    c.bench_function("encode a caption of 19 words", |b| b.iter(|| model.tokenizer().encode(black_box(text), 64)));
+    c.bench_function("decode a caption of 19 words", |b| b.iter(|| model.tokenizer().decode(black_box(&ids))));
+}
+
+criterion_group!(benches, words, bookkeeping, captioning);
 criterion_main!(benches);

@@ -392,9 +392,26 @@ fn captioning_is_measured() {
     assert!((weights / 2..weights).contains(&row["model_bytes"].as_u64().unwrap()), "{row}");
 
     let slow = bench(&["--assert-p90-ms", "0.001"]);
-    assert!(slow.code == 1 && slow.stdout.lines().count() == 3 && slow.stderr.contains("not within 0.001"), "{slow:?}");
+    assert!(slow.code == 6 && slow.stdout.lines().count() == 3 && slow.stderr.contains("not within 0.001"), "{slow:?}");
+
+    // A line more for each run, with all that the row says and where it was measured.
+    let ledger = folder.path().with_extension("ledger");
+    let append = ["--ledger", text(&ledger), "--json"];
+    let [report] = bench(&append).json_lines().try_into().unwrap();
+    assert_eq!(bench(&append).code, 0);
+    let written = fs::read_to_string(&ledger).unwrap();
+    let lines: Vec<serde_json::Value> = written.lines().map(|line| serde_json::from_str(line).unwrap()).collect();
+    assert_eq!(lines.len(), 2);
+    for (name, value) in report["results"][0].as_object().unwrap() {
+        assert_eq!(&lines[0][name], value, "{name}");
+    }
+    assert_eq!((lines[1]["schema"].as_u64(), &lines[1]["bundle"]), (Some(1), &report["bundle"]));
+    assert!(lines[1]["machine"]["processors"].as_u64().unwrap() > 0 && lines[1]["date"].as_str().unwrap().ends_with('Z'));
+    fs::remove_file(&ledger).unwrap();
+
     for (more, code, message) in [
-        (&["--precision", "f32"][..], 3, "it holds no f32 weights"),
+        (&["--ledger", "/nowhere/ledger"][..], 3, "cannot write the ledger /nowhere/ledger"),
+        (&["--precision", "f32"], 3, "it holds no f32 weights"),
         (&["--duration", "0"], 2, "--duration"),
         (&["-"], 2, "must be files"),
         (&["--engine", "ort", "--ort-lib", "/nowhere"], 5, "where there is none"),

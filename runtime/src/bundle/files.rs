@@ -6,7 +6,7 @@ use std::ops::{Deref, Range};
 use std::path::{Component, Path};
 
 use super::BundleFault;
-use super::map::Mapping;
+use crate::map::Mapping;
 
 /// Bytes that outlive the bundle: a mapped file or a part of the program.
 #[derive(Debug)]

@@ -12,7 +12,6 @@
 
 mod files;
 pub mod manifest;
-mod map;
 mod pack;
 
 use std::collections::BTreeSet;
@@ -24,8 +23,8 @@ use sha2::{Digest, Sha256};
 
 use self::files::{Backing, Files};
 use self::manifest::{Manifest, Precision};
-use self::map::Mapping;
 pub use self::pack::{PackError, pack};
+use crate::map::Mapping;
 use crate::tokenizer::{Tokenizer, TokenizerError};
 
 #[cfg(all(feature = "embedded-bundle", has_default_bundle))]

@@ -18,6 +18,8 @@ pub const BAD_INPUT: u8 = 3;
 pub const NO_DEVICE: u8 = 4;
 /// The engine or its provider is not available.
 pub const NO_ENGINE: u8 = 5;
+/// A budget of time that was asked for was missed.
+pub const BUDGET_MISSED: u8 = 6;
 
 /// What `--help` says about exit codes.
 pub const HELP: &str = "\
@@ -27,7 +29,8 @@ Exit codes:
   2  wrong usage
   3  bad input or bundle (of several pictures, those that can be read are still worked on)
   4  device or camera not available
-  5  engine not available";
+  5  engine not available
+  6  a budget was missed";
 
 /// A wish that the command line's grammar allows and its meaning does not.
 #[derive(Debug, thiserror::Error)]

@@ -148,7 +148,7 @@ enum Looked {
 
 /// Makes a write beyond the user's limit on file sizes fail, as on a full disk, instead of ending the program.
 #[cfg(unix)]
-fn survive_file_size_limit() -> io::Result<()> {
+pub fn survive_file_size_limit() -> io::Result<()> {
     let noticed = std::sync::Arc::default();
     signal_hook::flag::register(signal_hook::consts::SIGXFSZ, noticed).map(drop)
 }
@@ -192,6 +192,7 @@ fn add(args: &AddArgs) -> anyhow::Result<ExitCode> {
         output.advance();
         anyhow::Ok(())
     })?;
+    gallery.prepare_search()?;
     Ok(output.finish())
 }
 
@@ -260,17 +261,19 @@ fn stats(path: &Path, json: bool) -> anyhow::Result<ExitCode> {
             "bundle": stats.bundle,
             "embedding": stats.width,
             "bytes": stats.bytes,
+            "index_bytes": stats.index_bytes,
         });
         writeln!(io::stdout(), "{object}")?;
     } else {
         writeln!(
             io::stdout(),
-            "pictures   {} ({} with captions)\nembedding  {} values\nbundle     {}\nsize       {} bytes",
+            "pictures   {} ({} with captions)\nembedding  {} values\nbundle     {}\nsize       {} bytes, and {} of the search index",
             stats.images,
             stats.captions,
             stats.width,
             stats.bundle,
-            stats.bytes
+            stats.bytes,
+            stats.index_bytes
         )?;
     }
     Ok(ExitCode::SUCCESS)

@@ -5,7 +5,7 @@ use std::process::ExitCode;
 
 use clap::Args;
 use serde::Serialize;
-use unimo::gallery::{Filter, Gallery, Hit, Time};
+use unimo::gallery::{Filter, Gallery, Hit, Method, Time};
 use unimo::image::{DecodeLimits, read};
 use unimo::model::Model;
 
@@ -82,15 +82,23 @@ struct ResultLine<'a> {
 }
 
 pub fn run(args: &SearchArgs) -> anyhow::Result<ExitCode> {
+    // The search index may have to be written.
+    #[cfg(unix)]
+    super::index::survive_file_size_limit()?;
     let gallery = Gallery::open(&args.gallery.gallery)?;
     let model = args.model.open()?;
     gallery.require_bundle(model.bundle_id())?;
     let query = query(args, &model)?;
     let filter = Filter { since: args.since, until: args.until, source: args.source.as_deref().map(stored_name).transpose()? };
     let count = usize::from(args.count);
-    let mut found = match (&args.words, args.rerank) {
-        (Some(words), true) => rerank(&model, words, gallery.search(&query, &filter, RERANKED * count)?)?,
-        _ => gallery.search(&query, &filter, count)?.into_iter().map(|hit| Found { hit, matching: None }).collect(),
+    let reranked = args.words.as_ref().filter(|_| args.rerank);
+    let found = gallery.find(&query, &filter, if reranked.is_some() { RERANKED * count } else { count })?;
+    if let Method::ScanWithoutIndex(reason) = &found.method {
+        eprintln!("every embedding was read, which takes longer: {reason}");
+    }
+    let mut found = match reranked {
+        Some(words) => rerank(&model, words, found.hits)?,
+        None => found.hits.into_iter().map(|hit| Found { hit, matching: None }).collect(),
     };
     found.truncate(count);
     print(&found, args.json)?;

@@ -289,7 +289,7 @@ mod tests {
             |g, _| node(g, "stem").attribute[0].ints = vec![2, 1],
             |g, _| node(g, "y").input[0] = "p1".to_owned(),
             |_, c| c.get_mut("high").unwrap().bytes = Cow::Owned(8f32.to_le_bytes().to_vec()),
-            |_, c| drop(c.remove("d1.w")),
+            |_, c| drop(c.remove("p0.w")),
         ];
         for (i, break_it) in cases.into_iter().enumerate() {
             let (mut graph, mut constants) = toy();

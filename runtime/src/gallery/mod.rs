@@ -1,12 +1,18 @@
 //! The gallery: pictures' embeddings, captions, times and sources in one SQLite file, bound to the bundle that made them.
 //!
 //! Writes are transactions with `synchronous = FULL`: what [`Gallery::put`] has returned from survives a power cut, and what it
-//! has not leaves no trace. Search is exact: the dot product with every embedding.
+//! has not leaves no trace. Search is exact: it finds what the dot product with every embedding finds, with the help of an index of
+//! all embeddings in 8 bits in a file beside the gallery, which is a copy and can be deleted.
 
+mod changes;
 mod error;
+mod index;
+mod indexing;
+pub mod quantize;
 mod search;
 mod time;
 
+use std::cell::RefCell;
 use std::path::{Path, PathBuf};
 use std::thread;
 use std::time::{Duration, Instant};
@@ -15,7 +21,9 @@ use rusqlite::{Connection, ErrorCode, OpenFlags, OptionalExtension, TransactionB
 
 pub use self::error::GalleryError;
 use self::error::fault;
-pub use self::search::{Filter, Hit};
+use self::index::Index;
+pub use self::index::Unavailable;
+pub use self::search::{Filter, Found, Hit, Method};
 pub use self::time::{Time, TimeError};
 
 /// `PRAGMA application_id` of a gallery: "UNIM".
@@ -66,6 +74,8 @@ pub struct Stats {
     pub width: usize,
     /// Size of the file, with its journal.
     pub bytes: u64,
+    /// Size of the search index's file; 0 where there is none.
+    pub index_bytes: u64,
 }
 
 /// An open gallery.
@@ -74,6 +84,8 @@ pub struct Gallery {
     connection: Connection,
     bundle: String,
     width: usize,
+    /// A copy of some state of the pictures, for searching.
+    index: RefCell<Option<Index>>,
 }
 
 impl Gallery {
@@ -149,7 +161,7 @@ impl Gallery {
             .query_row("SELECT bundle, width FROM gallery", [], |row| Ok((row.get(0)?, row.get::<_, i64>(1)?)))
             .map_err(|source| fault(path, source))?;
         let width = usize::try_from(width).unwrap_or_default();
-        Ok(Self { path: path.to_path_buf(), connection, bundle, width })
+        Ok(Self { path: path.to_path_buf(), connection, bundle, width, index: RefCell::default() })
     }
 
     /// Refuses a gallery of another bundle.
@@ -200,7 +212,8 @@ impl Gallery {
         }
         let now = Time::now().milliseconds();
         let write = |connection: &mut Connection| -> rusqlite::Result<()> {
-            let transaction = connection.transaction()?;
+            let transaction = connection.transaction_with_behavior(TransactionBehavior::Immediate)?;
+            changes::keep(&transaction)?;
             {
                 let mut statement = transaction.prepare_cached(
                     "INSERT INTO pictures (source, hash, embedding, caption, time, added) VALUES (?1, ?2, ?3, ?4, ?5, ?6)
@@ -212,6 +225,7 @@ impl Gallery {
                     statement.execute(params![e.source, &e.hash[..], bytes, e.caption, e.time.milliseconds(), now])?;
                 }
             }
+            changes::cut(&transaction)?;
             transaction.commit()
         };
         write(&mut self.connection).map_err(|source| fault(&self.path, source))
@@ -223,11 +237,13 @@ impl Gallery {
     /// A full disk or a damaged file.
     pub fn remove(&mut self, sources: &[String]) -> Result<u64, GalleryError> {
         let remove = |connection: &mut Connection| -> rusqlite::Result<u64> {
-            let transaction = connection.transaction()?;
+            let transaction = connection.transaction_with_behavior(TransactionBehavior::Immediate)?;
+            changes::keep(&transaction)?;
             let mut removed = 0;
             for source in sources {
                 removed += transaction.execute("DELETE FROM pictures WHERE source = ?1", [source])? as u64;
             }
+            changes::cut(&transaction)?;
             transaction.commit()?;
             Ok(removed)
         };
@@ -252,6 +268,7 @@ impl Gallery {
             bundle: self.bundle.clone(),
             width: self.width,
             bytes: size("") + size("-wal"),
+            index_bytes: size("-index"),
         })
     }
 
@@ -362,6 +379,7 @@ fn create(connection: &mut Connection, bundle: &str, width: usize) -> rusqlite::
          PRAGMA application_id = {APPLICATION_ID};
          PRAGMA user_version = {SCHEMA};"
     ))?;
+    changes::begin(&transaction)?;
     transaction.execute("INSERT INTO gallery VALUES (?1, ?2)", params![bundle, width as i64])?;
     transaction.commit()
 }

@@ -1,0 +1,150 @@
+//! The table: percentiles of what the workers measured.
+
+use serde::Serialize;
+use unimo::bundle::Bundle;
+use unimo::bundle::manifest::Manifest;
+use unimo::engine::Provider;
+
+use super::Combination;
+use super::worker::{First, Measured, Sample};
+
+/// Percentiles of one part of the way, in milliseconds.
+#[derive(Debug, Clone, Copy, PartialEq, Serialize)]
+pub struct Percentiles {
+    pub p50: f64,
+    pub p90: f64,
+    pub p99: f64,
+}
+
+/// A row of the table.
+#[derive(Debug, Serialize)]
+pub struct Row {
+    #[serde(flatten)]
+    pub combination: Combination,
+    pub captions: usize,
+    pub ms: Percentiles,
+    pub decode_image_ms: Percentiles,
+    pub vision_ms: Percentiles,
+    pub text_ms: Percentiles,
+    /// Mean time of the text part for each token of the captions written.
+    pub token_ms: f64,
+    pub first_ms: f64,
+    pub first_cpu_ms: Option<f64>,
+    pub load_ms: f64,
+    pub peak_memory: Option<u64>,
+    /// Bytes of the graphs and weights in the bundle.
+    pub model_bytes: usize,
+    /// CIDEr-D from the manifest, where the exporter measured it.
+    pub cider: Option<f64>,
+}
+
+/// The row of a combination; nothing where nothing was measured.
+pub fn row(bundle: &Bundle, combination: Combination, runs: &[(f64, First, Measured)]) -> Option<Row> {
+    let samples: Vec<Sample> = runs.iter().flat_map(|(_, _, measured)| measured.samples.iter().copied()).collect();
+    let of = |part: fn(&Sample) -> f64| percentiles(samples.iter().map(part).collect());
+    let median = |values| percentiles(values).map(|of| of.p50);
+    let manifest = bundle.manifest();
+    let precision = combination.precision;
+    let graphs = manifest.graphs.iter().map(|graph| Manifest::graph_file(precision, &graph.name));
+    let weights = manifest.files.keys().filter(|file| file.starts_with(&format!("{precision}/")) && !file.ends_with(".onnx"));
+    let tokens: usize = samples.iter().map(|sample| sample.tokens).sum();
+    Some(Row {
+        combination,
+        captions: samples.len(),
+        ms: of(|s| s.total)?,
+        decode_image_ms: of(|s| s.decode_image)?,
+        vision_ms: of(|s| s.vision)?,
+        text_ms: of(|s| s.text)?,
+        token_ms: samples.iter().map(|s| s.text).sum::<f64>() / tokens.max(1) as f64,
+        first_ms: median(runs.iter().map(|run| run.0).collect())?,
+        first_cpu_ms: median(runs.iter().filter_map(|run| run.1.cpu_ms).collect()),
+        load_ms: median(runs.iter().map(|run| run.1.load_ms).collect())?,
+        peak_memory: runs.iter().filter_map(|run| run.2.peak_memory).max(),
+        model_bytes: graphs.chain(weights.cloned()).filter_map(|file| bundle.length(&file)).sum(),
+        cider: manifest.quality.get(precision.name()).and_then(|figures| figures.get("cider")).copied(),
+    })
+}
+
+/// Nearest-rank percentiles; nothing of no values.
+fn percentiles(mut values: Vec<f64>) -> Option<Percentiles> {
+    values.sort_unstable_by(f64::total_cmp);
+    let rank = |percent: usize| values.get((percent * values.len()).div_ceil(100).max(1) - 1).copied();
+    Some(Percentiles { p50: rank(50)?, p90: rank(90)?, p99: rank(99)? })
+}
+
+/// A Markdown table, aligned for terminals.
+pub fn table(rows: &[Row]) -> Vec<String> {
+    let head = "engine precision captions p50_ms p90_ms p99_ms image vision text ms/token first_ms cpu_ms peak_MB model_MB CIDEr";
+    let mut cells: Vec<Vec<String>> = vec![head.split(' ').map(|name| name.replace('_', " ")).collect()];
+    for row in rows {
+        let Combination { engine, provider, precision } = row.combination;
+        let engine = if provider == Provider::Cpu { engine.to_string() } else { format!("{engine} {provider}") };
+        let or_dash = |value: Option<String>| value.unwrap_or_else(|| "-".to_owned());
+        let mut line = vec![engine, precision.to_string(), row.captions.to_string()];
+        let Percentiles { p50, p90, p99 } = row.ms;
+        let parts = [row.decode_image_ms.p50, row.vision_ms.p50, row.text_ms.p50];
+        line.extend([p50, p90, p99].into_iter().chain(parts).map(|ms| format!("{ms:.1}")));
+        line.push(format!("{:.2}", row.token_ms));
+        line.push(format!("{:.0}", row.first_ms));
+        line.push(or_dash(row.first_cpu_ms.map(|ms| format!("{ms:.0}"))));
+        line.push(or_dash(row.peak_memory.map(|bytes| format!("{:.0}", bytes as f64 / 1e6))));
+        line.push(format!("{:.1}", row.model_bytes as f64 / 1e6));
+        line.push(or_dash(row.cider.map(|cider| format!("{cider:.3}"))));
+        cells.push(line);
+    }
+    let widths: Vec<usize> =
+        (0..cells[0].len()).map(|column| cells.iter().map(|line| line[column].len()).max().unwrap_or(0)).collect();
+    let line = |cells: &Vec<String>| {
+        let padded: Vec<String> = cells.iter().zip(&widths).map(|(cell, &width)| format!("{cell:>width$}")).collect();
+        format!("| {} |", padded.join(" | "))
+    };
+    let mut lines: Vec<String> = cells.iter().map(line).collect();
+    let rule: Vec<String> = widths.iter().map(|&width| format!("{}:", "-".repeat(width - 1))).collect();
+    lines.insert(1, format!("| {} |", rule.join(" | ")));
+    lines
+}
+
+#[cfg(test)]
+mod tests {
+    use unimo::bundle::manifest::Precision;
+    use unimo::engine::EngineKind;
+
+    use super::*;
+
+    #[test]
+    fn percentiles_are_values_that_occurred() {
+        let of = |values: &[f64]| percentiles(values.to_vec()).map(|p| [p.p50, p.p90, p.p99]);
+        assert_eq!(of(&[]), None);
+        assert_eq!(of(&[7.0]), Some([7.0; 3]));
+        assert_eq!(of(&[3.0, 1.0, 2.0, 4.0]), Some([2.0, 4.0, 4.0]));
+        let hundred: Vec<f64> = (1..=100).rev().map(f64::from).collect();
+        assert_eq!(of(&hundred), Some([50.0, 90.0, 99.0]));
+    }
+
+    #[test]
+    fn the_table_is_aligned() {
+        let p = Percentiles { p50: 12.34, p90: 100.0, p99: 101.0 };
+        let row = Row {
+            combination: Combination { engine: EngineKind::Ort, provider: Provider::Cuda, precision: Precision::I8 },
+            captions: 9,
+            ms: p,
+            decode_image_ms: p,
+            vision_ms: p,
+            text_ms: p,
+            token_ms: 1.239,
+            first_ms: 250.4,
+            first_cpu_ms: None,
+            load_ms: 1.0,
+            peak_memory: Some(99_600_000),
+            model_bytes: 8_140_000,
+            cider: Some(0.4821),
+        };
+        let lines = table(&[row]);
+        assert_eq!(lines.len(), 3);
+        assert!(lines.iter().all(|line| line.len() == lines[0].len()), "{lines:#?}");
+        let cells: Vec<&str> = lines[2].trim_matches('|').split('|').map(str::trim).collect();
+        let expected =
+            ["ort cuda", "i8", "9", "12.3", "100.0", "101.0", "12.3", "12.3", "12.3", "1.24", "250", "-", "100", "8.1", "0.482"];
+        assert_eq!(cells, expected);
+    }
+}
