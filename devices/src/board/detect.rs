@@ -236,6 +236,13 @@ Model\t\t: Raspberry Pi 4 Model B Rev 1.5
             ..UNKNOWN
         },
         Case {
+            model: "Raspberry Pi 500 Rev 1.0\0",
+            compatible: "raspberrypi,500\0brcm,bcm2712\0",
+            board: Some("generic-aarch64"),
+            evidence: "its architecture alone, aarch64",
+            ..UNKNOWN
+        },
+        Case {
             model: "NVIDIA Jetson Nano Developer Kit\0",
             compatible: "nvidia,p3450-0000\0nvidia,jetson-nano\0nvidia,tegra210\0",
             files: &[(
