@@ -2,12 +2,18 @@
 //!
 //! Segments are skipped by their lengths, so that a thumbnail inside a picture does not end it. What lies between pictures is
 //! passed over: cameras pad with zeros.
+//!
+//! Many USB cameras leave the Huffman tables out of their pictures, since those of T.81, annex K, are meant. Such a picture gets
+//! the mark of a Motion JPEG (OpenDML's `AVI1`), by which decoders know that.
 
 use std::ops::Range;
 
 const START: u8 = 0xD8;
 const END: u8 = 0xD9;
 const SCAN: u8 = 0xDA;
+const HUFFMAN: u8 = 0xC4;
+/// An application segment that says: this is a Motion JPEG, with the usual tables.
+const MOTION_JPEG: [u8; 18] = *b"\xFF\xE0\x00\x10AVI1\0\0\0\0\0\0\0\0\0\0";
 
 /// A complete JPEG.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -54,6 +60,7 @@ pub(super) struct JpegSplitter {
 #[derive(Debug, Default)]
 struct Walk {
     in_scan: bool,
+    has_huffman: bool,
     scans: u32,
     size: Option<(u32, u32)>,
 }
@@ -109,7 +116,7 @@ impl Walk {
             let Some(segment) = bytes.get(*at + 4..*at + 2 + length) else { return Step::Starved };
             match marker {
                 // Frame headers: 0xC4, 0xC8 and 0xCC share their range and are none.
-                0xC0..=0xCF if !matches!(marker, 0xC4 | 0xC8 | 0xCC) => {
+                0xC0..=0xCF if !matches!(marker, HUFFMAN | 0xC8 | 0xCC) => {
                     let [_, h1, h2, w1, w2, components, ref rest @ ..] = *segment else {
                         return Step::Damaged(Damage::NoMarker);
                     };
@@ -118,6 +125,7 @@ impl Walk {
                     }
                     self.size = Some((u16::from_be_bytes([w1, w2]).into(), u16::from_be_bytes([h1, h2]).into()));
                 }
+                HUFFMAN => self.has_huffman = true,
                 SCAN if self.size.is_none() => return Step::Damaged(Damage::NoPicture),
                 SCAN => {
                     self.scans += 1;
@@ -160,11 +168,12 @@ impl JpegSplitter {
                 return None;
             };
             let step = walk.on(&self.buffer, &mut self.at);
-            let size = walk.size.unwrap_or_default();
+            let (size, has_huffman) = (walk.size.unwrap_or_default(), walk.has_huffman);
             match step {
                 Step::Complete(end) if end > self.max_bytes => return Some(Err(self.damaged(Damage::TooLarge(self.max_bytes)))),
                 Step::Complete(end) => {
                     let bytes = self.buffer.drain(..end).collect();
+                    let bytes = if has_huffman { bytes } else { marked(bytes) };
                     self.picture = None;
                     self.at = 0;
                     if !self.is_trusted(size) {
@@ -243,11 +252,18 @@ pub(super) fn single(bytes: Vec<u8>) -> Result<Jpeg, Damage> {
             let (width, height) = walk.size.unwrap_or_default();
             let mut bytes = bytes;
             bytes.truncate(end);
+            let bytes = if walk.has_huffman { bytes } else { marked(bytes) };
             Ok(Jpeg { bytes, width, height })
         }
         Step::Starved => Err(Damage::CutByEnd),
         Step::Damaged(damage) => Err(damage),
     }
+}
+
+/// A JPEG marked as one without its usual tables.
+fn marked(mut bytes: Vec<u8>) -> Vec<u8> {
+    bytes.splice(2..2, MOTION_JPEG);
+    bytes
 }
 
 /// Width and height that a JPEG's header tells, where it has got that far.
@@ -360,6 +376,31 @@ mod tests {
         assert_eq!(single(b"PNG".to_vec()), Err(Damage::NoMarker));
         assert_eq!(single([picture.as_slice(), &[0; 5]].concat()), whole(8, 8, 3));
         assert_eq!((size(&picture), size(&picture[..20]), size(b"GIF")), (Some((8, 8)), None, None));
+    }
+
+    #[test]
+    fn pictures_without_their_tables_can_be_decoded() {
+        let picture = image::RgbImage::from_fn(40, 24, |x, y| image::Rgb([x as u8 * 6, y as u8 * 9, 90]));
+        let mut whole = Vec::new();
+        picture.write_to(&mut std::io::Cursor::new(&mut whole), image::ImageFormat::Jpeg).unwrap();
+        // As a camera sends it: without its DHT segments.
+        let (mut bare, mut at) = (whole[..2].to_vec(), 2);
+        while whole[at + 1] != SCAN {
+            let end = at + 2 + usize::from(u16::from_be_bytes([whole[at + 2], whole[at + 3]]));
+            if whole[at + 1] != HUFFMAN {
+                bare.extend(&whole[at..end]);
+            }
+            at = end;
+        }
+        bare.extend(&whole[at..]);
+        assert!(bare.len() + 100 < whole.len() && image::load_from_memory(&bare).is_err());
+
+        let decoded = image::load_from_memory(&whole).unwrap().into_rgb8();
+        let of_buffer = single(bare.clone()).unwrap();
+        assert_eq!(image::load_from_memory(&of_buffer.bytes).unwrap().into_rgb8(), decoded);
+        assert_eq!(split(&[&bare], 10_000), [Ok(of_buffer)]);
+        // One that has its tables is left as it is.
+        assert_eq!(single(whole.clone()).unwrap().bytes, whole);
     }
 
     #[test]
