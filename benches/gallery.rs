@@ -1,5 +1,8 @@
 //! Searches among random embeddings, through the index and by reading all. `search-speed` measures memory and recall.
 
+// A benchmark that cannot begin has nothing to report.
+#![allow(clippy::expect_used)]
+
 use std::fs;
 use std::hint::black_box;
 use std::path::Path;

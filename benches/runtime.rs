@@ -1,5 +1,8 @@
 //! The pieces of a caption, on the default bundle and a drawn scene: one thread, engine tract.
 
+// A benchmark that cannot begin has nothing to report.
+#![allow(clippy::expect_used)]
+
 use std::hint::black_box;
 use std::path::Path;
 

@@ -257,7 +257,7 @@ fn an_index_of_another_course_of_history_is_not_used() {
     fs::rename(&backup, &path).unwrap();
     gallery(&path).put(&[entry("a/2".into(), 2, unit(6000))]).unwrap();
     let stored = gallery(&path);
-    assert_eq!(found(&stored, &unit(5000), &Filter::default(), 1).0[0].source == "a/1", false);
+    assert_ne!(found(&stored, &unit(5000), &Filter::default(), 1).0[0].source, "a/1");
     assert_eq!(found(&stored, &unit(6000), &Filter::default(), 1).0[0].source, "a/2");
     sound(&path);
 }

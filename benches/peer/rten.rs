@@ -9,10 +9,7 @@ use unimo::bundle::manifest::{GraphSignature, Manifest, Precision};
 
 use super::Peer;
 use super::inputs::{Input, Values};
-use super::unpacked::unpacked;
-
-/// Where the bundle's graphs say that their weights are.
-const WEIGHTS: &str = "weights.bin";
+use super::unpacked::{WEIGHTS, unpacked};
 
 struct Rten {
     model: Model,
@@ -30,8 +27,9 @@ pub fn load(
     let onnx = bundle.read(&Manifest::graph_file(precision, &signature.name))?;
     let mut options = ModelOptions::with_all_ops();
     options.prepack_weights(true);
-    if let Ok(weights) = bundle.read(&format!("{precision}/{WEIGHTS}")) {
-        options.external_data(WEIGHTS, weights.to_vec());
+    let [stored, taken] = WEIGHTS;
+    if let Ok(weights) = bundle.read(&format!("{precision}/{stored}")) {
+        options.external_data(taken, weights.to_vec());
     }
     let model = options.load(unpacked(onnx)?)?;
     let value = |input: &Input| -> anyhow::Result<(NodeId, Value)> {

@@ -1,5 +1,5 @@
 //! ONNX files as rten reads them: it takes lists in attributes and the sizes of tensors only value by value, where other
-//! programs also take them packed, as the exporter writes them.
+//! programs also take them packed, as the exporter writes them; and weights only from files whose names end in `.data`.
 
 use anyhow::{Context, bail};
 
@@ -11,6 +11,8 @@ enum Message {
     Node,
     Attribute,
     Tensor,
+    /// A name and a value, of what is said of external data.
+    Entry,
 }
 
 /// What a field of several bytes holds.
@@ -19,6 +21,8 @@ enum Content {
     Message(Message),
     Integers,
     Floats,
+    /// Where external data is, or another value of an entry.
+    Location,
     Bytes,
 }
 
@@ -31,10 +35,15 @@ impl Message {
             (Self::Graph | Self::Attribute, 5) => Content::Message(Self::Tensor),
             (Self::Attribute, 8) | (Self::Tensor, 1) => Content::Integers,
             (Self::Attribute, 7) => Content::Floats,
+            (Self::Tensor, 13) => Content::Message(Self::Entry),
+            (Self::Entry, 2) => Content::Location,
             _ => Content::Bytes,
         }
     }
 }
+
+/// Where the bundle's graphs say that their weights are, and where they are said to be in what [`unpacked`] gives.
+pub const WEIGHTS: [&str; 2] = ["weights.bin", "weights.data"];
 
 /// A model with the same content and no packed lists where rten takes none.
 pub fn unpacked(model: &[u8]) -> anyhow::Result<Vec<u8>> {
@@ -56,8 +65,8 @@ fn rewrite(mut bytes: &[u8], message: Message) -> anyhow::Result<Vec<u8>> {
                 out.extend_from_slice(take(&mut bytes, if kind == 1 { 8 } else { 4 })?);
             }
             2 => {
-                let length = varint(&mut bytes)?;
-                let mut inner = take(&mut bytes, usize::try_from(length)?)?;
+                let length = usize::try_from(varint(&mut bytes)?)?;
+                let mut inner = take(&mut bytes, length)?;
                 match message.content(field) {
                     Content::Integers => {
                         while !inner.is_empty() {
@@ -77,9 +86,11 @@ fn rewrite(mut bytes: &[u8], message: Message) -> anyhow::Result<Vec<u8>> {
                         put(&mut out, inner.len() as u64);
                         out.extend_from_slice(&inner);
                     }
-                    Content::Bytes => {
+                    Content::Location | Content::Bytes => {
+                        let renamed = message.content(field) == Content::Location && inner == WEIGHTS[0].as_bytes();
+                        let inner = if renamed { WEIGHTS[1].as_bytes() } else { inner };
                         put(&mut out, tag);
-                        put(&mut out, length);
+                        put(&mut out, inner.len() as u64);
                         out.extend_from_slice(inner);
                     }
                 }
@@ -138,5 +149,18 @@ mod tests {
         for cut in 1..model.len() {
             assert!(cut == 2 || unpacked(&model[..cut]).is_err(), "{cut}");
         }
+    }
+
+    #[test]
+    fn weights_get_the_name_that_is_taken() {
+        // Model { graph: { initializer: { external_data: { key: "location", value: … } } } }
+        let model = |value: &str| {
+            let entry = [&[0x0a, 8][..], b"location", &[0x12, value.len() as u8], value.as_bytes()].concat();
+            let tensor = [&[0x6a, entry.len() as u8][..], &entry].concat();
+            let graph = [&[0x2a, tensor.len() as u8][..], &tensor].concat();
+            [&[0x3a, graph.len() as u8][..], &graph].concat()
+        };
+        assert_eq!(unpacked(&model("weights.bin")).unwrap(), model("weights.data"));
+        assert_eq!(unpacked(&model("other.bin")).unwrap(), model("other.bin"));
     }
 }
