@@ -46,9 +46,9 @@ struct Args {
     /// Weights to run [default: the bundle's first]
     #[arg(long, value_name = "NAME")]
     precision: Option<Precision>,
-    /// Values of dimensions that the manifest names instead of fixing, as `past=16`
-    #[arg(long, value_name = "NAME=N")]
-    dimension: Vec<String>,
+    /// Hypotheses that `decode` continues at once [default: the bundle's beam]
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u8).range(1..))]
+    beam: Option<u8>,
     /// ONNX Runtime's library, or its folder
     #[arg(long, value_name = "PATH")]
     ort_lib: Option<PathBuf>,
@@ -84,13 +84,15 @@ fn main() -> anyhow::Result<()> {
     };
     let bundle = Bundle::open(&BundleSource::Path(path))?;
     let precision = bundle.precision(args.precision)?;
-    let dimensions = Dimensions::parse(&args.dimension)?;
+    let beam = args.beam.map_or(bundle.manifest().decoding.beam, usize::from);
+    let sizes = Sizes::of_beam(beam, bundle.manifest().model.max_text);
     println!("| graph, {precision} | runtime | ms | ratio | difference |\n|---|---|---|---|---|");
     for name in GRAPHS {
         let signature = bundle.manifest().graphs.iter().find(|graph| graph.name == name);
         let signature = signature.with_context(|| format!("the bundle has no graph {name:?}"))?;
-        let inputs = inputs::make(signature, bundle.manifest(), &dimensions)?;
-        compare(&args, signature, candidates(&args, &bundle, precision, signature, &inputs, checkpoint.as_ref()))?;
+        let signature = &signature.fixed(sizes);
+        let inputs = inputs::make(signature, bundle.manifest());
+        compare(&args, signature, candidates(&args, &bundle, precision, (signature, sizes), &inputs, checkpoint.as_ref()))?;
     }
     Ok(())
 }
@@ -99,14 +101,14 @@ fn candidates(
     args: &Args,
     bundle: &Bundle,
     precision: Precision,
-    signature: &GraphSignature,
+    (signature, sizes): (&GraphSignature, Sizes),
     inputs: &[Input],
     checkpoint: Option<&PathBuf>,
 ) -> Vec<Candidate> {
     let library = args.ort_lib.as_ref();
     let mut candidates: Vec<Candidate> = vec![
-        ("unimo, tract", ours::load(EngineKind::Tract, library, bundle, precision, signature, inputs)),
-        ("unimo, ort", ours::load(EngineKind::Ort, library, bundle, precision, signature, inputs)),
+        ("unimo, tract", ours::load(EngineKind::Tract, library, bundle, precision, (signature, sizes), inputs)),
+        ("unimo, ort", ours::load(EngineKind::Ort, library, bundle, precision, (signature, sizes), inputs)),
         ("rten", rten::load(bundle, precision, signature, inputs)),
     ];
     if let Some(checkpoint) = checkpoint {

@@ -20,13 +20,13 @@ pub fn load(
     library: Option<&PathBuf>,
     bundle: &Bundle,
     precision: Precision,
-    signature: &GraphSignature,
+    (signature, sizes): (&GraphSignature, Sizes),
     inputs: &[Input],
 ) -> anyhow::Result<Box<dyn Peer>> {
     let engine = open(&EngineOptions { engine, library: library.cloned(), ..EngineOptions::default() })?;
     let onnx = bundle.read(&Manifest::graph_file(precision, &signature.name))?;
     let external = |location: &str| bundle.read(&format!("{precision}/{location}")).ok();
-    let graph = engine.load(&GraphSource { signature, onnx, external: &external })?;
+    let graph = engine.load(&GraphSource { signature, sizes, onnx, external: &external })?;
     let tensor = |input: &Input| {
         let tensor = match &input.values {
             Values::F32(values) => Tensor::f32(&input.shape, values.clone()),
