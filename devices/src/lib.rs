@@ -2,4 +2,8 @@
 
 #![deny(unsafe_code)]
 
+#[cfg(feature = "display")]
+pub mod display;
+#[cfg(all(unix, feature = "serial"))]
+pub mod serial;
 pub mod source;
