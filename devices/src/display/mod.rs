@@ -18,9 +18,9 @@ mod framebuffer;
 pub mod layout;
 mod png;
 mod rotated;
-#[cfg(any(target_os = "linux", test))]
+#[cfg(all(feature = "panels", any(target_os = "linux", test)))]
 mod ssd1306;
-#[cfg(any(target_os = "linux", test))]
+#[cfg(all(feature = "panels", any(target_os = "linux", test)))]
 mod tft;
 
 use std::path::PathBuf;
@@ -126,14 +126,14 @@ pub fn open(uri: &str) -> Result<Box<dyn Display>, DisplayError> {
     let display: Box<dyn Display> = match address.scheme() {
         "fb" => Box::new(framebuffer::open(&mut address)?),
         "png" => Box::new(png::open(&mut address)?),
-        #[cfg(target_os = "linux")]
+        #[cfg(all(feature = "panels", target_os = "linux"))]
         "ssd1306" => ssd1306::open(&mut address)?,
-        #[cfg(target_os = "linux")]
+        #[cfg(all(feature = "panels", target_os = "linux"))]
         "st7789" => tft::open(&mut address, tft::Controller::St7789)?,
-        #[cfg(target_os = "linux")]
+        #[cfg(all(feature = "panels", target_os = "linux"))]
         "ili9341" => tft::open(&mut address, tft::Controller::Ili9341)?,
-        #[cfg(not(target_os = "linux"))]
-        "ssd1306" | "st7789" | "ili9341" => return Err(address.fault("panels are driven on Linux only".to_owned())),
+        #[cfg(not(all(feature = "panels", target_os = "linux")))]
+        "ssd1306" | "st7789" | "ili9341" => return Err(address.fault("this build drives no panels".to_owned())),
         _ => return Err(address.fault("no display; there are fb://, ssd1306://, st7789://, ili9341:// and png://".to_owned())),
     };
     Ok(match rotation {
@@ -187,7 +187,7 @@ mod tests {
         }
     }
 
-    #[cfg(target_os = "linux")]
+    #[cfg(all(feature = "panels", target_os = "linux"))]
     #[test]
     fn devices_that_are_not_there() {
         let cases = [
