@@ -1,4 +1,4 @@
-//! Picture sources named by URI: a path, `file://`, a folder, or `-` for standard input.
+//! Picture sources named by URI: a path, `file://`, a folder, `-` for standard input, or a camera.
 
 use std::ffi::OsStr;
 use std::io;
@@ -14,6 +14,8 @@ pub enum Picture {
     File(PathBuf),
     /// Standard input.
     Stdin,
+    /// The next picture of a camera, named by its URI; see [`camera::open`](crate::camera::open).
+    Camera(String),
 }
 
 impl Picture {
@@ -23,6 +25,7 @@ impl Picture {
         match self {
             Self::File(path) => path.display().to_string(),
             Self::Stdin => "-".to_owned(),
+            Self::Camera(uri) => uri.clone(),
         }
     }
 }
@@ -30,8 +33,11 @@ impl Picture {
 /// Why a source cannot be used.
 #[derive(Debug, thiserror::Error)]
 pub enum SourceError {
-    /// A camera, stream or address.
-    #[error("{uri}: this version reads pictures from files, folders and standard input, not from {scheme}://")]
+    /// Neither a place of files nor a kind of camera.
+    #[error(
+        "{uri}: pictures come from files, folders, standard input and cameras ({}), not from {scheme}://",
+        crate::camera::schemes()
+    )]
     UnsupportedScheme {
         /// The source as given.
         uri: String,
@@ -101,17 +107,20 @@ pub fn place(argument: &str) -> Result<Picture, SourceError> {
     if argument == "-" {
         return Ok(Picture::Stdin);
     }
-    let Some((scheme, rest)) = argument.split_once("://") else {
-        return Ok(Picture::File(argument.into()));
-    };
-    if scheme.eq_ignore_ascii_case("file") {
-        return file(argument, rest).map(Picture::File);
+    match scheme(argument) {
+        None => Ok(Picture::File(argument.into())),
+        Some((scheme, rest)) if scheme.eq_ignore_ascii_case("file") => file(argument, rest).map(Picture::File),
+        Some((scheme, _)) if crate::camera::is_scheme(scheme) => Ok(Picture::Camera(argument.to_owned())),
+        Some((scheme, _)) => Err(SourceError::UnsupportedScheme { uri: argument.to_owned(), scheme: scheme.to_owned() }),
     }
+}
+
+/// What stands before and behind `://`, of an argument that is a URI and not a path.
+pub(crate) fn scheme(argument: &str) -> Option<(&str, &str)> {
+    let (scheme, rest) = argument.split_once("://")?;
+    let is_file = scheme.eq_ignore_ascii_case("file");
     // A path may hold "://" too, as in a folder called "http:".
-    if Path::new(argument).exists() || !is_scheme(scheme) {
-        return Ok(Picture::File(argument.into()));
-    }
-    Err(SourceError::UnsupportedScheme { uri: argument.to_owned(), scheme: scheme.to_owned() })
+    (is_file || (is_scheme(scheme) && !Path::new(argument).exists())).then_some((scheme, rest))
 }
 
 /// RFC 3986, section 3.1.
@@ -192,6 +201,7 @@ mod tests {
     #[test]
     fn one_argument_is_placed() {
         let file = |path: &str| Ok(Picture::File(path.into()));
+        let camera = |uri: &str| Ok(Picture::Camera(uri.to_owned()));
         let cases = [
             ("-", Ok(Picture::Stdin)),
             ("a/b.jpg", file("a/b.jpg")),
@@ -203,13 +213,9 @@ mod tests {
             ("file:///a%g0.jpg", Err("two hexadecimal digits")),
             ("file:///a%+1.jpg", Err("two hexadecimal digits")),
             ("file://elsewhere/a.jpg", Err("the machine elsewhere")),
-            ("v4l2:///dev/video0", Err("not from v4l2://")),
-            ("rpicam://0", Err("not from rpicam://")),
-            ("mjpeg://host/path", Err("not from mjpeg://")),
-            ("pipe://-", Err("not from pipe://")),
-            ("test://scenes", Err("not from test://")),
+            ("pipe://-", camera("pipe://-")),
             ("http://host/a.jpg", Err("not from http://")),
-            ("https://host/a.jpg", Err("files, folders and standard input")),
+            ("https://host/a.jpg", Err("files, folders, standard input and cameras (")),
             // No scheme has a slash in it.
             ("a/b://c.jpg", file("a/b://c.jpg")),
         ];

@@ -202,7 +202,7 @@ fn encoded_pictures(sources: &[String]) -> anyhow::Result<Vec<Vec<u8>>> {
     }
     let read = |picture: Picture| match picture {
         Picture::File(path) => fs::read(&path).with_context(|| format!("cannot read {}", path.display())),
-        Picture::Stdin => {
+        Picture::Stdin | Picture::Camera(_) => {
             Err(UsageError("pictures to measure with must be files: each process reads them again".to_owned()).into())
         }
     };

@@ -6,14 +6,13 @@ use std::time::Instant;
 use clap::Args;
 use serde::Serialize;
 use unimo::captioning::{Caption, DecodeOptions};
-use unimo::image::ImageError;
 use unimo::model::{GraphName, Model, ModelError};
 use unimo::ordered::ordered_map;
 
 use super::ModelArgs;
 use super::exit::UsageError;
 use super::output::{Output, SCHEMA, Subject, milliseconds};
-use super::pictures::{self, Picture};
+use super::pictures::{self, Picture, PictureError};
 
 const EXAMPLES: &str = "\
 Examples:
@@ -21,13 +20,14 @@ Examples:
   unimo caption a.jpg b.png holidays/        'path: caption' for each
   curl -s http://camera/still | unimo caption -
   unimo caption --jsonl --beam 5 holidays/   one JSON object a picture, in the order of the pictures
+  unimo caption rpicam://0                   the next picture of a camera
 ";
 
 /// Caption pictures
 #[derive(Debug, Args)]
 #[command(after_help = EXAMPLES)]
 pub struct CaptionArgs {
-    /// Pictures (JPEG, PNG, WebP), folders of them, or - for one on standard input
+    /// Pictures (JPEG, PNG, WebP), folders of them, cameras, or - for one on standard input
     #[arg(required = true, value_name = "PICTURE")]
     sources: Vec<String>,
     #[command(flatten)]
@@ -70,7 +70,7 @@ struct Times {
 }
 
 /// What became of a picture; the model failing ends the whole command.
-type Outcome = Result<Result<(Caption, Times), ImageError>, ModelError>;
+type Outcome = Result<Result<(Caption, Times), PictureError>, ModelError>;
 
 pub fn run(args: &CaptionArgs) -> anyhow::Result<ExitCode> {
     let pictures = pictures::find(&args.sources)?;
@@ -107,6 +107,7 @@ pub fn run(args: &CaptionArgs) -> anyhow::Result<ExitCode> {
                 }
             }
             Err(error) => {
+                output.failed_with(error.code());
                 let line = output.failure(Subject::Source(&source), &error.to_string(), args.json, args.jsonl)?;
                 document.extend(line);
             }

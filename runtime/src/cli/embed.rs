@@ -8,13 +8,12 @@ use std::process::ExitCode;
 use anyhow::Context;
 use clap::Args;
 use serde::Serialize;
-use unimo::image::ImageError;
 use unimo::model::{GraphName, Model, ModelError};
 use unimo::ordered::ordered_map;
 
 use super::ModelArgs;
 use super::output::{Output, SCHEMA, Subject};
-use super::pictures::{self, Picture};
+use super::pictures::{self, Picture, PictureError};
 use super::texts::cut_warning;
 
 const EXAMPLES: &str = "\
@@ -42,7 +41,7 @@ pub struct EmbedArgs {
 #[derive(Debug, Args)]
 #[group(required = true, multiple = false)]
 struct What {
-    /// Pictures, folders of them, or - for one on standard input
+    /// Pictures, folders of them, cameras, or - for one on standard input
     #[arg(long, value_name = "PICTURE", num_args = 1..)]
     image: Vec<String>,
     /// Texts
@@ -78,12 +77,16 @@ fn embed_pictures(args: &EmbedArgs, pictures: &[Picture]) -> anyhow::Result<Exit
     let mut output = Output::new(pictures.len());
     let work = |picture: &Picture| (picture.name(), embed_picture(&model, picture));
     ordered_map(pictures.iter(), workers, work, |(source, outcome)| {
-        print(&mut output, Subject::Source(&source), outcome?.map_err(|error| error.to_string()), args.jsonl)
+        let embedding = outcome?.map_err(|error| {
+            output.failed_with(error.code());
+            error.to_string()
+        });
+        print(&mut output, Subject::Source(&source), embedding, args.jsonl)
     })?;
     Ok(output.finish())
 }
 
-fn embed_picture(model: &Model, picture: &Picture) -> Result<Result<Vec<f32>, ImageError>, ModelError> {
+fn embed_picture(model: &Model, picture: &Picture) -> Result<Result<Vec<f32>, PictureError>, ModelError> {
     match pictures::load(picture) {
         Ok(image) => model.embed_image(&image).map(Ok),
         Err(error) => Ok(Err(error)),

@@ -6,7 +6,10 @@ use std::process::ExitCode;
 use unimo::bundle::{BundleError, PackError};
 use unimo::engine::EngineError;
 use unimo::model::ModelError;
+use unimo_devices::camera::CameraError;
 use unimo_devices::source::SourceError;
+
+use super::pictures::PictureError;
 
 /// Nothing was found: no picture in a folder, no match in a gallery.
 pub const NOTHING_FOUND: u8 = 1;
@@ -68,6 +71,10 @@ pub fn code_of(error: &anyhow::Error) -> u8 {
         .find_map(|cause| {
             if cause.is::<UsageError>() {
                 Some(USAGE)
+            } else if let Some(error) = cause.downcast_ref::<PictureError>() {
+                Some(error.code())
+            } else if let Some(error) = cause.downcast_ref::<CameraError>() {
+                Some(camera_code(error))
             } else if let Some(error) = cause.downcast_ref::<SourceError>() {
                 Some(source_code(error))
             } else if let Some(error) = cause.downcast_ref::<ModelError>() {
@@ -85,16 +92,19 @@ pub fn code_of(error: &anyhow::Error) -> u8 {
 
 fn source_code(error: &SourceError) -> u8 {
     match error {
-        SourceError::UnsupportedScheme { scheme, .. } if is_camera(scheme) => NO_DEVICE,
         SourceError::UnsupportedScheme { .. } | SourceError::OtherMachine { .. } | SourceError::BadEscape { .. } => USAGE,
         SourceError::EmptyFolder { .. } => NOTHING_FOUND,
         SourceError::Folder { .. } => BAD_INPUT,
     }
 }
 
-/// Whether a scheme stands for a device or stream, as opposed to a mistyped one.
-fn is_camera(scheme: &str) -> bool {
-    ["v4l2", "rpicam", "mjpeg", "pipe"].contains(&scheme.to_lowercase().as_str())
+/// The exit code for a camera's error.
+pub fn camera_code(error: &CameraError) -> u8 {
+    match error {
+        CameraError::BadUri { .. } | CameraError::UnknownScheme { .. } => USAGE,
+        CameraError::Source(error) => source_code(error),
+        CameraError::Fault { .. } | CameraError::Timeout { .. } => NO_DEVICE,
+    }
 }
 
 fn model_code(error: &ModelError) -> u8 {
@@ -124,6 +134,7 @@ fn is_broken_pipe(error: &anyhow::Error) -> bool {
 mod tests {
     use anyhow::Context;
     use unimo::engine::{EngineKind, EngineOptions};
+    use unimo_devices::camera::Fault;
 
     use super::*;
 
@@ -141,6 +152,8 @@ mod tests {
             (Some(model(load)), BAD_INPUT),
             (Some(ModelError::TooManyWords { asked: 99, most: 31 }.into()), USAGE),
             (Some(UsageError("no".to_owned()).into()), USAGE),
+            (Some(CameraError::Fault { camera: "c".to_owned(), fault: Fault::Busy }.into()), NO_DEVICE),
+            (Some(CameraError::BadUri { uri: "c".to_owned(), reason: "odd".to_owned() }.into()), USAGE),
             (Some(SourceError::EmptyFolder { folder: "x".into() }.into()), NOTHING_FOUND),
             (Some(anyhow::anyhow!("what else")), BAD_INPUT),
         ];

@@ -161,8 +161,12 @@ fn add(args: &AddArgs) -> anyhow::Result<ExitCode> {
         return Err(UsageError("a picture on standard input has no name to be found by again: index files".to_owned()).into());
     }
     for picture in &mut pictures {
-        if let Picture::File(path) = picture {
-            *path = std::path::absolute(&*path)?;
+        match picture {
+            Picture::File(path) => *path = std::path::absolute(&*path)?,
+            Picture::Camera(uri) => {
+                return Err(UsageError(format!("{uri}: a camera has no picture to be found by again: index files")).into());
+            }
+            Picture::Stdin => {}
         }
     }
     let (model, workers) = args.model.open_for(pictures.len())?;

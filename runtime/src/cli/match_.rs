@@ -22,7 +22,7 @@ Examples:
 #[derive(Debug, Args)]
 #[command(after_help = EXAMPLES)]
 pub struct MatchArgs {
-    /// The picture, or - for one on standard input
+    /// The picture, a camera, or - for one on standard input
     image: String,
     /// Texts to compare it with
     #[arg(required = true)]
@@ -56,6 +56,7 @@ pub fn run(args: &MatchArgs) -> anyhow::Result<ExitCode> {
     let image = match pictures::load(picture) {
         Ok(image) => image,
         Err(error) => {
+            output.failed_with(error.code());
             output.failure(Subject::Source(&source), &error.to_string(), false, args.jsonl)?;
             return Ok(output.finish());
         }

@@ -36,7 +36,8 @@ pub fn milliseconds(time: std::time::Duration) -> f64 {
 /// Results on standard output and complaints on standard error, around a progress bar where there is a terminal to show it.
 pub struct Output {
     bar: ProgressBar,
-    failed: bool,
+    /// The exit code of the first failure.
+    failed: Option<u8>,
 }
 
 impl Output {
@@ -48,7 +49,7 @@ impl Output {
         } else {
             ProgressBar::hidden()
         };
-        Self { bar, failed: false }
+        Self { bar, failed: None }
     }
 
     /// Prints a line.
@@ -70,7 +71,7 @@ impl Output {
         json: bool,
         jsonl: bool,
     ) -> anyhow::Result<Option<serde_json::Value>> {
-        self.failed = true;
+        self.failed_with(exit::BAD_INPUT);
         let line = ErrorLine { schema: SCHEMA, of, error };
         if json {
             return Ok(Some(serde_json::to_value(line)?));
@@ -88,6 +89,11 @@ impl Output {
         Ok(None)
     }
 
+    /// Notes the exit code of a failure that is about to be told; the first one stays.
+    pub fn failed_with(&mut self, code: u8) {
+        self.failed.get_or_insert(code);
+    }
+
     /// Says something on standard error.
     pub fn complain(&self, sentence: &str) {
         self.bar.suspend(|| eprintln!("{sentence}"));
@@ -98,9 +104,9 @@ impl Output {
         self.bar.inc(1);
     }
 
-    /// The exit code: bad input where any source failed.
+    /// The exit code: that of the first failure, bad input unless told otherwise.
     pub fn finish(self) -> ExitCode {
         self.bar.finish_and_clear();
-        ExitCode::from(if self.failed { exit::BAD_INPUT } else { 0 })
+        ExitCode::from(self.failed.unwrap_or(0))
     }
 }

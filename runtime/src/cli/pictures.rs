@@ -2,18 +2,65 @@
 
 use std::io;
 use std::path::Path;
+use std::time::Duration;
 
 use image::RgbImage;
-use unimo::image::{DecodeLimits, ImageError, read, read_from};
+use unimo::image::{DecodeLimits, ImageError, decode, read, read_from};
+use unimo_devices::camera::{self, CameraError, CameraEvent, CameraOptions, EventSink, FrameData};
 use unimo_devices::source::place;
 pub use unimo_devices::source::{Picture, pictures as find};
 
-/// Reads and decodes a picture.
-pub fn load(picture: &Picture) -> Result<RgbImage, ImageError> {
+use super::exit;
+
+/// How long a camera may take for its first picture.
+const FIRST_PICTURE: Duration = Duration::from_secs(15);
+
+/// Why a picture could not be had.
+#[derive(Debug, thiserror::Error)]
+pub enum PictureError {
+    #[error(transparent)]
+    Image(#[from] ImageError),
+    #[error(transparent)]
+    Camera(#[from] CameraError),
+    #[error("{0}: it ended without giving a picture")]
+    NoPicture(String),
+}
+
+impl PictureError {
+    /// Its exit code.
+    pub fn code(&self) -> u8 {
+        match self {
+            Self::Image(_) => exit::BAD_INPUT,
+            Self::Camera(error) => exit::camera_code(error),
+            Self::NoPicture(_) => exit::NO_DEVICE,
+        }
+    }
+}
+
+/// Reads and decodes a picture; of a camera, the next one.
+pub fn load(picture: &Picture) -> Result<RgbImage, PictureError> {
     let limits = DecodeLimits::default();
     match picture {
-        Picture::File(path) => read(path, &limits),
-        Picture::Stdin => read_from(io::stdin().lock(), Path::new("-"), &limits),
+        Picture::File(path) => Ok(read(path, &limits)?),
+        Picture::Stdin => Ok(read_from(io::stdin().lock(), Path::new("-"), &limits)?),
+        Picture::Camera(uri) => photograph(uri, &limits),
+    }
+}
+
+/// Takes one picture; what goes wrong with the camera meanwhile is told on standard error.
+fn photograph(uri: &str, limits: &DecodeLimits) -> Result<RgbImage, PictureError> {
+    let events = EventSink::new(|camera, event| {
+        if !matches!(event, CameraEvent::Opened { .. } | CameraEvent::Ended) {
+            eprintln!("{camera}: {event}");
+        }
+    });
+    let mut camera = camera::open(uri, &CameraOptions { events, ..CameraOptions::default() })?;
+    let frame = camera.next(FIRST_PICTURE)?.ok_or_else(|| PictureError::NoPicture(uri.to_owned()))?;
+    match frame.data {
+        FrameData::Jpeg(bytes) | FrameData::Encoded(bytes) => Ok(decode(&bytes, limits)?),
+        FrameData::Rgb8(pixels) => {
+            RgbImage::from_raw(frame.width, frame.height, pixels).ok_or_else(|| PictureError::NoPicture(uri.to_owned()))
+        }
     }
 }
 
