@@ -240,6 +240,8 @@ fn exit_codes() {
         (&["caption", picture, "--threads", "0"], 2, "--threads"),
         (&["caption", picture, "--engine", "magic"], 2, "magic is none of tract, ort"),
         (&["caption", "warp://9/picture"], 2, "warp://"),
+        (&["caption", "v4l2:///dev/video-of-nobody"], 4, "v4l2:///dev/video-of-nobody: not there"),
+        (&["caption", "test://scenes?size=8"], 2, "size=8: not a size"),
         (&["caption", "pipe://-?size=8x8"], 2, "JPEGs tell their size themselves"),
         (&["caption", "pipe://-"], 4, "pipe://-: it ended without giving a picture"),
         (&["embed"], 2, "--image"),

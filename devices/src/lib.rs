@@ -1,11 +1,13 @@
-//! Where pictures come from and captions go: the sources that a command line names, the cameras among them, displays and serial
-//! lines, as the runtime sees them.
+//! What the runtime sees of the machine it runs on: which board it is and how it is doing, where pictures come from, cameras among
+//! them, and where captions go: displays and serial lines.
 
 #![deny(unsafe_code)]
 
+pub mod board;
 pub mod camera;
 #[cfg(feature = "display")]
 pub mod display;
 #[cfg(all(unix, feature = "serial"))]
 pub mod serial;
 pub mod source;
+pub mod telemetry;

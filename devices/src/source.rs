@@ -214,6 +214,11 @@ mod tests {
             ("file:///a%+1.jpg", Err("two hexadecimal digits")),
             ("file://elsewhere/a.jpg", Err("the machine elsewhere")),
             ("pipe://-", camera("pipe://-")),
+            ("v4l2:///dev/video0", camera("v4l2:///dev/video0")),
+            ("RPICAM://0?fps=5", camera("RPICAM://0?fps=5")),
+            ("csi://0", camera("csi://0")),
+            ("mjpeg://host/path", camera("mjpeg://host/path")),
+            ("test://scenes", camera("test://scenes")),
             ("http://host/a.jpg", Err("not from http://")),
             ("https://host/a.jpg", Err("files, folders, standard input and cameras (")),
             // No scheme has a slash in it.

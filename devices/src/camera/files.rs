@@ -78,7 +78,7 @@ struct FileLink {
     paths: Vec<PathBuf>,
     next: usize,
     /// The recording that is being played.
-    recording: Option<(PathBuf, JpegStream)>,
+    recording: Option<(PathBuf, JpegStream<ByteStream>)>,
     given_this_round: bool,
     repeat: bool,
     every: Option<Duration>,

@@ -3,20 +3,29 @@
 //! | URI | what gives the pictures |
 //! |---|---|
 //! | a path, `file://…` | a file, a folder, or a `.mjpeg` recording, once through; `?loop=1`, `?every=2s` |
+//! | `v4l2:///dev/video0` | a USB camera; `?size=640x480`, `?fps=15`, `?format=mjpeg\|yuyv\|nv12` |
+//! | `rpicam://0` | a Raspberry Pi's camera module, through `rpicam-vid`; `?hflip=1`, `?vflip=1` |
+//! | `csi://0` | a Jetson's camera module, through GStreamer; `?rotate=1` |
+//! | `mjpeg://host:8080/stream` | MJPEG over HTTP |
+//! | `test://scenes` | drawn shapes that move; `?seed=7`, `?count=100`, `?change=30` pictures a scene |
 //! | `pipe://-` | JPEGs one after another on standard input; `?format=rgb\|yuyv\|nv12&size=640x480` for raw pictures |
 //!
 //! Pictures are passed on as they came: decoding them, with its limits, is the runtime's.
 
+mod child;
 mod error;
 mod event;
 mod files;
+mod http;
 mod jpeg;
 mod pipe;
 mod recovery;
 #[cfg(test)]
 mod samples;
+mod scenes;
 mod stream;
 mod uri;
+mod v4l2;
 mod yuv;
 
 use std::time::{Duration, SystemTime};
@@ -110,7 +119,18 @@ pub trait Camera: Send {
     fn is_live(&self) -> bool {
         true
     }
+
+    /// For how long its pictures are poor after it was opened, while exposure and white balance find their values.
+    fn settling(&self) -> Duration {
+        Duration::ZERO
+    }
 }
+
+/// How long a camera's exposure and white balance take to settle.
+const SETTLING: Duration = Duration::from_secs(1);
+
+/// Size asked of a camera unless another is wished: the model looks at fewer pixels still.
+const DEFAULT_SIZE: (u32, u32) = (640, 480);
 
 /// Wishes and limits; see [`open`]. A wish written into the URI (`?size=640x480&fps=10`) goes before one given here.
 #[derive(Debug, Clone)]
@@ -136,7 +156,7 @@ pub struct CameraOptions {
 }
 
 impl Default for CameraOptions {
-    /// The camera's own size and rate; 5 s of silence are a stall; retries after 0.25 s to 15 s; pictures up to 32 MiB.
+    /// 640x480 or the next larger that the camera has, at its own rate; 5 s of silence are a stall; retries after 0.25 s to 15 s; pictures up to 32 MiB.
     fn default() -> Self {
         Self {
             size: None,
@@ -161,13 +181,18 @@ pub fn open(uri: &str, options: &CameraOptions) -> Result<Box<dyn Camera>, Camer
     let uri = CameraUri::parse(uri)?;
     match uri.scheme() {
         "file" => files::open(uri, options),
+        "v4l2" => v4l2::open(uri, options),
+        "rpicam" => child::open_rpicam(uri, options),
+        "csi" => child::open_csi(uri, options),
+        "mjpeg" => http::open(&uri, options),
         "pipe" => pipe::open(uri, options),
+        "test" => scenes::open(uri, options),
         scheme => Err(CameraError::UnknownScheme { uri: uri.given().to_owned(), scheme: scheme.to_owned() }),
     }
 }
 
 /// Schemes of cameras; paths and `file://` are not among them.
-pub(crate) const SCHEMES: [&str; 1] = ["pipe"];
+pub(crate) const SCHEMES: [&str; 6] = ["v4l2", "rpicam", "csi", "mjpeg", "pipe", "test"];
 
 /// Whether a URI's scheme is a camera's.
 pub(crate) fn is_scheme(scheme: &str) -> bool {

@@ -3,7 +3,7 @@
 use std::time::{Duration, Instant, SystemTime};
 
 use super::recovery::{Connect, Connected, Link, Received, Recovering, Shot};
-use super::stream::{ByteStream, Bytes, JpegStream};
+use super::stream::{ByteSource, ByteStream, Bytes, JpegStream};
 use super::uri::CameraUri;
 use super::yuv::{self, Layout, YuvEncoding};
 use super::{Camera, CameraError, CameraOptions, Fault, FrameData};

@@ -44,6 +44,11 @@ pub(super) trait Connect: Send {
     fn reopens(&self) -> bool {
         true
     }
+
+    /// See [`Camera::settling`].
+    fn settling(&self) -> Duration {
+        Duration::ZERO
+    }
 }
 
 /// A connection just opened.
@@ -256,5 +261,139 @@ impl<C: Connect> Camera for Recovering<C> {
 
     fn is_live(&self) -> bool {
         self.live
+    }
+
+    fn settling(&self) -> Duration {
+        self.connect.settling()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::collections::VecDeque;
+
+    use super::super::samples::Record;
+    use super::*;
+
+    const SOON: Duration = Duration::from_secs(20);
+
+    /// What a connection gives, one after another; it is then silent.
+    struct Script(VecDeque<Result<Received, Fault>>);
+
+    impl Link for Script {
+        fn receive(&mut self, wait: Duration) -> Result<Received, Fault> {
+            self.0.pop_front().unwrap_or_else(|| {
+                std::thread::sleep(wait);
+                Ok(Received::Nothing)
+            })
+        }
+    }
+
+    /// Connections, one an attempt; then there is nobody.
+    struct Scripts(VecDeque<Result<Vec<Result<Received, Fault>>, Fault>>);
+
+    impl Connect for Scripts {
+        fn connect(&mut self) -> Result<Connected, Fault> {
+            let script = self.0.pop_front().unwrap_or_else(|| Err(Fault::Missing("nobody".to_owned())))?;
+            Ok(Connected { link: Box::new(Script(script.into())), what: "scripted".to_owned(), adjusted: Vec::new() })
+        }
+    }
+
+    fn frame(number: u64) -> Result<Received, Fault> {
+        Ok(Received::Frame(Shot {
+            data: FrameData::Jpeg(Vec::new()),
+            width: 1,
+            height: 1,
+            captured: SystemTime::UNIX_EPOCH,
+            number: Some(number),
+            source: None,
+        }))
+    }
+
+    fn corrupt() -> Result<Received, Fault> {
+        Ok(Received::Corrupt("torn".to_owned()))
+    }
+
+    fn open(
+        scripts: Vec<Result<Vec<Result<Received, Fault>>, Fault>>,
+        options: &CameraOptions,
+    ) -> Result<Recovering<Scripts>, CameraError> {
+        Recovering::open("cam".to_owned(), Scripts(scripts.into()), options)
+    }
+
+    #[test]
+    fn waits_double_up_to_the_longest_and_begin_anew() {
+        let (first, longest) = (Duration::from_millis(250), Duration::from_millis(1500));
+        let mut backoff = Backoff::new(first, longest);
+        let waits: Vec<u128> = (0..5).map(|_| backoff.wait().as_millis()).collect();
+        assert_eq!(waits, [250, 500, 1000, 1500, 1500]);
+        backoff.reset();
+        assert_eq!(backoff.wait(), first);
+        assert_eq!(Backoff::new(longest, first).wait(), first);
+    }
+
+    #[test]
+    fn attempts_are_made_when_they_are_due_and_not_before() {
+        let record = Record::default();
+        let options = CameraOptions { first_retry: Duration::from_millis(80), ..record.options() };
+        let scripts = vec![Ok(vec![frame(0), Err(Fault::Closed)]), Err(Fault::Busy), Ok(vec![frame(0)])];
+        let mut camera = open(scripts, &options).unwrap();
+        assert!(camera.next(SOON).unwrap().is_some());
+        let begun = Instant::now();
+        // Closed; the first attempt is not due within this time.
+        assert!(camera.next(Duration::from_millis(1)).unwrap_err().is_timeout());
+        assert_eq!(record.count("busy"), 0);
+        assert!(camera.next(SOON).unwrap().is_some());
+        assert!(begun.elapsed() >= Duration::from_millis(80 + 160), "{:?}", begun.elapsed());
+        let expected = [
+            "cam: open, scripted",
+            "cam: the server closed the connection; next attempt in 0.1 s",
+            "cam: busy: another program is using it; next attempt in 0.2 s",
+            "cam: open again, scripted",
+        ];
+        assert_eq!(record.lines(), expected);
+        assert_eq!(camera.stats(), CameraStats { frames: 2, reconnects: 1, ..CameraStats::default() });
+    }
+
+    #[test]
+    fn nothing_but_damaged_pictures_is_as_good_as_silence() {
+        let record = Record::default();
+        let (stall_after, first_retry) = (Duration::from_millis(50), Duration::from_millis(1));
+        let options = CameraOptions { stall_after, first_retry, ..record.options() };
+        let torn = || (0..10).map(|_| corrupt());
+        let scripts = vec![Ok(torn().chain([frame(0)]).chain(torn()).collect()), Ok(vec![frame(0)])];
+        let mut camera = open(scripts, &options).unwrap();
+        assert!(camera.next(SOON).unwrap().is_some() && camera.next(SOON).unwrap().is_some());
+        assert_eq!(camera.stats(), CameraStats { frames: 2, corrupt: 20, stalls: 1, reconnects: 1, skipped: 0 });
+    }
+
+    #[test]
+    fn pictures_are_numbered_through() {
+        let record = Record::default();
+        let options = CameraOptions { first_retry: Duration::from_millis(1), ..record.options() };
+        // The device counts from the start again once it is opened again; a number that goes back skips none.
+        let first = [7, 8, 11].into_iter().map(frame).chain([Err(Fault::Unplugged)]).collect();
+        let second = [0, 2, 1].into_iter().map(frame).collect();
+        let mut camera = open(vec![Ok(first), Ok(second)], &options).unwrap();
+        let sequences: Vec<u64> = (0..6).map(|_| camera.next(SOON).unwrap().unwrap().sequence).collect();
+        assert_eq!(sequences, [0, 1, 4, 5, 7, 8]);
+        assert_eq!(camera.stats().skipped, 3);
+        assert_eq!(record.count("the device skipped 2 (2 so far)"), 1);
+    }
+
+    #[test]
+    fn a_camera_that_never_gave_a_picture_is_given_up_unless_waited_for() {
+        let error = open(vec![Err(Fault::Busy)], &CameraOptions::default()).err().unwrap();
+        assert_eq!(error.to_string(), "cam: busy: another program is using it");
+        let mut camera = open(vec![Ok(vec![Err(Fault::Closed)])], &CameraOptions::default()).unwrap();
+        assert!(matches!(camera.next(SOON), Err(CameraError::Fault { fault: Fault::Closed, .. })));
+
+        let wait_for_camera = true;
+        let options = CameraOptions { wait_for_camera, first_retry: Duration::from_millis(1), ..CameraOptions::default() };
+        let scripts = vec![Err(Fault::Busy), Ok(vec![Err(Fault::Closed)]), Ok(vec![frame(0)])];
+        let mut camera = open(scripts, &options).unwrap();
+        assert!(camera.next(SOON).unwrap().is_some());
+        // What waiting cannot help is said at once all the same.
+        assert!(open(vec![Err(Fault::Unsupported("no".to_owned()))], &options).is_err());
     }
 }

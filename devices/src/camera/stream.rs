@@ -16,6 +16,12 @@ pub(super) struct ByteStream {
     chunks: Receiver<io::Result<Vec<u8>>>,
 }
 
+/// Bytes that come one after another.
+pub(super) trait ByteSource: Send {
+    /// The bytes that come within a time.
+    fn receive(&mut self, wait: Duration) -> Result<Bytes, Fault>;
+}
+
 /// What waiting for bytes gave.
 pub(super) enum Bytes {
     Some(Vec<u8>),
@@ -46,8 +52,10 @@ impl ByteStream {
         std::thread::Builder::new().name("camera-reader".to_owned()).spawn(read)?;
         Ok(Self { chunks })
     }
+}
 
-    pub(super) fn receive(&self, wait: Duration) -> Result<Bytes, Fault> {
+impl ByteSource for ByteStream {
+    fn receive(&mut self, wait: Duration) -> Result<Bytes, Fault> {
         match self.chunks.recv_timeout(wait) {
             Ok(Ok(bytes)) => Ok(Bytes::Some(bytes)),
             Ok(Err(error)) => Err(error.into()),
@@ -58,19 +66,19 @@ impl ByteStream {
 }
 
 /// JPEGs one after another in a stream.
-pub(super) struct JpegStream {
-    bytes: ByteStream,
+pub(super) struct JpegStream<S> {
+    bytes: S,
     splitter: JpegSplitter,
     ended: bool,
 }
 
-impl JpegStream {
-    pub(super) fn new(bytes: ByteStream, max_frame_bytes: usize) -> Self {
+impl<S: ByteSource> JpegStream<S> {
+    pub(super) fn new(bytes: S, max_frame_bytes: usize) -> Self {
         Self { bytes, splitter: JpegSplitter::new(max_frame_bytes), ended: false }
     }
 }
 
-impl Link for JpegStream {
+impl<S: ByteSource> Link for JpegStream<S> {
     fn receive(&mut self, wait: Duration) -> Result<Received, Fault> {
         let deadline = Instant::now() + wait;
         loop {

@@ -1,12 +1,13 @@
 //! `unimo doctor`: what this program can run here, and what is missing, in words.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
 use clap::Args;
 use serde::Serialize;
 use unimo::bundle::{Bundle, BundleSource};
 
+use super::devices;
 use super::output::{Output, SCHEMA};
 
 const EXAMPLES: &str = "\
@@ -38,6 +39,7 @@ struct Report {
     target: String,
     threads: usize,
     processor: Vec<&'static str>,
+    board: String,
     bundle: BundleReport,
     engines: Vec<EngineReport>,
 }
@@ -72,6 +74,7 @@ pub fn run(args: &DoctorArgs) -> anyhow::Result<ExitCode> {
         target: format!("{}-{}", std::env::consts::ARCH, std::env::consts::OS),
         threads: std::thread::available_parallelism().map_or(1, usize::from),
         processor: processor(),
+        board: devices::one_line(Path::new("/"))?,
         bundle: bundle(args),
         engines: vec![tract(), ort(args)],
     };
@@ -154,6 +157,7 @@ fn ort(_: &DoctorArgs) -> EngineReport {
 fn lines(report: &Report) -> Vec<String> {
     let processor = if report.processor.is_empty() { String::new() } else { format!(", {}", report.processor.join(" ")) };
     let mut lines = vec![format!("unimo {} on {}, {} threads{processor}", report.version, report.target, report.threads)];
+    lines.push(format!("board    {}", report.board));
     lines.push(match &report.bundle {
         BundleReport::Found { model, id, precisions } => {
             format!("bundle   {model} in {}, {}", precisions.join(", "), id.chars().take(12).collect::<String>())

@@ -4,6 +4,7 @@ mod bench;
 mod bundle;
 mod caption;
 mod completions;
+mod devices;
 mod doctor;
 mod embed;
 pub mod exit;
@@ -33,6 +34,8 @@ Examples:
   unimo search 'a dog on the beach' --gallery holidays.gallery
   unimo bundle inspect model.tar
   unimo bench photo.jpg
+  unimo caption rpicam://0
+  unimo devices detect
 ";
 
 /// Captions pictures and finds them by words, offline.
@@ -55,6 +58,7 @@ enum Command {
     #[command(subcommand)]
     Bundle(bundle::BundleCommand),
     Bench(bench::BenchArgs),
+    Devices(devices::DevicesArgs),
     Doctor(doctor::DoctorArgs),
     Completions(completions::CompletionsArgs),
     Man(completions::ManArgs),
@@ -73,6 +77,7 @@ impl Cli {
             Command::Search(args) => search::run(&args),
             Command::Bundle(command) => bundle::run(&command),
             Command::Bench(args) => bench::run(&args),
+            Command::Devices(args) => devices::run(&args),
             Command::Doctor(args) => doctor::run(&args),
             Command::Completions(args) => completions::run(&args),
             Command::Man(args) => completions::run_man(&args),

@@ -2,7 +2,7 @@
 
 use std::io;
 use std::path::Path;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use image::RgbImage;
 use unimo::image::{DecodeLimits, ImageError, decode, read, read_from};
@@ -47,7 +47,7 @@ pub fn load(picture: &Picture) -> Result<RgbImage, PictureError> {
     }
 }
 
-/// Takes one picture; what goes wrong with the camera meanwhile is told on standard error.
+/// Takes one picture, once the camera's exposure has settled; what goes wrong with the camera meanwhile is told on standard error.
 fn photograph(uri: &str, limits: &DecodeLimits) -> Result<RgbImage, PictureError> {
     let events = EventSink::new(|camera, event| {
         if !matches!(event, CameraEvent::Opened { .. } | CameraEvent::Ended) {
@@ -55,12 +55,18 @@ fn photograph(uri: &str, limits: &DecodeLimits) -> Result<RgbImage, PictureError
         }
     });
     let mut camera = camera::open(uri, &CameraOptions { events, ..CameraOptions::default() })?;
-    let frame = camera.next(FIRST_PICTURE)?.ok_or_else(|| PictureError::NoPicture(uri.to_owned()))?;
+    let no_picture = || PictureError::NoPicture(uri.to_owned());
+    let mut frame = camera.next(FIRST_PICTURE)?.ok_or_else(no_picture)?;
+    let first = Instant::now();
+    while first.elapsed() < camera.settling() {
+        match camera.next(FIRST_PICTURE)? {
+            Some(next) => frame = next,
+            None => break,
+        }
+    }
     match frame.data {
         FrameData::Jpeg(bytes) | FrameData::Encoded(bytes) => Ok(decode(&bytes, limits)?),
-        FrameData::Rgb8(pixels) => {
-            RgbImage::from_raw(frame.width, frame.height, pixels).ok_or_else(|| PictureError::NoPicture(uri.to_owned()))
-        }
+        FrameData::Rgb8(pixels) => RgbImage::from_raw(frame.width, frame.height, pixels).ok_or_else(no_picture),
     }
 }
 
