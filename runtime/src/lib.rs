@@ -15,3 +15,5 @@ pub mod image;
 pub mod model;
 pub mod ordered;
 pub mod tokenizer;
+#[cfg(all(unix, feature = "watch"))]
+pub mod watch;
