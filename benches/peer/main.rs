@@ -22,11 +22,11 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, ensure};
 use clap::Parser;
-use unimo::bundle::manifest::{GraphSignature, Precision};
+use unimo::bundle::manifest::{GraphSignature, Precision, Sizes};
 use unimo::bundle::{Bundle, BundleSource};
 use unimo::engine::EngineKind;
 
-use self::inputs::{Dimensions, Input};
+use self::inputs::Input;
 
 /// The graphs that are compared.
 const GRAPHS: [&str; 3] = ["vision", "decode", "text"];

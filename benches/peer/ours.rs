@@ -4,7 +4,7 @@ use std::path::PathBuf;
 
 use anyhow::Context;
 use unimo::bundle::Bundle;
-use unimo::bundle::manifest::{GraphSignature, Manifest, Precision};
+use unimo::bundle::manifest::{GraphSignature, Manifest, Precision, Sizes};
 use unimo::engine::{EngineKind, EngineOptions, Graph, GraphSource, Tensor, open};
 
 use super::Peer;

@@ -18,3 +18,5 @@ mod map;
 pub mod model;
 pub mod ordered;
 pub mod tokenizer;
+#[cfg(all(unix, feature = "watch"))]
+pub mod watch;

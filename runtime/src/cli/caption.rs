@@ -10,7 +10,7 @@ use unimo::model::{GraphName, Model, ModelError};
 use unimo::ordered::ordered_map;
 
 use super::ModelArgs;
-use super::exit::UsageError;
+use super::decode_args::DecodeArgs;
 use super::output::{Output, SCHEMA, Subject, milliseconds};
 use super::pictures::{self, Picture, PictureError};
 
@@ -32,12 +32,8 @@ pub struct CaptionArgs {
     sources: Vec<String>,
     #[command(flatten)]
     model: ModelArgs,
-    /// Beginnings kept while writing; 1 is fastest [default: the bundle's]
-    #[arg(long, value_name = "K", value_parser = clap::value_parser!(u8).range(1..=64))]
-    beam: Option<u8>,
-    /// Most tokens of a caption [default: the bundle's]
-    #[arg(long, value_name = "N")]
-    max_len: Option<usize>,
+    #[command(flatten)]
+    decode: DecodeArgs,
     /// Print one JSON document when all is done
     #[arg(long, conflicts_with = "jsonl")]
     json: bool,
@@ -75,7 +71,7 @@ type Outcome = Result<Result<(Caption, Times), PictureError>, ModelError>;
 pub fn run(args: &CaptionArgs) -> anyhow::Result<ExitCode> {
     let pictures = pictures::find(&args.sources)?;
     let (model, workers) = args.model.open_for(pictures.len())?;
-    let options = decode_options(args, &model)?;
+    let options = args.decode.options(&model)?;
     model.load(&[GraphName::Vision, GraphName::Decode])?;
 
     let bare = pictures::is_single(&args.sources);
@@ -119,21 +115,6 @@ pub fn run(args: &CaptionArgs) -> anyhow::Result<ExitCode> {
         output.json(&serde_json::json!({ "schema": SCHEMA, "results": document }))?;
     }
     Ok(output.finish())
-}
-
-fn decode_options(args: &CaptionArgs, model: &Model) -> Result<DecodeOptions, UsageError> {
-    let mut options = model.decode_options();
-    if let Some(beam) = args.beam {
-        options.beam = usize::from(beam);
-    }
-    if let Some(words) = args.max_len {
-        let most = model.manifest().model.max_text - 1;
-        if !(1..=most).contains(&words) {
-            return Err(UsageError(format!("--max-len {words}: captions of this model have 1 to {most} tokens")));
-        }
-        options.max_words = words;
-    }
-    Ok(options)
 }
 
 fn caption(model: &Model, picture: &Picture, options: &DecodeOptions) -> Outcome {

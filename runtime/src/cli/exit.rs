@@ -23,6 +23,9 @@ pub const NO_DEVICE: u8 = 4;
 pub const NO_ENGINE: u8 = 5;
 /// A budget of time that was asked for was missed.
 pub const BUDGET_MISSED: u8 = 6;
+/// A signal ended it before its end.
+#[cfg(all(unix, feature = "watch"))]
+pub const INTERRUPTED: u8 = 130;
 
 /// What `--help` says about exit codes.
 pub const HELP: &str = "\
@@ -34,6 +37,7 @@ Exit codes:
   4  device or camera not available
   5  engine not available
   6  a budget was missed";
+130  interrupted";
 
 /// A wish that the command line's grammar allows and its meaning does not.
 #[derive(Debug, thiserror::Error)]
@@ -84,6 +88,8 @@ pub fn code_of(error: &anyhow::Error) -> u8 {
                 Some(model_code(error))
             } else if let Some(error) = cause.downcast_ref::<EngineError>() {
                 Some(engine_code(error))
+            } else if let Some(code) = device_code(cause) {
+                Some(code)
             } else if cause.is::<BundleError>() || cause.is::<PackError>() {
                 Some(BAD_INPUT)
             } else {
@@ -108,6 +114,23 @@ pub fn camera_code(error: &CameraError) -> u8 {
         CameraError::Source(error) => source_code(error),
         CameraError::Fault { .. } | CameraError::Timeout { .. } => NO_DEVICE,
     }
+}
+
+/// The exit code for an error of a display or a serial line, if it is one.
+#[cfg(all(unix, feature = "watch"))]
+fn device_code(error: &(dyn std::error::Error + 'static)) -> Option<u8> {
+    use unimo_devices::display::DisplayError;
+    use unimo_devices::serial::SerialError;
+    match error.downcast_ref::<DisplayError>() {
+        Some(DisplayError::Address { .. }) => Some(USAGE),
+        Some(_) => Some(NO_DEVICE),
+        None => error.is::<SerialError>().then_some(NO_DEVICE),
+    }
+}
+
+#[cfg(not(all(unix, feature = "watch")))]
+fn device_code(_: &(dyn std::error::Error + 'static)) -> Option<u8> {
+    None
 }
 
 fn model_code(error: &ModelError) -> u8 {

@@ -4,6 +4,7 @@ mod bench;
 mod bundle;
 mod caption;
 mod completions;
+mod decode_args;
 mod devices;
 mod doctor;
 mod embed;
@@ -17,6 +18,8 @@ mod pictures;
 #[cfg(feature = "gallery")]
 mod search;
 mod texts;
+#[cfg(all(unix, feature = "watch"))]
+mod watch;
 
 use std::process::ExitCode;
 
@@ -35,6 +38,7 @@ Examples:
   unimo bundle inspect model.tar
   unimo bench photo.jpg
   unimo caption rpicam://0
+  unimo watch rpicam://0 --display fb
   unimo devices detect
 ";
 
@@ -55,6 +59,8 @@ enum Command {
     Index(index::IndexArgs),
     #[cfg(feature = "gallery")]
     Search(search::SearchArgs),
+    #[cfg(all(unix, feature = "watch"))]
+    Watch(watch::WatchArgs),
     #[command(subcommand)]
     Bundle(bundle::BundleCommand),
     Bench(bench::BenchArgs),
@@ -75,6 +81,8 @@ impl Cli {
             Command::Index(args) => index::run(&args),
             #[cfg(feature = "gallery")]
             Command::Search(args) => search::run(&args),
+            #[cfg(all(unix, feature = "watch"))]
+            Command::Watch(args) => watch::run(&args),
             Command::Bundle(command) => bundle::run(&command),
             Command::Bench(args) => bench::run(&args),
             Command::Devices(args) => devices::run(&args),
