@@ -106,6 +106,7 @@ fn job(folder: &Path, run: &str) -> TrainingJob {
         backbone: Some(backbone),
         pairs: vec![shards.clone()],
         images: vec![shards],
+        regions: Vec::new(),
         texts: vec![texts],
         rewrites: vec![folder.join("rewrites")],
         retrieved: vec![folder.join("retrieved")],
