@@ -140,3 +140,26 @@ pub fn run(args: &Args) -> Result<ExitCode> {
     let job = args.data.job(Recipe::from_file(&args.recipe)?, ModelConfig::named(&args.size)?, args.init.clone());
     args.data.run(&job)
 }
+
+#[cfg(test)]
+mod tests {
+    use clap::Parser;
+
+    use super::*;
+
+    #[derive(Parser)]
+    struct Program {
+        #[command(flatten)]
+        args: Args,
+    }
+
+    #[test]
+    fn tables_of_regions_reach_the_job() {
+        let words = "pretrain --size base --recipe r --tokenizer t --pairs p --regions a b --images c --out o";
+        let args = Program::parse_from(words.split(' ')).args;
+        let recipe = Recipe::from_toml("steps = 1\n[batch]\nimages = 2\ncaptions = 1\n").unwrap();
+        let job = args.data.job(recipe, ModelConfig::named(&args.size).unwrap(), None);
+        assert_eq!((job.regions, job.images), (vec!["a".into(), "b".into()], vec!["c".into()]));
+        assert!(job.size.detects() && job.backbone.is_none());
+    }
+}

@@ -343,6 +343,7 @@ pub fn region_boxes(grid: usize) -> Vec<f32> {
 mod tests {
     use super::*;
     use crate::model::Dropout;
+    use crate::regions::Detected;
 
     /// Standardised rows of one packed image.
     fn rows(model: &Unimo, features: &[f32], masked: &[usize]) -> Vec<Vec<f32>> {
@@ -368,6 +369,23 @@ mod tests {
         assert_eq!(seen[1], [-2.0, -1.0, -0.5]);
         let mean: Vec<f32> = (0..3).map(|i| (seen[1][i] + seen[3][i] + seen[4][i]) / 3.0).collect();
         assert!(seen[0].iter().zip(&mean).all(|(a, b)| (a - b).abs() < 1e-5), "{:?} is not {mean:?}", seen[0]);
+    }
+
+    #[test]
+    fn the_image_of_detected_regions_is_their_mean_in_the_whole_picture() {
+        let config = ModelConfig { grid: 0, detected_regions: 3, region_feature: 2, ..ModelConfig::named("pico").unwrap() };
+        let model = Unimo::new(config, 1, &Device::Cpu).unwrap();
+        let boxes = vec![0.1, 0.2, 0.3, 0.4, 0.04, 0.0, 0.5, 1.0, 1.0, 0.5];
+        let detected = Some(Detected { boxes: boxes.clone(), probabilities: Vec::new() });
+        let record = Record { values: vec![1.0, 2.0, 5.0, 8.0], detected };
+        let mut packer = Packer::new(&model);
+        packer.pair(Regions::of(&record, &[]), &[0, 2]);
+        packer.pair(Regions::of(&record, &[0]), &[0, 2]);
+        let batch = packer.finish(&Device::Cpu).unwrap();
+        let expected = [WHOLE_IMAGE.to_vec(), boxes].concat();
+        assert_eq!(batch.boxes.unwrap().flatten_all().unwrap().to_vec1::<f32>().unwrap(), [expected.clone(), expected].concat());
+        let rows = batch.features.unwrap().rows(None, model.statistics()).unwrap().to_vec2::<f32>().unwrap();
+        assert_eq!(rows, [[3.0, 5.0], [1.0, 2.0], [5.0, 8.0], [5.0, 8.0], [0.0, 0.0], [5.0, 8.0]]);
     }
 
     #[test]

@@ -358,6 +358,7 @@ mod tests {
     use super::super::testing::six_scenes;
     use super::super::{Orders, StepBatch, Vocabulary};
     use super::*;
+    use crate::detections::{DetectionCache, write_line};
     use crate::model::{ModelConfig, Unimo};
     use crate::recipe::Recipe;
     use crate::rewriting::{Counts, RewriteJob, rewrite};
@@ -410,5 +411,53 @@ mod tests {
             rewritten += labels.len() - 3;
         }
         assert!(rewritten >= 4, "{rewritten}");
+    }
+
+    #[test]
+    fn what_is_asked_of_a_hidden_detected_region_is_what_it_holds() {
+        let folder = tempfile::tempdir().unwrap();
+        let (mut corpus, _, tokenizer) = six_scenes(folder.path());
+        let size = "name = 'd'\nhidden = 8\nlayers = 1\nheads = 2\nfeed_forward = 8\nvocabulary = 400\npositions = 64\nembedding = 8\n\
+                    region_feature = 2\nregion_classes = 3\ndetected_regions = 6\ndropout = 0.0\n";
+        let config = ModelConfig { vocabulary: tokenizer.vocabulary_size(), ..ModelConfig::from_toml(size).unwrap() };
+        // Six regions side by side, and for the second picture four.
+        let line = |name: &str, regions: usize| {
+            let boxes: Vec<f32> = (0..regions).flat_map(|r| [r as f32, 0.0, r as f32 + 1.0, 9.0]).collect();
+            let features: Vec<f32> = (0..regions).flat_map(|r| [r as f32, 10.0 * r as f32]).collect();
+            let probabilities: Vec<f32> = (0..regions).flat_map(|r| [r as f32 / 16.0, 0.25, 0.25]).collect();
+            write_line(name, [9, 9], &boxes, &features, &probabilities)
+        };
+        let table = folder.path().join("t.tsv");
+        std::fs::write(&table, format!("{}\n{}\n", line("a", 6), line("b", 4))).unwrap();
+        let cache = DetectionCache { folder: folder.path(), shapes: config.region_shapes() };
+        corpus.add_detected_images(&[table], &cache, &|_| ()).unwrap();
+        let model = Unimo::new(config, 1, &Device::Cpu).unwrap();
+        let source = Source {
+            corpus: &corpus,
+            tfidf: None,
+            first_text: &[],
+            vision: &Vision::detected(),
+            vocabulary: &Vocabulary::of(&tokenizer),
+            task: None,
+            writing: None,
+            critic: None,
+        };
+        let recipe = Recipe::from_toml("steps = 1\n[batch]\nimages = 0\ncaptions = 0\nimages_alone = 2\n").unwrap();
+        let (mut hidden, mut rows) = (0, 0);
+        for step in 0..20 {
+            let batch = StepBatch::build(&model, &recipe, &source, &mut Orders::default(), step).unwrap();
+            let targets = &batch.chunks[0].parts.regions;
+            rows += batch.rows();
+            for (n, row) in targets.rows.iter().enumerate() {
+                // Two pictures of six and four regions in either order, each behind its [IMG].
+                let region = targets.features[2 * n];
+                assert!([1.0, 6.0, 8.0].map(|first| first + region).contains(&(*row as f32)), "row {row}, region {region}");
+                assert_eq!(targets.features[2 * n + 1], 10.0 * region);
+                assert_eq!(targets.probabilities[3 * n..3 * n + 3], [region / 16.0, 0.25, 0.25]);
+                hidden += 1;
+            }
+        }
+        assert_eq!(rows, 20 * 12);
+        assert!((40..120).contains(&hidden), "{hidden}");
     }
 }
