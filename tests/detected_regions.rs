@@ -205,6 +205,10 @@ fn a_model_learns_from_tables_of_detected_regions() {
     let tokenizer = Tokenizer::from_file(&last.join("tokenizer.json")).unwrap();
     let mut corpus = Corpus::default();
     corpus.add_detections(&job.regions, &cache, &|_| ()).unwrap();
+    assert!(corpus.damaged.is_empty());
+    corpus.add_detections(&job.images, &cache, &|_| ()).unwrap();
+    let told = corpus.damaged.iter().filter(|damage| damage.reason.contains("an earlier table"));
+    assert_eq!((told.count(), corpus.damaged.len()), (900, 900));
     assert_eq!(corpus.add_captions(&job.development, &tokenizer, 48).unwrap(), 0);
     let vision = Vision::of_checkpoint(&last, model.config(), &Device::Cpu).unwrap();
     let again = evaluate(&model, &vision, &tokenizer, &corpus, 100).unwrap();

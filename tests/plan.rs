@@ -45,7 +45,7 @@ fn the_shipped_models_plan_is_sound() {
     let config = recipes.join("edge-s.toml").display().to_string();
     let arguments = ["plan", "--config", &config, "--backbone", "b", "--pairs", "p", "q", "--out", "nowhere", "--show"];
     let shown = program("unimo-train", &arguments);
-    assert_eq!((shown.code, shown.stdout.lines().count()), (0, 11), "{}", shown.stderr);
+    assert_eq!((shown.code, shown.stdout.lines().count()), (0, 13), "{}", shown.stderr);
     for recipe in shown.stdout.split_whitespace().filter(|word| word.ends_with(".toml")) {
         unimo_train::recipe::Recipe::from_file(Path::new(recipe)).unwrap();
     }

@@ -166,6 +166,12 @@ fn a_resumed_run_has_the_curve_of_an_uninterrupted_one() {
     std::fs::write(cut.run.join("log.jsonl"), &log[..log.len() - 20]).unwrap();
     training::run(&TrainingJob { resume: true, ..cut.clone() }).unwrap();
     assert_eq!(curve(&cut.run), expected);
+
+    // A run that ends early is the whole one's beginning, with a checkpoint where it ends.
+    let mut early = job(folder.path(), "early");
+    early.recipe.ends_at = Some(5);
+    let last = training::run(&early).unwrap();
+    assert_eq!((curve(&early.run).as_slice(), checkpoint::state(&last).unwrap().step), (&expected[..5], 5));
 }
 
 /// Losses by objective of every line of a run's log.

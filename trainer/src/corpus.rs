@@ -175,8 +175,9 @@ impl Corpus {
     /// Unreadable tables; damaged lines, and pictures that an earlier table holds, go to [`Corpus::damaged`].
     pub fn add_detections(&mut self, tables: &[PathBuf], cache: &DetectionCache, progress: &dyn Fn(u64)) -> Result<()> {
         for (name, place) in self.open_tables(tables, cache, progress)? {
-            if self.detected_names.insert(name, self.detected.len()).is_none() {
-                self.detected.push(place);
+            match self.detected_names.insert(name.clone(), self.detected.len()) {
+                None => self.detected.push(place),
+                Some(_) => self.note_repeated(name, place),
             }
         }
         Ok(())
@@ -211,11 +212,20 @@ impl Corpus {
     /// As [`Corpus::add_detections`].
     pub fn add_detected_images(&mut self, tables: &[PathBuf], cache: &DetectionCache, progress: &dyn Fn(u64)) -> Result<()> {
         for (name, place) in self.open_tables(tables, cache, progress)? {
-            if self.image_names.insert(name, self.images.len()).is_none() {
-                self.images.push(place);
+            match self.image_names.insert(name.clone(), self.images.len()) {
+                None => self.images.push(place),
+                Some(_) => self.note_repeated(name, place),
             }
         }
         Ok(())
+    }
+
+    /// Tells that a picture of a table is left out because an earlier one holds it.
+    fn note_repeated(&mut self, name: String, place: PictureRef) {
+        if let PictureFile::Detected(file) = &self.files[place.file as usize] {
+            let reason = "an earlier table holds this picture".to_owned();
+            self.damaged.push(Damage { shard: file.table.clone(), key: name, reason });
+        }
     }
 
     /// Opens tables and gives the name and place of every picture in them.

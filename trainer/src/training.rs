@@ -119,14 +119,15 @@ fn train(job: &TrainingJob, checkpoints: &Path, resumed: Option<&PathBuf>, ready
     let log_path = job.run.join("log.jsonl");
     forget_later_steps(&log_path, step)?;
     std::fs::write(job.run.join("recipe.toml"), toml::to_string(&job.recipe)?)?;
-    let progress = bar(job.recipe.steps, "{bar:30} step {pos}/{len}  {msg}  {elapsed} gone, {eta} to go").with_position(step);
-    let last_step = job.stop_after.map_or(job.recipe.steps, |n| job.recipe.steps.min(step + n));
+    let end = job.recipe.last_step();
+    let progress = bar(end, "{bar:30} step {pos}/{len}  {msg}  {elapsed} gone, {eta} to go").with_position(step);
+    let last_step = job.stop_after.map_or(end, |n| end.min(step + n));
     let mut last = resumed.cloned();
     trainer.run(step..last_step, &mut optimizer, |optimizer, entry, step| {
         append(&log_path, &entry)?;
         progress.set_position(step);
         progress.set_message(format!("loss {:.3}", entry["loss"].as_f64().unwrap_or(f64::NAN)));
-        let finished = step == job.recipe.steps;
+        let finished = step == end;
         if step.is_multiple_of(job.recipe.checkpoint_every) || finished {
             let state = RunState { step, updates: optimizer.updates(), fingerprint: trainer.fingerprint.clone() };
             if vision.trained_blocks() > 0 {

@@ -52,6 +52,8 @@ pub struct DetectionCache<'a> {
 pub struct DetectionFile {
     map: Mmap,
     shapes: RegionShapes,
+    /// The table.
+    pub table: PathBuf,
     /// Names of the pictures, in the table's order.
     pub names: Vec<String>,
     /// Offset and regions of each picture.
@@ -139,9 +141,10 @@ impl DetectionCache<'_> {
                 .par_iter()
                 .map(|line| line.as_ref().map_err(Clone::clone).and_then(|l| parse_line(l, self.shapes)))
                 .collect();
-            for found in parsed {
+            for (line, found) in lines.iter().zip(parsed) {
                 number += 1;
                 match found {
+                    _ if is_blank(line) => {}
                     Ok((name, _)) if known.contains(&name) => {
                         about.damaged.push((format!("line {number}"), format!("the picture {name} was there before")));
                     }
@@ -169,22 +172,22 @@ impl DetectionCache<'_> {
     }
 }
 
-/// The next line that is not empty, without more memory than the longest good one takes; nothing at the end.
+/// The next line, without more memory than the longest good one takes; nothing at the end.
 fn next_line(reader: &mut impl BufRead, shapes: RegionShapes) -> std::io::Result<Option<Result<Vec<u8>, LineError>>> {
     let longest = shapes.longest_line();
-    loop {
-        let mut line = Vec::new();
-        if reader.by_ref().take(longest as u64 + 1).read_until(b'\n', &mut line)? == 0 {
-            return Ok(None);
-        }
-        if line.len() > longest && line.last() != Some(&b'\n') {
-            reader.skip_until(b'\n')?;
-            return Ok(Some(Err(LineError::TooLong { most: shapes.most })));
-        }
-        if line.iter().any(|byte| !byte.is_ascii_whitespace()) {
-            return Ok(Some(Ok(line)));
-        }
+    let mut line = Vec::new();
+    if reader.by_ref().take(longest as u64 + 1).read_until(b'\n', &mut line)? == 0 {
+        return Ok(None);
     }
+    if line.len() > longest && line.last() != Some(&b'\n') {
+        reader.skip_until(b'\n')?;
+        return Ok(Some(Err(LineError::TooLong { most: shapes.most })));
+    }
+    Ok(Some(Ok(line)))
+}
+
+fn is_blank(line: &Result<Vec<u8>, LineError>) -> bool {
+    line.as_ref().is_ok_and(|line| line.iter().all(u8::is_ascii_whitespace))
 }
 
 /// Writes a picture and gives the number of its regions.
@@ -222,7 +225,7 @@ impl DetectionFile {
         }
         let damage = |(key, reason)| Damage { shard: table.to_path_buf(), key, reason };
         let damaged = about.damaged.into_iter().map(damage).collect();
-        Ok(Some(Self { map, shapes, names: about.names, places, damaged }))
+        Ok(Some(Self { map, shapes, table: table.to_path_buf(), names: about.names, places, damaged }))
     }
 
     /// Regions of picture `index`.
@@ -276,13 +279,13 @@ mod tests {
             cache.open(std::slice::from_ref(&table), &|n| read.set(read.get() + n)).map(|mut files| files.remove(0))
         };
         let file = open(SHAPES).unwrap();
-        assert_eq!((file.names.as_slice(), read.get()), (&["one".to_owned(), "four".to_owned()][..], 6));
+        assert_eq!((file.names.as_slice(), read.get()), (&["one".to_owned(), "four".to_owned()][..], 7));
         let said: Vec<String> = file.damaged.iter().map(|d| format!("{}: {}", d.key, d.reason)).collect();
         for (said, expected) in said.iter().zip([
-            "line 2: the line is longer than 4 regions make it",
-            "line 3: 5 regions, and at most 4 are taken",
-            "line 5: the picture one was there before",
-            "line 6: the class probabilities",
+            "line 3: the line is longer than 4 regions make it",
+            "line 4: 5 regions, and at most 4 are taken",
+            "line 6: the picture one was there before",
+            "line 7: the class probabilities",
         ]) {
             assert!(said.starts_with(expected), "{said} is not {expected}");
         }
@@ -301,8 +304,8 @@ mod tests {
             let bytes = std::fs::read(&path).unwrap();
             std::fs::write(&path, &bytes[..bytes.len() - 40]).unwrap();
         }
-        assert_eq!((open(SHAPES).unwrap().names.len(), read.get()), (2, 6));
-        assert_eq!((open(RegionShapes { most: 5, ..SHAPES }).unwrap().names.len(), read.get()), (3, 6));
+        assert_eq!((open(SHAPES).unwrap().names.len(), read.get()), (2, 7));
+        assert_eq!((open(RegionShapes { most: 5, ..SHAPES }).unwrap().names.len(), read.get()), (3, 7));
         let other = open(RegionShapes { features: 4, ..SHAPES });
         let error = format!("{:#}", other.err().unwrap());
         assert!(error.contains("no usable line") && error.contains("the features of 1 regions take 16 bytes"), "{error}");

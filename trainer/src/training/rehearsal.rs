@@ -60,7 +60,7 @@ pub fn rehearse(job: &TrainingJob) -> Result<Rehearsal> {
         let (first, last) = (spent[0], spent[spent.len() - 1]);
         Ok(Rehearsal {
             parameters,
-            steps: [ready.step, job.recipe.steps],
+            steps: [ready.step, job.recipe.last_step()],
             pictures: job.recipe.batch.images,
             rows: of("rows").into_iter().fold(0.0, f64::max) as usize,
             operations: of("operations").into_iter().fold(0.0, f64::max),

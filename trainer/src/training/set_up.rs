@@ -304,7 +304,7 @@ fn training_note(job: &TrainingJob, corpus: &Corpus) -> Result<String> {
     put("pairs", (corpus.pairs.len() as i64).into());
     put("images_alone", (corpus.image_count() as i64).into());
     put("texts_alone", (corpus.texts.len() as i64).into());
-    put("steps", (job.recipe.steps as i64).into());
+    put("steps", (job.recipe.last_step() as i64).into());
     put("images_per_step", (job.recipe.batch.images as i64).into());
     if let Some(init) = &job.init {
         let folder = checkpoint::resolve(init)?;
