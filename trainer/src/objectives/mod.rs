@@ -112,17 +112,6 @@ fn region_classification(model: &Unimo, rows: &Tensor, labels: &Tensor) -> candl
     (labels * log_p)?.sum(D::Minus1)?.mean_all()?.neg()
 }
 
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn a_detectors_soft_labels_add_up_to_one() {
-        let labels = detected_labels(&[0.2, 0.2, 0.0, 0.5], 2, &Device::Cpu).unwrap().to_vec2::<f32>().unwrap();
-        assert_eq!(labels, [[0.5, 0.5], [0.0, 1.0]]);
-    }
-}
-
 /// A small corpus for the tests of this module.
 #[cfg(test)]
 mod testing {
@@ -156,5 +145,16 @@ mod testing {
         let mut corpus = Corpus::default();
         corpus.add_pairs(&[shards], &cache, &tokenizer, 48, &|_| ()).unwrap();
         (corpus, backbone, tokenizer)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_detectors_soft_labels_add_up_to_one() {
+        let labels = detected_labels(&[0.2, 0.2, 0.0, 0.5], 2, &Device::Cpu).unwrap().to_vec2::<f32>().unwrap();
+        assert_eq!(labels, [[0.5, 0.5], [0.0, 1.0]]);
     }
 }
