@@ -357,7 +357,8 @@ fn rewrites_of_other_captions_are_refused() {
 #[test]
 fn a_size_for_other_regions_than_the_backbones_is_refused_before_any_work() {
     let folder = tempfile::tempdir().unwrap();
-    let job = TrainingJob { size: ModelConfig::named("base").unwrap(), ..job(folder.path(), "run") };
+    let size = ModelConfig { region_feature: 2048, ..ModelConfig::named("pico").unwrap() };
+    let job = TrainingJob { size, ..job(folder.path(), "run") };
     let error = training::run(&job).unwrap_err().to_string();
     assert!(error.contains("1292 features") && error.contains("2048"), "{error}");
     assert!(!job.features.exists());
