@@ -182,6 +182,13 @@ struct Loop<'a> {
     fingerprint: String,
 }
 
+/// Seconds that a step's batch took to be drawn and packed, and that the step waited for it.
+#[derive(Clone, Copy)]
+struct DataSeconds {
+    drawn: f64,
+    waited: f64,
+}
+
 impl Loop<'_> {
     /// Learns steps; `after` each, it is given the optimiser, the step's entry for the log, and the number of steps done.
     fn run(
@@ -190,22 +197,25 @@ impl Loop<'_> {
         optimizer: &mut AdamW,
         mut after: impl FnMut(&mut AdamW, serde_json::Value, u64) -> Result<()>,
     ) -> Result<()> {
-        self.each_batch(steps, |step, batch, waited| {
-            let entry = self.learn(step, &batch, waited, optimizer)?;
+        self.each_batch(steps, |step, batch, data| {
+            let entry = self.learn(step, &batch, data, optimizer)?;
             after(optimizer, entry, step + 1)
         })
     }
 
-    /// Hands on the batches of steps in order, with the seconds that were waited for each. A thread of its own draws and packs
+    /// Hands on the batches of steps in order, with what each took. A thread of its own draws and packs
     /// them ahead of the one that is learnt from, unless captions are drawn from the model as the step before has left it.
-    fn each_batch(&self, steps: Range<u64>, mut hand_on: impl FnMut(u64, StepBatch, f64) -> Result<()>) -> Result<()> {
+    fn each_batch(&self, steps: Range<u64>, mut hand_on: impl FnMut(u64, StepBatch, DataSeconds) -> Result<()>) -> Result<()> {
         let mut orders = Orders::default();
-        let mut build = |step| StepBatch::build(&self.model, &self.job.recipe, &self.source, &mut orders, step);
+        let mut build = |step| -> Result<(StepBatch, f64)> {
+            let started = Instant::now();
+            let batch = StepBatch::build(&self.model, &self.job.recipe, &self.source, &mut orders, step)?;
+            Ok((batch, started.elapsed().as_secs_f64()))
+        };
         if self.job.recipe.batch.sampled_captions > 0 {
             for step in steps {
-                let started = Instant::now();
-                let batch = build(step)?;
-                hand_on(step, batch, started.elapsed().as_secs_f64())?;
+                let (batch, drawn) = build(step)?;
+                hand_on(step, batch, DataSeconds { drawn, waited: drawn })?;
             }
             return Ok(());
         }
@@ -226,14 +236,14 @@ impl Loop<'_> {
             let receiver = receiver;
             for step in steps {
                 let started = Instant::now();
-                let batch = receiver.recv().context("the thread that draws batches has ended")??;
-                hand_on(step, batch, started.elapsed().as_secs_f64())?;
+                let (batch, drawn) = receiver.recv().context("the thread that draws batches has ended")??;
+                hand_on(step, batch, DataSeconds { drawn, waited: started.elapsed().as_secs_f64() })?;
             }
             Ok(())
         })
     }
 
-    fn learn(&self, step: u64, batch: &StepBatch, waited: f64, optimizer: &mut AdamW) -> Result<serde_json::Value> {
+    fn learn(&self, step: u64, batch: &StepBatch, data: DataSeconds, optimizer: &mut AdamW) -> Result<serde_json::Value> {
         let started = Instant::now();
         let recipe = &self.job.recipe;
         let rate = recipe.dropout.unwrap_or(self.model.config().dropout) as f32;
@@ -259,8 +269,9 @@ impl Loop<'_> {
             "operations": batch.operations(&self.model, self.source.vision),
             "pictures": batch.pictures,
             "reward": batch.reward(),
-            "seconds": waited + started.elapsed().as_secs_f64(),
-            "waited": waited,
+            "seconds": data.waited + started.elapsed().as_secs_f64(),
+            "waited": data.waited,
+            "drawn": data.drawn,
         }))
     }
 }

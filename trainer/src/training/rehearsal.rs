@@ -27,6 +27,8 @@ pub struct Rehearsal {
     pub seconds: f64,
     /// Seconds of those that a step waited for its data.
     pub waited: f64,
+    /// Seconds that drawing and packing the data took, beside the step before.
+    pub drawn: f64,
     /// Processor seconds of a step, all threads together, where the system tells.
     pub cpu_seconds: Option<f64>,
     /// The largest memory of the process so far, in bytes, where the system tells.
@@ -66,6 +68,7 @@ pub fn rehearse(job: &TrainingJob) -> Result<Rehearsal> {
             operations: of("operations").into_iter().fold(0.0, f64::max),
             seconds: median("seconds"),
             waited: median("waited"),
+            drawn: median("drawn"),
             cpu_seconds: first.zip(last).map(|(first, last)| (last - first) / (spent.len() - 1) as f64),
             peak_memory: peak_memory(),
         })
@@ -100,6 +103,7 @@ impl fmt::Display for Rehearsal {
             write!(f, " ({:.1} a picture)", giga / self.pictures as f64)?;
         }
         write!(f, "\ntime         {:.2} s a step, {:.3} of them waiting for data", self.seconds, self.waited)?;
+        write!(f, " that took {:.3} s to be drawn", self.drawn)?;
         if let Some(seconds) = self.cpu_seconds {
             write!(f, "; {seconds:.2} processor seconds")?;
         }
