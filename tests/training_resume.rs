@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 use unimo_train::ablation::{Plan, ablate};
 use unimo_train::model::ModelConfig;
 use unimo_train::recipe::Recipe;
-use unimo_train::retrieval::{RetrievalJob, retrieve};
+use unimo_train::retrieval::{RetrievalJob, Seer, retrieve};
 use unimo_train::rewriting::{Counts, RewriteJob, rewrite};
 use unimo_train::scenes::{CorpusOptions, write_corpus};
 use unimo_train::training::{self, TrainingJob};
@@ -72,7 +72,7 @@ fn retrieved(folder: &Path) {
         pairs: shards.clone(),
         images: shards,
         texts: vec![folder.join("texts.txt")],
-        backbone: folder.join("backbone.safetensors"),
+        seer: Seer::Backbone(folder.join("backbone.safetensors")),
         features: folder.join("looks"),
         count: 3,
         out: folder.join("retrieved"),

@@ -11,5 +11,6 @@
 mod cache;
 mod line;
 
+pub(crate) use cache::expand;
 pub use cache::{DetectionCache, DetectionFile};
 pub use line::{LineError, RegionShapes, parse_line, write_line};

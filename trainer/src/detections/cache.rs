@@ -63,7 +63,7 @@ pub struct DetectionFile {
 }
 
 /// Expands folders to the `.tsv` files in them, sorted by name; files are kept as they are.
-fn expand(paths: &[PathBuf]) -> Result<Vec<PathBuf>> {
+pub(crate) fn expand(paths: &[PathBuf]) -> Result<Vec<PathBuf>> {
     let mut tables = Vec::new();
     for path in paths {
         if !path.is_dir() {
