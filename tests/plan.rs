@@ -4,6 +4,7 @@ use std::path::Path;
 
 use unimo_tests::program;
 use unimo_train::backbone::random_file;
+use unimo_train::recipe::Recipe;
 
 const PLAN: &str = r#"
 [[stages]]
@@ -45,9 +46,13 @@ fn the_shipped_models_plan_is_sound() {
     let config = recipes.join("edge-s.toml").display().to_string();
     let arguments = ["plan", "--config", &config, "--backbone", "b", "--pairs", "p", "q", "--out", "nowhere", "--show"];
     let shown = program("unimo-train", &arguments);
-    assert_eq!((shown.code, shown.stdout.lines().count()), (0, 11), "{}", shown.stderr);
-    for recipe in shown.stdout.split_whitespace().filter(|word| word.ends_with(".toml")) {
-        unimo_train::recipe::Recipe::from_file(Path::new(recipe)).unwrap();
+    assert_eq!((shown.code, shown.stdout.lines().count()), (0, 13), "{}", shown.stderr);
+    let recipes = shown.stdout.split_whitespace().filter(|word| word.ends_with(".toml"));
+    let steps: Vec<u64> = recipes.map(|path| Recipe::from_file(Path::new(path)).unwrap().last_step()).collect();
+    assert_eq!(steps, [350, 2000, 400, 900, 500, 250, 420]);
+    let card = std::fs::read_to_string(Path::new(env!("CARGO_MANIFEST_DIR")).join("../MODEL_CARD.md")).unwrap();
+    for said in ["350 steps", "2,000 steps", "400 steps", "900 steps", "500 steps", "step 250", "420 steps"] {
+        assert!(card.contains(said), "the model card does not speak of {said}");
     }
     // A slip in a late stage is found before the first one runs.
     let folder = tempfile::tempdir().unwrap();

@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 use unimo_train::ablation::{Plan, ablate};
 use unimo_train::model::ModelConfig;
 use unimo_train::recipe::Recipe;
-use unimo_train::retrieval::{RetrievalJob, retrieve};
+use unimo_train::retrieval::{RetrievalJob, Seer, retrieve};
 use unimo_train::rewriting::{Counts, RewriteJob, rewrite};
 use unimo_train::scenes::{CorpusOptions, write_corpus};
 use unimo_train::training::{self, TrainingJob};
@@ -72,7 +72,7 @@ fn retrieved(folder: &Path) {
         pairs: shards.clone(),
         images: shards,
         texts: vec![folder.join("texts.txt")],
-        backbone: folder.join("backbone.safetensors"),
+        seer: Seer::Backbone(folder.join("backbone.safetensors")),
         features: folder.join("looks"),
         count: 3,
         out: folder.join("retrieved"),
@@ -106,6 +106,7 @@ fn job(folder: &Path, run: &str) -> TrainingJob {
         backbone: Some(backbone),
         pairs: vec![shards.clone()],
         images: vec![shards],
+        regions: Vec::new(),
         texts: vec![texts],
         rewrites: vec![folder.join("rewrites")],
         retrieved: vec![folder.join("retrieved")],
@@ -165,6 +166,12 @@ fn a_resumed_run_has_the_curve_of_an_uninterrupted_one() {
     std::fs::write(cut.run.join("log.jsonl"), &log[..log.len() - 20]).unwrap();
     training::run(&TrainingJob { resume: true, ..cut.clone() }).unwrap();
     assert_eq!(curve(&cut.run), expected);
+
+    // A run that ends early is the whole one's beginning, with a checkpoint where it ends.
+    let mut early = job(folder.path(), "early");
+    early.recipe.ends_at = Some(5);
+    let last = training::run(&early).unwrap();
+    assert_eq!((curve(&early.run).as_slice(), checkpoint::state(&last).unwrap().step), (&expected[..5], 5));
 }
 
 /// Losses by objective of every line of a run's log.
@@ -350,7 +357,8 @@ fn rewrites_of_other_captions_are_refused() {
 #[test]
 fn a_size_for_other_regions_than_the_backbones_is_refused_before_any_work() {
     let folder = tempfile::tempdir().unwrap();
-    let job = TrainingJob { size: ModelConfig::named("base").unwrap(), ..job(folder.path(), "run") };
+    let size = ModelConfig { region_feature: 2048, ..ModelConfig::named("pico").unwrap() };
+    let job = TrainingJob { size, ..job(folder.path(), "run") };
     let error = training::run(&job).unwrap_err().to_string();
     assert!(error.contains("1292 features") && error.contains("2048"), "{error}");
     assert!(!job.features.exists());

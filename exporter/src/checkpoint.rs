@@ -31,10 +31,16 @@ impl Checkpoint {
     /// Opens a checkpoint folder, or the newest checkpoint of a run.
     ///
     /// # Errors
-    /// Missing files; tensors that are missing, superfluous or misshapen; a tokenizer of another size.
+    /// Missing files; tensors that are missing, superfluous or misshapen; a tokenizer of another size; a model of detected regions.
     pub fn open(path: &Path) -> Result<Self> {
         let folder = unimo_train::checkpoint::resolve(path)?;
         let mut model = Unimo::load(&folder, &Device::Cpu)?;
+        if model.config().detects() {
+            bail!(
+                "{} sees regions that a detector found; a board has none: only models of a grid (`grid` in their size) are exported",
+                folder.display()
+            );
+        }
         model.fold_statistics()?;
         let backbone = Backbone::load(&folder.join("backbone.safetensors"))?;
         let tokenizer = Tokenizer::from_file(&folder.join("tokenizer.json"))?;

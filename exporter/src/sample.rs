@@ -48,7 +48,13 @@ pub fn random_checkpoint(folder: &Path, size: &str, seed: u64) -> Result<PathBuf
     let optimizer = AdamW::new(OptimizerConfig::default(), model.weights());
     let state = RunState { step: 0, updates: 0, fingerprint: "random".into() };
     let training = "data = \"none: random weights\"\n".to_owned();
-    checkpoint::save(folder, &model, &optimizer, &state, &Companions { tokenizer, backbone, task: None, training })
+    checkpoint::save(
+        folder,
+        &model,
+        &optimizer,
+        &state,
+        &Companions { tokenizer, backbone: Some(backbone), task: None, training },
+    )
 }
 
 /// Writes `<folder>/bundle.tar`, a pico bundle of random weights.

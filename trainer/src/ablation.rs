@@ -180,7 +180,7 @@ fn finished(run: &Path, recipe: &Recipe) -> Result<Option<RunScores>> {
         bail!("{} was run by another recipe than the plan's; choose another --out", run.display());
     }
     let mut entries = log.lines().filter_map(|line| serde_json::from_str::<serde_json::Value>(line).ok());
-    let last = entries.rfind(|entry| entry["development"] == true && entry["step"] == recipe.steps);
+    let last = entries.rfind(|entry| entry["development"] == true && entry["step"] == recipe.last_step());
     last.map(serde_json::from_value).transpose().with_context(|| format!("in the log of {}", run.display()))
 }
 

@@ -58,18 +58,22 @@ pub fn average(parts: &[(PathBuf, f64)], out: &Path) -> Result<PathBuf> {
     checkpoint::save(&checkpoints, last, &optimizer, &state, &companions)
 }
 
-/// The file of the checkpoints' averaged backbones; where they are all the same, that file itself.
-fn average_backbones(folders: &[PathBuf], shares: &[f64]) -> Result<Vec<u8>> {
+/// The file of the checkpoints' averaged backbones; where they are all the same, that file itself; where regions are detected,
+/// nothing.
+fn average_backbones(folders: &[PathBuf], shares: &[f64]) -> Result<Option<Vec<u8>>> {
+    if folders.iter().all(|folder| !folder.join("backbone.safetensors").exists()) {
+        return Ok(None);
+    }
     let read = |folder: &PathBuf| {
         let path = folder.join("backbone.safetensors");
         std::fs::read(&path).with_context(|| format!("cannot read {}", path.display()))
     };
     let mut files = folders.iter().map(read).collect::<Result<Vec<_>>>()?;
     if files.windows(2).all(|two| two[0] == two[1]) {
-        return files.pop().context("no checkpoints");
+        return Ok(Some(files.pop().context("no checkpoints")?));
     }
     let backbones = files.iter().map(|bytes| Backbone::from_bytes(bytes)).collect::<Result<Vec<_>>>()?;
-    Backbone::average(&backbones, shares)?.to_bytes()
+    Ok(Some(Backbone::average(&backbones, shares)?.to_bytes()?))
 }
 
 #[cfg(test)]
@@ -81,7 +85,7 @@ mod tests {
     fn run(folder: &Path, name: &str, size: ModelConfig, seed: u64) -> PathBuf {
         let tokenizer = folder.join("tokenizer.json");
         std::fs::write(&tokenizer, "{}").unwrap();
-        let backbone = random_file(seed).unwrap();
+        let backbone = Some(random_file(seed).unwrap());
         let model = Unimo::new(size, seed, &Device::Cpu).unwrap();
         let optimizer = AdamW::new(OptimizerConfig::default(), model.weights());
         let companions = Companions { tokenizer, backbone, task: None, training: "data = \"none\"".into() };

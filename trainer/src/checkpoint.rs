@@ -27,8 +27,8 @@ pub struct RunState {
 pub struct Companions {
     /// `tokenizer.json`.
     pub tokenizer: PathBuf,
-    /// The backbone's file.
-    pub backbone: Vec<u8>,
+    /// The backbone's file; nothing where regions are detected.
+    pub backbone: Option<Vec<u8>>,
     /// `task.toml` of a model with a head for a downstream task.
     pub task: Option<String>,
     /// `training.toml`: what the model was trained on and how.
@@ -54,7 +54,9 @@ pub fn save(folder: &Path, model: &Unimo, optimizer: &AdamW, state: &RunState, c
         candle_core::safetensors::save(&model.tensors()?, partial.join("model.safetensors"))?;
         candle_core::safetensors::save(&optimizer.state()?.0, partial.join("optimizer.safetensors"))?;
         fs::copy(&companions.tokenizer, partial.join("tokenizer.json"))?;
-        fs::write(partial.join("backbone.safetensors"), &companions.backbone)?;
+        if let Some(backbone) = &companions.backbone {
+            fs::write(partial.join("backbone.safetensors"), backbone)?;
+        }
         fs::write(partial.join("training.toml"), &companions.training)?;
         if let Some(task) = &companions.task {
             fs::write(partial.join("task.toml"), task)?;

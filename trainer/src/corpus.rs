@@ -1,6 +1,5 @@
 //! Everything a run trains on, in memory: tokenised captions, cached region features, texts.
 
-use std::cell::OnceCell;
 use std::collections::HashMap;
 use std::path::{Path, PathBuf};
 
@@ -8,10 +7,19 @@ use anyhow::{Context, Result, bail};
 use sha2::{Digest, Sha256};
 use unimo::tokenizer::{CLS, SEP, Tokenizer};
 
+use crate::detections::{DetectionCache, DetectionFile};
 use crate::features::{FeatureCache, FeatureFile, is_mirrored};
+use crate::names::Names;
+use crate::regions::Record;
 use crate::retrieval;
 use crate::rewriting;
-use crate::shards::{self, Damage};
+use crate::shards::{self, Damage, Sample};
+
+/// Pictures' regions: computed from pixels, or detected.
+enum PictureFile {
+    Grid(FeatureFile),
+    Detected(DetectionFile),
+}
 
 /// Where to find a picture's features.
 #[derive(Debug, Clone, Copy)]
@@ -43,6 +51,21 @@ pub struct Pair {
 }
 
 impl Pair {
+    fn new(sample: Sample, picture: PictureRef, tokenizer: &Tokenizer, positions: usize) -> Self {
+        let ids = |text: &String| text_ids(tokenizer, text, positions);
+        Self {
+            picture,
+            captions: sample.captions.iter().map(ids).collect(),
+            mirrored: sample.captions.iter().map(|c| ids(&mirror_text(c))).collect(),
+            key: sample.key,
+            references: sample.captions,
+            rewritten: [Vec::new(), Vec::new()],
+            paraphrased: [Vec::new(), Vec::new()],
+            retrieved_texts: [Vec::new(), Vec::new()],
+            retrieved_images: Vec::new(),
+        }
+    }
+
     /// The captions that fit a view.
     #[must_use]
     pub fn captions_for(&self, view: usize) -> &[Vec<u32>] {
@@ -77,25 +100,19 @@ impl Pair {
 /// Pictures and their features.
 #[derive(Default)]
 pub struct Corpus {
-    files: Vec<FeatureFile>,
+    files: Vec<PictureFile>,
     /// Pictures with captions.
     pub pairs: Vec<Pair>,
     images: Vec<PictureRef>,
     /// Number of each image alone, by its key.
-    image_numbers: HashMap<String, usize>,
-    /// Number of each image alone, by the last digits of its key, nothing where two keys share them; made when it is first asked
-    /// for.
-    by_digits: OnceCell<HashMap<u64, Option<usize>>>,
+    image_names: Names,
+    /// Pictures of tables of detected regions, and their numbers by name.
+    detected: Vec<PictureRef>,
+    detected_names: Names,
     /// Ids of each text alone, `[CLS] … [SEP]`.
     pub texts: Vec<Vec<u32>>,
     /// Records that were skipped.
     pub damaged: Vec<Damage>,
-}
-
-/// The number that a key ends with.
-fn last_number(key: &str) -> Option<u64> {
-    let digits = key.len() - key.trim_end_matches(|c: char| c.is_ascii_digit()).len();
-    key[key.len() - digits..].parse().ok()
 }
 
 /// `[CLS] words [SEP]`, at most `positions` ids.
@@ -143,24 +160,89 @@ impl Corpus {
             let pairs = &mut self.pairs;
             let report = shards::read_shards(&shard, |sample| {
                 if let (Some(&picture), false) = (places.get(&sample.key), sample.captions.is_empty()) {
-                    let ids = |text: &String| text_ids(tokenizer, text, positions);
-                    pairs.push(Pair {
-                        picture,
-                        captions: sample.captions.iter().map(ids).collect(),
-                        mirrored: sample.captions.iter().map(|c| ids(&mirror_text(c))).collect(),
-                        key: sample.key,
-                        references: sample.captions,
-                        rewritten: [Vec::new(), Vec::new()],
-                        paraphrased: [Vec::new(), Vec::new()],
-                        retrieved_texts: [Vec::new(), Vec::new()],
-                        retrieved_images: Vec::new(),
-                    });
+                    pairs.push(Pair::new(sample, picture, tokenizer, positions));
                 }
                 Ok(())
             })?;
             self.note(report.damaged);
         }
         Ok(())
+    }
+
+    /// Makes the pictures of tables of detected regions known by their names, for [`Corpus::add_captions`].
+    ///
+    /// # Errors
+    /// Unreadable tables; damaged lines, and pictures that an earlier table holds, go to [`Corpus::damaged`].
+    pub fn add_detections(&mut self, tables: &[PathBuf], cache: &DetectionCache, progress: &dyn Fn(u64)) -> Result<()> {
+        for (name, place) in self.open_tables(tables, cache, progress)? {
+            match self.detected_names.insert(name.clone(), self.detected.len()) {
+                None => self.detected.push(place),
+                Some(_) => self.note_repeated(name, place),
+            }
+        }
+        Ok(())
+    }
+
+    /// Adds shards of captions whose pictures' regions were detected; gives the number of pictures without any. Pictures that the
+    /// shards hold themselves are not looked at.
+    ///
+    /// # Errors
+    /// Unreadable shards, or none of their pictures in the tables; damaged records go to [`Corpus::damaged`].
+    pub fn add_captions(&mut self, paths: &[PathBuf], tokenizer: &Tokenizer, positions: usize) -> Result<usize> {
+        let (before, mut without) = (self.pairs.len(), 0);
+        let (pairs, names, places) = (&mut self.pairs, &self.detected_names, &self.detected);
+        let report = shards::read_shards(paths, |sample| {
+            match names.find(&sample.key) {
+                _ if sample.captions.is_empty() => {}
+                Some(number) => pairs.push(Pair::new(sample, places[number], tokenizer, positions)),
+                None => without += 1,
+            }
+            Ok(())
+        })?;
+        self.note(report.damaged);
+        if self.pairs.len() == before {
+            bail!("none of the {without} pictures with captions is in the tables of detected regions");
+        }
+        Ok(without)
+    }
+
+    /// Adds the pictures of tables of detected regions as images alone.
+    ///
+    /// # Errors
+    /// As [`Corpus::add_detections`].
+    pub fn add_detected_images(&mut self, tables: &[PathBuf], cache: &DetectionCache, progress: &dyn Fn(u64)) -> Result<()> {
+        for (name, place) in self.open_tables(tables, cache, progress)? {
+            match self.image_names.insert(name.clone(), self.images.len()) {
+                None => self.images.push(place),
+                Some(_) => self.note_repeated(name, place),
+            }
+        }
+        Ok(())
+    }
+
+    /// Tells that a picture of a table is left out because an earlier one holds it.
+    fn note_repeated(&mut self, name: String, place: PictureRef) {
+        if let PictureFile::Detected(file) = &self.files[place.file as usize] {
+            let reason = "an earlier table holds this picture".to_owned();
+            self.damaged.push(Damage { shard: file.table.clone(), key: name, reason });
+        }
+    }
+
+    /// Opens tables and gives the name and place of every picture in them.
+    fn open_tables(
+        &mut self,
+        tables: &[PathBuf],
+        cache: &DetectionCache,
+        progress: &dyn Fn(u64),
+    ) -> Result<Vec<(String, PictureRef)>> {
+        let mut found = Vec::new();
+        for mut file in cache.open(tables, progress)? {
+            self.note(std::mem::take(&mut file.damaged));
+            let number = self.files.len() as u32;
+            found.extend(file.names.drain(..).zip(0..).map(|(name, index)| (name, PictureRef { file: number, index })));
+            self.files.push(PictureFile::Detected(file));
+        }
+        Ok(found)
     }
 
     /// Adds shards of pictures without captions.
@@ -173,7 +255,7 @@ impl Corpus {
         let mut places: Vec<_> = places.into_iter().collect();
         places.sort_unstable_by(|a, b| a.0.cmp(&b.0));
         for (key, place) in places {
-            self.image_numbers.insert(key, self.images.len());
+            self.image_names.insert(key, self.images.len());
             self.images.push(place);
         }
         Ok(())
@@ -232,7 +314,7 @@ impl Corpus {
             let Some(picture) = by_key.remove(&pair.key) else { continue };
             let number = |image: &retrieval::FoundImage| {
                 let missing = || format!("{} names the image {}, which --images does not hold", folder.display(), image.key);
-                self.image_numbers.get(&image.key).copied().with_context(missing)
+                self.image_names.exact(&image.key).with_context(missing)
             };
             if images {
                 pair.retrieved_images = picture.images.iter().map(number).collect::<Result<_>>()?;
@@ -273,7 +355,7 @@ impl Corpus {
             for (index, key) in file.keys.iter().enumerate() {
                 places.insert(key.clone(), PictureRef { file: number, index: index as u32 });
             }
-            self.files.push(file);
+            self.files.push(PictureFile::Grid(file));
         }
         Ok((places, damaged))
     }
@@ -284,39 +366,26 @@ impl Corpus {
         self.images.len()
     }
 
-    /// The image alone of a name: its key, or the key whose last digits are this number (`COCO_val2014_000000000042` is 42).
+    /// The image alone of a name (see [`Names::find`]).
     #[must_use]
     pub fn image_named(&self, name: &str) -> Option<usize> {
-        if let Some(&number) = self.image_numbers.get(name) {
-            return Some(number);
-        }
-        let wanted: u64 = name.parse().ok()?;
-        let by_digits = self.by_digits.get_or_init(|| {
-            let mut by_digits = HashMap::new();
-            for (key, &number) in &self.image_numbers {
-                if let Some(digits) = last_number(key) {
-                    by_digits.entry(digits).and_modify(|found| *found = None).or_insert(Some(number));
-                }
-            }
-            by_digits
-        });
-        by_digits.get(&wanted).copied().flatten()
+        self.image_names.find(name)
     }
 
     /// Cached record of pair `pair` in a view; [`Vision`](crate::vision::Vision) makes region features of it.
     #[must_use]
-    pub fn pair_record(&self, pair: usize, view: usize) -> Vec<f32> {
+    pub fn pair_record(&self, pair: usize, view: usize) -> Record {
         self.record(self.pairs[pair].picture, view)
     }
 
     /// Cached record of a picture without captions.
     #[must_use]
-    pub fn image_record(&self, image: usize, view: usize) -> Vec<f32> {
+    pub fn image_record(&self, image: usize, view: usize) -> Record {
         self.record(self.images[image], view)
     }
 
     /// Cached records of about `limit` pictures, evenly spread over those with and those without captions.
-    pub fn sampled_records(&self, limit: usize) -> impl Iterator<Item = Vec<f32>> {
+    pub fn sampled_records(&self, limit: usize) -> impl Iterator<Item = Record> {
         let (pairs, count) = (self.pairs.len(), self.pairs.len() + self.images.len());
         (0..count).step_by(count.div_ceil(limit).max(1)).map(move |i| match i.checked_sub(pairs) {
             None => self.pair_record(i, 0),
@@ -324,14 +393,20 @@ impl Corpus {
         })
     }
 
-    fn record(&self, picture: PictureRef, view: usize) -> Vec<f32> {
-        self.files[picture.file as usize].get(picture.index as usize, view)
+    fn record(&self, picture: PictureRef, view: usize) -> Record {
+        match &self.files[picture.file as usize] {
+            PictureFile::Grid(file) => Record::grid(file.get(picture.index as usize, view)),
+            PictureFile::Detected(file) => file.get(picture.index as usize),
+        }
     }
 
-    /// Views that a pair's picture has in the cache.
+    /// Views that a pair's picture has in the cache; detected regions have one.
     #[must_use]
     pub fn views(&self, pair: usize) -> usize {
-        self.files[self.pairs[pair].picture.file as usize].views
+        match &self.files[self.pairs[pair].picture.file as usize] {
+            PictureFile::Grid(file) => file.views,
+            PictureFile::Detected(_) => 1,
+        }
     }
 
     /// Everything that is trained on, but for the pictures themselves, into a hash.
@@ -372,16 +447,6 @@ impl Corpus {
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn images_are_found_by_key_and_by_number() {
-        let keys = ["COCO_val2014_000000000042", "photo", "7", "scene-0012", "a-5", "b-05", "x_1234567"];
-        let image_numbers = keys.iter().enumerate().map(|(i, key)| ((*key).to_owned(), i)).collect();
-        let corpus = Corpus { image_numbers, ..Corpus::default() };
-        let found =
-            ["42", "photo", "7", "12", "13", "000042", "scene-0012", "x", "5", "1234567"].map(|name| corpus.image_named(name));
-        assert_eq!(found, [Some(0), Some(1), Some(2), Some(3), None, Some(0), Some(3), None, None, Some(6)]);
-    }
 
     #[test]
     fn mirrored_captions_exchange_left_and_right() {

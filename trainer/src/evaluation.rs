@@ -3,14 +3,13 @@
 use std::fmt;
 
 use anyhow::Result;
-use candle_core::Tensor;
 use serde::Serialize;
 use unimo::tokenizer::Tokenizer;
 
-use crate::backbone::FEATURES;
 use crate::corpus::Corpus;
 use crate::metrics::{caption_scores, recall_at_k};
-use crate::model::{Packer, Regions, Unimo};
+use crate::model::{Packer, Unimo};
+use crate::regions::alike;
 use crate::vision::Vision;
 
 /// Pictures or texts in one forward pass.
@@ -58,17 +57,18 @@ impl fmt::Display for Scores {
 /// Those of candle.
 pub fn evaluate(model: &Unimo, vision: &Vision, tokenizer: &Tokenizer, corpus: &Corpus, limit: usize) -> Result<Scores> {
     let count = limit.min(corpus.pairs.len());
-    let (mut captions, mut images) = (Vec::new(), Vec::new());
+    let (mut captions, mut images) = (vec![String::new(); count], vec![Vec::new(); count]);
     for start in (0..count).step_by(BATCH) {
-        let n = BATCH.min(count - start);
-        let records = (start..start + n).map(|i| corpus.pair_record(i, 0)).collect();
-        let values = vision.regions(records)?.concat();
-        let regions = Tensor::from_vec(values, (n, model.config().regions(), FEATURES), model.device())?;
-        for ids in model.greedy_captions(&regions, MAX_WORDS)? {
-            captions.push(tokenizer.decode(&ids));
+        let records = vision.regions((start..count.min(start + BATCH)).map(|i| corpus.pair_record(i, 0)).collect())?;
+        for group in alike(&records, BATCH) {
+            let encoded = model.encode_records(&group.iter().map(|&i| &records[i]).collect::<Vec<_>>())?;
+            let written = model.greedy_captions(&encoded, MAX_WORDS)?;
+            let embedded = model.image_embedding(&encoded.hidden.narrow(1, 0, 1)?.squeeze(1)?)?.to_vec2::<f32>()?;
+            for ((&i, ids), embedding) in group.iter().zip(written).zip(embedded) {
+                captions[start + i] = tokenizer.decode(&ids);
+                images[start + i] = embedding;
+            }
         }
-        let hidden = model.encode_image(&regions)?.hidden.narrow(1, 0, 1)?.squeeze(1)?;
-        images.extend(model.image_embedding(&hidden)?.to_vec2::<f32>()?);
     }
     let (texts, image_of_text) = embed_texts(model, corpus, count)?;
     let references: Vec<Vec<String>> = corpus.pairs[..count].iter().map(|p| p.references.clone()).collect();
@@ -98,17 +98,4 @@ fn embed_texts(model: &Unimo, corpus: &Corpus, count: usize) -> Result<(Vec<Vec<
         image_of_text.extend(chunk.iter().map(|(i, _)| *i));
     }
     Ok((texts, image_of_text))
-}
-
-/// Matching probability of one picture's features and one text's ids (`[CLS] … [SEP]`).
-///
-/// # Errors
-/// Those of candle.
-pub fn match_probability(model: &Unimo, features: &[f32], ids: &[u32]) -> Result<f32> {
-    let mut packer = Packer::new(model);
-    let rows = packer.pair(Regions::visible(features), ids);
-    let hidden = model.evaluate(&packer.finish(model.device())?)?;
-    let logit =
-        model.match_logits(&model.rows(&hidden, &[rows.image])?, &model.rows(&hidden, &rows.texts)?)?.to_vec1::<f32>()?[0];
-    Ok(1.0 / (1.0 + (-logit).exp()))
 }

@@ -12,10 +12,14 @@ use crate::optimizer::OptimizerConfig;
 pub struct Recipe {
     /// Steps in all.
     pub steps: u64,
+    /// Step after which training ends, where the learning rate is planned for more `steps`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub ends_at: Option<u64>,
     /// Seed of every draw.
     #[serde(default = "default_seed")]
     pub seed: u64,
-    /// Views of each picture kept in the feature cache: 1 as it is, 2 with a mirrored one, then random crops.
+    /// Views of each picture kept in the feature cache: 1 as it is, 2 with a mirrored one, then random crops. Detected regions have
+    /// one, as they are.
     #[serde(default = "default_views")]
     pub views: usize,
     /// Last residual blocks of the backbone that are trained with the model, its head with them; 0 leaves the backbone as it is.
@@ -181,6 +185,12 @@ impl Default for LossWeights {
 }
 
 impl Recipe {
+    /// The step after which training ends.
+    #[must_use]
+    pub fn last_step(&self) -> u64 {
+        self.ends_at.unwrap_or(self.steps)
+    }
+
     /// Parses and checks a recipe.
     ///
     /// # Errors
@@ -190,6 +200,9 @@ impl Recipe {
         let b = &recipe.batch;
         if recipe.steps == 0 || recipe.views == 0 || recipe.checkpoint_every == 0 || recipe.evaluate_every == 0 {
             bail!("steps, views, checkpoint_every and evaluate_every must be at least 1");
+        }
+        if let Some(end) = recipe.ends_at.filter(|end| !(1..=recipe.steps).contains(end)) {
+            bail!("ends_at {end} is not one of the {} steps", recipe.steps);
         }
         if b.images + b.texts + b.fragment_texts + b.images_alone + b.task_examples == 0 {
             bail!("the batch is empty");
@@ -265,6 +278,7 @@ mod tests {
         }
         for (first, last, says) in [
             ("dropout = 1.0", "", "dropout 1"),
+            ("ends_at = 11", "", "ends_at 11"),
             ("trained_blocks = 18", "", "17 blocks"),
             ("trained_blocks = 2", "masked_pairs = 1", "stays as it is"),
         ] {

@@ -41,15 +41,22 @@ pub fn html(name: &str, log: &str, recipe: &str) -> Result<String> {
     let (judged, steps): (Vec<&Value>, Vec<&Value>) = entries.iter().partition(|entry| entry["development"] == true);
     let Some(last) = steps.last() else { bail!("the log holds no step") };
     let mut page = String::new();
+    let sum = |key: &str| steps.iter().filter_map(|entry| entry[key].as_f64()).sum::<f64>();
+    let seconds = sum("seconds");
+    // Logs of before say nothing of waiting.
+    let waited = match last["waited"].is_number() {
+        true => format!(", {:.1} % of them waiting for data", 100.0 * sum("waited") / seconds.max(1e-9)),
+        false => String::new(),
+    };
     let _ = write!(
         page,
         "<!doctype html><html lang=\"en\"><meta charset=\"utf-8\"><title>{0}</title><style>body{{font:15px/1.5 system-ui,sans-serif;\
          max-width:780px;margin:2em auto;padding:0 1em}}table{{border-collapse:collapse}}td,th{{border-bottom:1px solid #ccc;\
          padding:.2em .7em;text-align:left}}pre{{background:#f4f4f4;padding:1em;overflow:auto}}svg{{max-width:100%;height:auto}}</style>\
-         <h1>{0}</h1><p>{1} steps, {2:.0} minutes of computing.</p>",
+         <h1>{0}</h1><p>{1} steps, {2:.0} minutes of computing{waited}.</p>",
         escape(name),
         last["step"],
-        steps.iter().filter_map(|entry| entry["seconds"].as_f64()).sum::<f64>() / 60.0
+        seconds / 60.0
     );
     if let Some(scores) = judged.last() {
         page += &table(scores);
@@ -196,7 +203,7 @@ mod tests {
 
     fn step(step: u64, loss: f64) -> String {
         format!(
-            r#"{{"step":{step},"loss":{loss},"objectives":{{"caption":{loss},"contrast":1.5}},"rate":0.1,"seconds":2.0,"pictures":48}}"#
+            r#"{{"step":{step},"loss":{loss},"objectives":{{"caption":{loss},"contrast":1.5}},"rate":0.1,"seconds":2.0,"waited":0.125,"pictures":48}}"#
         )
     }
 
@@ -209,7 +216,7 @@ mod tests {
         let page = html("a & b", &log, "steps = 2\n").unwrap();
         for wanted in [
             "<h1>a &amp; b</h1>",
-            "<p>2 steps,",
+            "<p>2 steps, 0 minutes of computing, 6.2 % of them waiting for data.",
             "BLEU-1 to BLEU-4, %</th><td>50.0 / 30.0 / 20.0 / 12.5",
             "image to text, R@1 / 5 / 10, %</th><td>10.0 / 20.0 / 30.0",
             "<h3>k&lt;1&gt;</h3>",

@@ -1,9 +1,11 @@
 //! Retrieval from single-modal collections for cross-modal contrastive learning (arXiv 2012.15409, section 2.2): for every
 //! picture with captions, images alone that look like it and texts alone that read like its captions.
 //!
-//! Texts are found by TF-IDF. For images, an inverted index over the classes that the backbone's classifier finds in their cells
-//! gives candidates by overlap; they are ranked by that overlap and the cosine of their mean features together. The paper says
+//! Texts are found by TF-IDF. For images, an inverted index over the classes of their regions, those of a detector or what the
+//! backbone's classifier finds in the cells of its grid, gives candidates by overlap; they are ranked by that overlap and the cosine of their mean features together. The paper says
 //! which collections and that detected classes and features are used, not how they are weighed: here, equally.
+
+mod looks;
 
 use std::collections::{HashMap, HashSet};
 use std::path::{Path, PathBuf};
@@ -14,11 +16,13 @@ use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
 use unimo::tokenizer::normalise;
 
-use crate::backbone::{Backbone, CHANNELS, CLASSES, FEATURES, GRID};
-use crate::features::{FeatureCache, hex};
+use crate::features::hex;
 use crate::shards::{self, Damage};
 use crate::tfidf::TfIdfIndex;
 use crate::work_files;
+use looks::{Look, Looks};
+
+pub use looks::Seer;
 
 /// File that says what a folder was made of.
 const ABOUT: &str = "retrieved.toml";
@@ -30,12 +34,12 @@ const CANDIDATES: usize = 200;
 pub struct RetrievalJob {
     /// Shards of pictures with captions, for which is sought.
     pub pairs: Vec<PathBuf>,
-    /// Shards of images alone; may be empty.
+    /// Shards of images alone, or tables of their detected regions; may be empty.
     pub images: Vec<PathBuf>,
     /// Files of texts alone, one a line; may be empty.
     pub texts: Vec<PathBuf>,
-    /// Backbone file with its classifier.
-    pub backbone: PathBuf,
+    /// Who says what pictures show.
+    pub seer: Seer,
     /// Folder of the feature cache.
     pub features: PathBuf,
     /// Images, and texts, kept for each picture.
@@ -95,13 +99,6 @@ struct About {
     count: usize,
 }
 
-/// A picture as it is compared: the classes of its cells, and its mean feature.
-struct Look {
-    key: String,
-    classes: Vec<u32>,
-    mean: Vec<f32>,
-}
-
 /// Seeks for every picture; files that an earlier, interrupted run has finished are kept. `progress` is called with the number of
 /// pictures looked at or sought for.
 ///
@@ -115,8 +112,7 @@ pub fn retrieve(job: &RetrievalJob, progress: &(dyn Fn(u64) + Sync)) -> Result<R
     let pair_shards = shards::expand(&job.pairs)?;
     let captions = read_captions(&pair_shards, &mut report.damaged)?;
     let lines = read_texts(&job.texts)?;
-    let backbone_bytes = std::fs::read(&job.backbone).with_context(|| format!("cannot read {}", job.backbone.display()))?;
-    let about = About { schema: 1, fingerprint: fingerprint(job, &captions, &lines, &backbone_bytes)?, count: job.count };
+    let about = About { schema: 1, fingerprint: fingerprint(job, &captions, &lines)?, count: job.count };
     work_files::claim(&job.out, ABOUT, &about)?;
     let files: Vec<PathBuf> =
         pair_shards.iter().enumerate().map(|(i, shard)| job.out.join(work_files::file_name(i, shard))).collect();
@@ -125,15 +121,17 @@ pub fn retrieve(job: &RetrievalJob, progress: &(dyn Fn(u64) + Sync)) -> Result<R
         return Ok(report);
     }
     let texts = (!lines.is_empty()).then(|| TextIndex::new(&lines));
-    let backbone = Backbone::from_bytes(&backbone_bytes).with_context(|| format!("in {}", job.backbone.display()))?;
-    let mut images = None;
+    let (mut images, mut looks) = (None, None);
     if !job.images.is_empty() {
-        images = Some(ImageIndex::new(looks(job, &backbone, &job.images, &mut report.damaged, progress)?));
+        let opened = Looks::open(&job.seer, &job.features, &mut report.damaged, progress)?;
+        images = Some(ImageIndex::new(opened.of_images(&job.images, &mut report.damaged, progress)?));
+        looks = Some(opened);
     }
     for (number, file) in files.iter().enumerate().filter(|(_, file)| !file.exists()) {
         let mut seen = HashMap::new();
-        if images.is_some() {
-            let found = looks(job, &backbone, &pair_shards[number..=number], &mut report.damaged, progress)?;
+        if let Some(looks) = &looks {
+            let keys: Vec<&str> = captions[number].iter().map(|(key, _)| key.as_str()).collect();
+            let found = looks.of_pairs(&pair_shards[number], &keys, &mut report.damaged, progress)?;
             seen = found.into_iter().map(|look| (look.key.clone(), look)).collect();
         }
         let lines: Vec<RetrievedPicture> = captions[number]
@@ -196,53 +194,16 @@ fn read_texts(files: &[PathBuf]) -> Result<Vec<String>> {
     Ok(lines)
 }
 
-fn fingerprint(job: &RetrievalJob, captions: &[Captions], lines: &[String], backbone: &[u8]) -> Result<String> {
+fn fingerprint(job: &RetrievalJob, captions: &[Captions], lines: &[String]) -> Result<String> {
     let mut hash = Sha256::new();
     hash.update(serde_json::to_vec(&(captions, lines))?);
     if !job.images.is_empty() {
-        hash.update(backbone);
-        for shard in shards::expand(&job.images)? {
-            hash.update(format!("{} {}", shard.display(), std::fs::metadata(&shard)?.len()));
-        }
+        looks::update_hash(&job.seer, &job.images, &mut hash)?;
     }
     Ok(hex(&hash.finalize()[..16]))
 }
 
-/// How the pictures of shards look.
-fn looks(
-    job: &RetrievalJob,
-    backbone: &Backbone,
-    shards: &[PathBuf],
-    damaged: &mut Vec<Damage>,
-    progress: &(dyn Fn(u64) + Sync),
-) -> Result<Vec<Look>> {
-    if !backbone.has_classifier() {
-        bail!("{} has no classifier, by whose classes images are found", job.backbone.display());
-    }
-    let cache = FeatureCache { folder: &job.features, backbone, trained_blocks: 0, views: 1 };
-    let (files, skipped) = cache.open(shards, progress)?;
-    damaged.extend(skipped);
-    let places: Vec<(usize, usize)> =
-        files.iter().enumerate().flat_map(|(file, f)| (0..f.keys.len()).map(move |i| (file, i))).collect();
-    places
-        .par_iter()
-        .map(|&(file, i)| {
-            let regions = files[file].get(i, 0);
-            let logits = backbone.classify(&regions)?;
-            let best =
-                |row: &[f32]| row.iter().enumerate().max_by(|a, b| a.1.total_cmp(b.1)).map_or(0, |(class, _)| class as u32);
-            let mut mean = vec![0f32; CHANNELS];
-            for region in regions.chunks_exact(FEATURES) {
-                for (mean, value) in mean.iter_mut().zip(region) {
-                    *mean += value / (GRID * GRID) as f32;
-                }
-            }
-            Ok(Look { key: files[file].keys[i].clone(), classes: logits.chunks_exact(CLASSES).map(best).collect(), mean })
-        })
-        .collect()
-}
-
-/// Images by the classes in their cells and by their mean features.
+/// Images by the classes of their regions and by their mean features.
 struct ImageIndex {
     looks: Vec<Look>,
     classes: TfIdfIndex,
@@ -254,7 +215,7 @@ impl ImageIndex {
     fn new(mut looks: Vec<Look>) -> Self {
         let documents: Vec<&[u32]> = looks.iter().map(|look| look.classes.as_slice()).collect();
         let classes = TfIdfIndex::new(&documents, (0..looks.len() as u32).collect());
-        let mut centre = vec![0f32; CHANNELS];
+        let mut centre = vec![0f32; looks.first().map_or(0, |look| look.mean.len())];
         for look in &looks {
             centre.iter_mut().zip(&look.mean).for_each(|(c, v)| *c += v / looks.len() as f32);
         }
@@ -336,7 +297,8 @@ fn words(text: &str) -> impl Iterator<Item = String> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::backbone::random_file;
+    use crate::backbone::{Backbone, CHANNELS, random_file};
+    use crate::detections::{RegionShapes, write_line};
     use crate::scenes::{CorpusOptions, write_corpus};
 
     #[test]
@@ -385,7 +347,7 @@ mod tests {
             pairs: vec![at("pairs")],
             images: vec![at("images")],
             texts: vec![at("texts.txt")],
-            backbone: at("backbone"),
+            seer: Seer::Backbone(at("backbone")),
             features: at("features"),
             count: 2,
             out: at("out"),
@@ -404,9 +366,53 @@ mod tests {
         let refused = |job: &RetrievalJob| retrieve(job, &|_| ()).unwrap_err().to_string();
         assert!(refused(&RetrievalJob { count: 3, ..job.clone() }).contains("other settings"));
         assert!(refused(&RetrievalJob { images: Vec::new(), texts: Vec::new(), ..job.clone() }).contains("--images"));
-        let mut blind = Backbone::load(&job.backbone).unwrap();
+        let mut blind = Backbone::load(&at("backbone")).unwrap();
         blind.forget_classifier();
         std::fs::write(at("blind"), blind.to_bytes().unwrap()).unwrap();
-        assert!(refused(&RetrievalJob { backbone: at("blind"), out: at("other"), ..job }).contains("no classifier"));
+        assert!(refused(&RetrievalJob { seer: Seer::Backbone(at("blind")), out: at("other"), ..job }).contains("no classifier"));
+    }
+
+    #[test]
+    fn images_are_found_by_what_a_detector_says() {
+        let folder = tempfile::tempdir().unwrap();
+        let at = |name: &str| folder.path().join(name);
+        write_corpus(&at("pairs"), &CorpusOptions { seed: 3, count: 3, ..Default::default() }).unwrap();
+        let keys: Vec<String> = read_captions(&shards::expand(&[at("pairs")]).unwrap(), &mut Vec::new()).unwrap()[0]
+            .iter()
+            .map(|(key, _)| key.clone())
+            .collect();
+        // Regions as (class, feature); the third picture with captions is in no table.
+        let line = |name: &str, regions: &[(usize, f32)]| {
+            let boxes: Vec<f32> = regions.iter().flat_map(|_| [0.0, 0.0, 5.0, 5.0]).collect();
+            let features: Vec<f32> = regions.iter().flat_map(|(_, v)| [*v, 1.0 - v]).collect();
+            let classes = regions.iter().flat_map(|(class, _)| (0..4).map(move |c| if c == *class { 0.7 } else { 0.1 }));
+            write_line(name, [9, 9], &boxes, &features, &classes.collect::<Vec<f32>>())
+        };
+        let pairs = [line(&keys[0], &[(1, 0.0), (2, 0.1)]), line(&keys[1], &[(3, 1.0)])];
+        std::fs::write(at("pairs.tsv"), pairs.join("\n")).unwrap();
+        let images = [
+            line("11", &[(3, 0.9), (3, 1.0)]),
+            line("12", &[(1, 0.0)]),
+            line("13", &[(2, 1.0), (1, 1.0)]),
+            line("14", &[(0, 0.5)]),
+        ];
+        std::fs::write(at("images.tsv"), images.join("\n")).unwrap();
+        let shapes = RegionShapes { features: 2, classes: 4, most: 3 };
+        let job = RetrievalJob {
+            pairs: vec![at("pairs")],
+            images: vec![at("images.tsv")],
+            texts: Vec::new(),
+            seer: Seer::Detector { tables: vec![at("pairs.tsv")], shapes },
+            features: at("features"),
+            count: 2,
+            out: at("out"),
+        };
+        let report = retrieve(&job, &|_| ()).unwrap();
+        let told: Vec<&str> = report.damaged.iter().map(|damage| damage.key.as_str()).collect();
+        assert_eq!(told, [keys[2].as_str()]);
+        let found = read_retrieved(&job.out).unwrap();
+        let images = |i: usize| found[i].images.iter().map(|image| image.key.as_str()).collect::<Vec<_>>();
+        // By the class in common first, and of those the one whose features are alike.
+        assert_eq!((images(0), images(1), images(2)), (vec!["12", "13"], vec!["11"], vec![]));
     }
 }

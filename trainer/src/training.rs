@@ -5,7 +5,10 @@ mod set_up;
 
 use std::fs::OpenOptions;
 use std::io::{IsTerminal, Write};
+use std::ops::Range;
 use std::path::{Path, PathBuf};
+use std::sync::mpsc;
+use std::thread;
 use std::time::Instant;
 
 use anyhow::{Context, Result, bail};
@@ -24,6 +27,9 @@ use crate::recipe::Recipe;
 use crate::seed;
 use crate::tasks::generation::{self, SourceAndTarget};
 use crate::tasks::{self, RawExample, TaskSpec};
+
+/// Batches that wait to be learnt from, beside the one that is being drawn.
+const BATCHES_AHEAD: usize = 1;
 
 /// Newest checkpoints that a run keeps.
 const KEPT_CHECKPOINTS: usize = 2;
@@ -46,8 +52,10 @@ pub struct TrainingJob {
     pub backbone: Option<PathBuf>,
     /// Shards of pictures with captions.
     pub pairs: Vec<PathBuf>,
-    /// Shards of pictures alone.
+    /// Shards of pictures alone; with a model of detected regions, tables of them.
     pub images: Vec<PathBuf>,
+    /// Tables of the detected regions of pictures with captions, for a model of such.
+    pub regions: Vec<PathBuf>,
     /// Files of texts alone.
     pub texts: Vec<PathBuf>,
     /// Folders of rewritten captions.
@@ -106,27 +114,26 @@ pub fn run(job: &TrainingJob) -> Result<PathBuf> {
 }
 
 fn train(job: &TrainingJob, checkpoints: &Path, resumed: Option<&PathBuf>, ready: Ready) -> Result<PathBuf> {
-    let Ready { mut trainer, judged_by, mut companions, mut step } = ready;
+    let Ready { trainer, mut optimizer, judged_by, mut companions, step } = ready;
     let vision = trainer.source.vision;
     let log_path = job.run.join("log.jsonl");
     forget_later_steps(&log_path, step)?;
     std::fs::write(job.run.join("recipe.toml"), toml::to_string(&job.recipe)?)?;
-    let progress = bar(job.recipe.steps, "{bar:30} step {pos}/{len}  {msg}  {elapsed} gone, {eta} to go").with_position(step);
-    let last_step = job.stop_after.map_or(job.recipe.steps, |n| job.recipe.steps.min(step + n));
+    let end = job.recipe.last_step();
+    let progress = bar(end, "{bar:30} step {pos}/{len}  {msg}  {elapsed} gone, {eta} to go").with_position(step);
+    let last_step = job.stop_after.map_or(end, |n| end.min(step + n));
     let mut last = resumed.cloned();
-    while step < last_step {
-        let entry = trainer.step(step)?;
-        step += 1;
+    trainer.run(step..last_step, &mut optimizer, |optimizer, entry, step| {
         append(&log_path, &entry)?;
         progress.set_position(step);
         progress.set_message(format!("loss {:.3}", entry["loss"].as_f64().unwrap_or(f64::NAN)));
-        let finished = step == job.recipe.steps;
+        let finished = step == end;
         if step.is_multiple_of(job.recipe.checkpoint_every) || finished {
-            let state = RunState { step, updates: trainer.optimizer.updates(), fingerprint: trainer.fingerprint.clone() };
+            let state = RunState { step, updates: optimizer.updates(), fingerprint: trainer.fingerprint.clone() };
             if vision.trained_blocks() > 0 {
-                companions.backbone = vision.current()?.to_bytes()?;
+                companions.backbone = Some(vision.current()?.to_bytes()?);
             }
-            last = Some(checkpoint::save(checkpoints, &trainer.model, &trainer.optimizer, &state, &companions)?);
+            last = Some(checkpoint::save(checkpoints, &trainer.model, optimizer, &state, &companions)?);
             checkpoint::prune(checkpoints, KEPT_CHECKPOINTS)?;
         }
         if step.is_multiple_of(job.recipe.evaluate_every) || finished {
@@ -136,7 +143,8 @@ fn train(job: &TrainingJob, checkpoints: &Path, resumed: Option<&PathBuf>, ready
                 progress.suspend(|| eprintln!("step {step}: {said}"));
             }
         }
-    }
+        Ok(())
+    })?;
     progress.finish_and_clear();
     last.context("no step was run")
 }
@@ -170,24 +178,81 @@ fn judge(trainer: &Loop, by: &JudgedBy, images: usize) -> Result<Vec<(serde_json
 struct Loop<'a> {
     job: &'a TrainingJob,
     model: Unimo,
-    optimizer: AdamW,
     source: Source<'a>,
-    orders: Orders,
     fingerprint: String,
 }
 
+/// Seconds that a step's batch took to be drawn and packed, and that the step waited for it.
+#[derive(Clone, Copy)]
+struct DataSeconds {
+    drawn: f64,
+    waited: f64,
+}
+
 impl Loop<'_> {
-    fn step(&mut self, step: u64) -> Result<serde_json::Value> {
+    /// Learns steps; `after` each, it is given the optimiser, the step's entry for the log, and the number of steps done.
+    fn run(
+        &self,
+        steps: Range<u64>,
+        optimizer: &mut AdamW,
+        mut after: impl FnMut(&mut AdamW, serde_json::Value, u64) -> Result<()>,
+    ) -> Result<()> {
+        self.each_batch(steps, |step, batch, data| {
+            let entry = self.learn(step, &batch, data, optimizer)?;
+            after(optimizer, entry, step + 1)
+        })
+    }
+
+    /// Hands on the batches of steps in order, with what each took. A thread of its own draws and packs
+    /// them ahead of the one that is learnt from, unless captions are drawn from the model as the step before has left it.
+    fn each_batch(&self, steps: Range<u64>, mut hand_on: impl FnMut(u64, StepBatch, DataSeconds) -> Result<()>) -> Result<()> {
+        let mut orders = Orders::default();
+        let mut build = |step| -> Result<(StepBatch, f64)> {
+            let started = Instant::now();
+            let batch = StepBatch::build(&self.model, &self.job.recipe, &self.source, &mut orders, step)?;
+            Ok((batch, started.elapsed().as_secs_f64()))
+        };
+        if self.job.recipe.batch.sampled_captions > 0 {
+            for step in steps {
+                let (batch, drawn) = build(step)?;
+                hand_on(step, batch, DataSeconds { drawn, waited: drawn })?;
+            }
+            return Ok(());
+        }
+        let (sender, receiver) = mpsc::sync_channel(BATCHES_AHEAD);
+        thread::scope(|scope| {
+            let drawn = steps.clone();
+            scope.spawn(move || {
+                for step in drawn {
+                    let batch = build(step);
+                    let failed = batch.is_err();
+                    // Nobody listens any more once a step has failed.
+                    if sender.send(batch).is_err() || failed {
+                        break;
+                    }
+                }
+            });
+            // Owned here, so that it is dropped, and the thread ends, before the scope waits for the thread.
+            let receiver = receiver;
+            for step in steps {
+                let started = Instant::now();
+                let (batch, drawn) = receiver.recv().context("the thread that draws batches has ended")??;
+                hand_on(step, batch, DataSeconds { drawn, waited: started.elapsed().as_secs_f64() })?;
+            }
+            Ok(())
+        })
+    }
+
+    fn learn(&self, step: u64, batch: &StepBatch, data: DataSeconds, optimizer: &mut AdamW) -> Result<serde_json::Value> {
         let started = Instant::now();
         let recipe = &self.job.recipe;
-        let batch = StepBatch::build(&self.model, recipe, &self.source, &mut self.orders, step)?;
         let rate = recipe.dropout.unwrap_or(self.model.config().dropout) as f32;
         let dropout = Dropout { rate, seed: seed::mix(recipe.seed ^ 0xd409, step) };
         let learnt = batch.learn(&self.model, recipe, &self.source, dropout)?;
         let objectives: serde_json::Map<_, _> =
             learnt.losses.iter().map(|(name, loss)| ((*name).to_owned(), json!(loss))).collect();
         let learning_rate = recipe.optimizer.rate(step, recipe.steps);
-        let report = self.optimizer.step(&learnt.gradients, learning_rate)?;
+        let report = optimizer.step(&learnt.gradients, learning_rate)?;
         if report.skipped {
             eprintln!("step {}: the gradient is not finite; the update was left out", step + 1);
         }
@@ -204,7 +269,9 @@ impl Loop<'_> {
             "operations": batch.operations(&self.model, self.source.vision),
             "pictures": batch.pictures,
             "reward": batch.reward(),
-            "seconds": started.elapsed().as_secs_f64(),
+            "seconds": data.waited + started.elapsed().as_secs_f64(),
+            "waited": data.waited,
+            "drawn": data.drawn,
         }))
     }
 }

@@ -1,24 +1,28 @@
-//! From a picture's cached record to region features: with a frozen backbone the record holds them; with trained blocks they
-//! are computed anew in every step, and gradients flow into those blocks.
+//! From a picture's cached record to region features: with a frozen backbone the record holds them, and so it does where regions
+//! are detected and there is no backbone; with trained blocks they are computed anew in every step, and gradients flow into those
+//! blocks.
 //!
 //! The first blocks see general edges and textures and cost most of the time; the last ones are the largest and decide what is
 //! told apart. Training those alone needs no pixels: a cache keeps what enters the first of them.
 
 use std::collections::BTreeMap;
+use std::path::Path;
 
-use anyhow::Result;
+use anyhow::{Context, Result};
 use candle_core::{Device, Tensor, Var};
 use rayon::prelude::*;
 
 use crate::backbone::{BLOCKS, Backbone, CHANNELS, COLOURS, Convolution, FEATURES, GRID, entering};
+use crate::model::ModelConfig;
 use crate::ops;
+use crate::regions::Record;
 
 /// Prefix of the names under which the optimiser knows the backbone's weights.
 pub const PREFIX: &str = "backbone.";
 
-/// A backbone, and which of its blocks are trained.
+/// A backbone, if regions are the cells of its grid, and which of its blocks are trained.
 pub struct Vision {
-    backbone: Backbone,
+    backbone: Option<Backbone>,
     trained_blocks: usize,
     weights: BTreeMap<String, Var>,
 }
@@ -37,7 +41,24 @@ impl Vision {
             weights.insert(format!("{PREFIX}{name}.weight"), Var::from_slice(weight, shape, device)?);
             weights.insert(format!("{PREFIX}{name}.bias"), Var::from_slice(bias, bias.len(), device)?);
         }
-        Ok(Self { backbone, trained_blocks, weights })
+        Ok(Self { backbone: Some(backbone), trained_blocks, weights })
+    }
+
+    /// For regions that were detected elsewhere.
+    #[must_use]
+    pub fn detected() -> Self {
+        Self { backbone: None, trained_blocks: 0, weights: BTreeMap::new() }
+    }
+
+    /// That of a checkpoint with this model, nothing of it trained.
+    ///
+    /// # Errors
+    /// A backbone that cannot be read.
+    pub fn of_checkpoint(folder: &Path, config: &ModelConfig, device: &Device) -> Result<Self> {
+        if config.detects() {
+            return Ok(Self::detected());
+        }
+        Self::new(Backbone::load(&folder.join("backbone.safetensors"))?, 0, device)
     }
 
     /// The trained weights by name, as the kernels want them: pointwise `[out, in]`, depthwise `[9, channels]`.
@@ -69,9 +90,11 @@ impl Vision {
     }
 
     /// The backbone as it was given, untrained.
-    #[must_use]
-    pub fn given(&self) -> &Backbone {
-        &self.backbone
+    ///
+    /// # Errors
+    /// There is none: regions are detected elsewhere.
+    pub fn given(&self) -> Result<&Backbone> {
+        self.backbone.as_ref().context("a model of detected regions has no backbone")
     }
 
     /// The backbone with the trained weights as they are now, and then without its classifier.
@@ -79,7 +102,7 @@ impl Vision {
     /// # Errors
     /// Those of candle.
     pub fn current(&self) -> Result<Backbone> {
-        let mut backbone = self.backbone.clone();
+        let mut backbone = self.given()?.clone();
         if self.trained_blocks > 0 {
             backbone.forget_classifier();
         }
@@ -90,16 +113,16 @@ impl Vision {
         Ok(backbone)
     }
 
-    /// Region features `[49 · 1292]` of each record, without gradients.
+    /// The records with region features as their values, computed without gradients where the backbone is trained.
     ///
     /// # Errors
     /// Those of candle.
-    pub fn regions(&self, records: Vec<Vec<f32>>) -> Result<Vec<Vec<f32>>> {
+    pub fn regions(&self, records: Vec<Record>) -> Result<Vec<Record>> {
         if self.trained_blocks == 0 {
             return Ok(records);
         }
         let backbone = self.current()?;
-        Ok(records.par_iter().map(|record| backbone.regions(record, self.trained_blocks)).collect())
+        Ok(records.par_iter().map(|record| Record::grid(backbone.regions(&record.values, self.trained_blocks))).collect())
     }
 
     /// Region features `[records, 49, 1292]`, through which gradients reach the trained weights.
@@ -169,6 +192,11 @@ mod tests {
         [0.0, 1.0].map(|phase| backbone.record(&pixels(phase), blocks).unwrap()).to_vec()
     }
 
+    fn plain(vision: &Vision, records: &[Vec<f32>]) -> Vec<Vec<f32>> {
+        let records = records.iter().cloned().map(Record::grid).collect();
+        vision.regions(records).unwrap().into_iter().map(|record| record.values).collect()
+    }
+
     fn gradients(vision: &Vision, records: &[Vec<f32>]) -> candle_core::backprop::GradStore {
         let regions = vision.differentiable_regions(records, &Device::Cpu).unwrap();
         regions.narrow(2, 0, CHANNELS).unwrap().sqr().unwrap().mean_all().unwrap().backward().unwrap()
@@ -181,7 +209,7 @@ mod tests {
             let vision = Vision::new(backbone.clone(), blocks, &Device::Cpu).unwrap();
             let records = records(&backbone, blocks);
             let trained = vision.differentiable_regions(&records, &Device::Cpu).unwrap().to_vec3::<f32>().unwrap();
-            let plain = vision.regions(records.clone()).unwrap();
+            let plain = plain(&vision, &records);
             for (trained, plain) in trained.iter().zip(&plain) {
                 // Sums of up to 960 products of order 1 in f32, in another order.
                 assert!(trained.iter().flatten().zip(plain).all(|(a, b)| (a - b).abs() < 1e-3), "{blocks} blocks");
@@ -209,17 +237,17 @@ mod tests {
         let backbone = Backbone::from_bytes(&random_file(3).unwrap()).unwrap();
         let vision = Vision::new(backbone.clone(), 2, &Device::Cpu).unwrap();
         let records = records(&backbone, 2);
-        let before = vision.regions(records.clone()).unwrap();
+        let before = plain(&vision, &records);
         let gradients = gradients(&vision, &records);
         for var in vision.weights().values() {
             var.set(&(var.as_tensor() - (gradients.get(var).unwrap() * 0.1).unwrap()).unwrap()).unwrap();
         }
-        let after = vision.regions(records).unwrap();
+        let after = plain(&vision, &records);
         let energy = |regions: &[Vec<f32>]| {
             regions.iter().flat_map(|r| r.chunks_exact(FEATURES)).flat_map(|f| &f[..CHANNELS]).map(|v| v * v).sum::<f32>()
         };
         assert!(energy(&after) < energy(&before), "{} is not below {}", energy(&after), energy(&before));
-        assert_eq!(vision.given(), &backbone);
+        assert_eq!(vision.given().unwrap(), &backbone);
         assert_ne!(vision.current().unwrap(), backbone);
     }
 }

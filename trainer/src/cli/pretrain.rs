@@ -13,6 +13,10 @@ const EXAMPLES: &str = "Examples:
   unimo-train pretrain --size edge-s --recipe trainer/recipes/edge-s-pretrain.toml --tokenizer tokenizer.json \\
       --backbone mobilenetv2.safetensors --pairs flickr8k/train scenes/train --images coco --texts captions.txt \\
       --dev flickr8k/dev-0000.tar --out runs/edge-s
+  # the paper's sizes see detected regions, read from tables as those of the released UNIMO: picture, width, height, number of
+  # regions, and in base64 boxes, 2048 features and 1601 class probabilities of each
+  unimo-train pretrain --size base --recipe recipe.toml --tokenizer tokenizer.json --pairs coco-captions --regions coco-regions \\
+      --images openimages-regions --texts captions.txt --out runs/base
   # what would it cost?
   unimo-train pretrain … --out runs/edge-s --dry-run
   # after an interruption, with the same arguments
@@ -32,9 +36,12 @@ pub struct DataArgs {
     /// Shards (or folders of shards) of pictures with captions
     #[arg(long, num_args = 1.., value_name = "SHARD")]
     pub pairs: Vec<PathBuf>,
-    /// Shards of pictures without captions
+    /// Shards of pictures without captions; for a size with detected regions, tables of theirs
     #[arg(long, num_args = 1.., value_name = "SHARD")]
     pub images: Vec<PathBuf>,
+    /// Tables (or folders of .tsv) of the detected regions of pictures with captions, for sizes that see such, as base and large
+    #[arg(long, num_args = 1.., value_name = "TABLE")]
+    pub regions: Vec<PathBuf>,
     /// Text files, one text a line
     #[arg(long, num_args = 1.., value_name = "FILE")]
     pub texts: Vec<PathBuf>,
@@ -109,6 +116,7 @@ impl DataArgs {
             backbone: self.backbone.clone(),
             pairs: self.pairs.clone(),
             images: self.images.clone(),
+            regions: self.regions.clone(),
             texts: self.texts.clone(),
             rewrites: self.rewrites.clone(),
             retrieved: self.retrieved.clone(),
@@ -131,4 +139,27 @@ impl DataArgs {
 pub fn run(args: &Args) -> Result<ExitCode> {
     let job = args.data.job(Recipe::from_file(&args.recipe)?, ModelConfig::named(&args.size)?, args.init.clone());
     args.data.run(&job)
+}
+
+#[cfg(test)]
+mod tests {
+    use clap::Parser;
+
+    use super::*;
+
+    #[derive(Parser)]
+    struct Program {
+        #[command(flatten)]
+        args: Args,
+    }
+
+    #[test]
+    fn tables_of_regions_reach_the_job() {
+        let words = "pretrain --size base --recipe r --tokenizer t --pairs p --regions a b --images c --out o";
+        let args = Program::parse_from(words.split(' ')).args;
+        let recipe = Recipe::from_toml("steps = 1\n[batch]\nimages = 2\ncaptions = 1\n").unwrap();
+        let job = args.data.job(recipe, ModelConfig::named(&args.size).unwrap(), None);
+        assert_eq!((job.regions, job.images), (vec!["a".into(), "b".into()], vec!["c".into()]));
+        assert!(job.size.detects() && job.backbone.is_none());
+    }
 }

@@ -4,14 +4,17 @@ use std::io::IsTerminal;
 use std::path::PathBuf;
 use std::process::ExitCode;
 
-use anyhow::Result;
+use anyhow::{Result, bail};
 use indicatif::{ProgressBar, ProgressStyle};
 
-use unimo_train::retrieval::{RetrievalJob, retrieve};
+use unimo_train::model::ModelConfig;
+use unimo_train::retrieval::{RetrievalJob, Seer, retrieve};
 
 const EXAMPLES: &str = "Examples:
   unimo-train retrieve --pairs flickr8k/train --images coco --texts captions.txt --backbone mobilenetv2.safetensors \\
       --features features --out retrieved
+  # by the classes of a detector
+  unimo-train retrieve --pairs coco-captions --regions coco-regions --images openimages-regions --out retrieved
   # and then, with a recipe that sets retrieved_pairs and the weight cross_modal
   unimo-train pretrain … --images coco --texts captions.txt --retrieved retrieved
 
@@ -26,15 +29,21 @@ pub struct Args {
     /// Shards (or folders of shards) of pictures with captions
     #[arg(long, num_args = 1.., required = true, value_name = "SHARD")]
     pairs: Vec<PathBuf>,
-    /// Shards of pictures without captions
+    /// Shards of pictures without captions; with --regions, tables of their detected regions
     #[arg(long, num_args = 1.., value_name = "SHARD")]
     images: Vec<PathBuf>,
     /// Text files, one text a line
     #[arg(long, num_args = 1.., value_name = "FILE")]
     texts: Vec<PathBuf>,
     /// MobileNetV2 weights with their classifier, by whose classes images are found
-    #[arg(long, value_name = "FILE")]
-    backbone: PathBuf,
+    #[arg(long, value_name = "FILE", required_unless_present = "regions", conflicts_with = "regions")]
+    backbone: Option<PathBuf>,
+    /// Tables (or folders of .tsv) of the detected regions of the pictures with captions, by whose classes images are found
+    #[arg(long, num_args = 1.., value_name = "TABLE")]
+    regions: Vec<PathBuf>,
+    /// Size of the model that the tables are made for
+    #[arg(long, default_value = "base", value_name = "SIZE")]
+    size: String,
     /// Folder of cached region features [default: OUT/features]
     #[arg(long, value_name = "FOLDER")]
     features: Option<PathBuf>,
@@ -51,11 +60,21 @@ pub struct Args {
 /// # Errors
 /// Unusable input or failed writes.
 pub fn run(args: &Args) -> Result<ExitCode> {
+    let seer = match &args.backbone {
+        Some(backbone) => Seer::Backbone(backbone.clone()),
+        None => {
+            let size = ModelConfig::named(&args.size)?;
+            if !size.detects() {
+                bail!("{} sees the cells of a grid, and no tables of detected regions", size.name);
+            }
+            Seer::Detector { tables: args.regions.clone(), shapes: size.region_shapes() }
+        }
+    };
     let job = RetrievalJob {
         pairs: args.pairs.clone(),
         images: args.images.clone(),
         texts: args.texts.clone(),
-        backbone: args.backbone.clone(),
+        seer,
         features: args.features.clone().unwrap_or_else(|| args.out.join("features")),
         count: args.count,
         out: args.out.clone(),

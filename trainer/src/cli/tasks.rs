@@ -7,9 +7,9 @@ use anyhow::{Context, Result, bail};
 use candle_core::Device;
 use clap::ValueEnum;
 use unimo::tokenizer::Tokenizer;
-use unimo_train::backbone::Backbone;
 use unimo_train::checkpoint;
 use unimo_train::corpus::Corpus;
+use unimo_train::detections::DetectionCache;
 use unimo_train::features::FeatureCache;
 use unimo_train::model::Unimo;
 use unimo_train::tasks::generation::{self, SourceAndTarget, WritingData};
@@ -158,7 +158,7 @@ pub struct TaskArgs {
     /// Their annotations; without them, only --predictions are made
     #[arg(long, requires = "questions", value_name = "FILE")]
     annotations: Option<PathBuf>,
-    /// Shards of the pictures
+    /// Shards of the pictures, or tables of their detected regions
     #[arg(long, num_args = 1.., value_name = "SHARD")]
     images: Vec<PathBuf>,
     /// Folder of cached region features
@@ -190,11 +190,16 @@ pub fn run(args: &TaskArgs) -> Result<ExitCode> {
     };
     let model = Unimo::load(&folder, &Device::Cpu)?;
     let tokenizer = Tokenizer::from_file(&folder.join("tokenizer.json"))?;
-    let vision = Vision::new(Backbone::load(&folder.join("backbone.safetensors"))?, 0, &Device::Cpu)?;
+    let vision = Vision::of_checkpoint(&folder, model.config(), &Device::Cpu)?;
     let mut corpus = Corpus::default();
     if spec.pictures {
-        let cache = FeatureCache { folder: &args.features, backbone: vision.given(), trained_blocks: 0, views: 1 };
-        corpus.add_images(&args.images, &cache, &|_| {})?;
+        if model.config().detects() {
+            let cache = DetectionCache { folder: &args.features, shapes: model.config().region_shapes() };
+            corpus.add_detected_images(&args.images, &cache, &|_| {})?;
+        } else {
+            let cache = FeatureCache { folder: &args.features, backbone: vision.given()?, trained_blocks: 0, views: 1 };
+            corpus.add_images(&args.images, &cache, &|_| {})?;
+        }
         super::data::warn_damaged(&corpus.damaged);
     }
     let labelled = raw.iter().all(|example| example.label.is_some());

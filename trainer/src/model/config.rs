@@ -5,6 +5,8 @@ use std::path::Path;
 use anyhow::{Context, Result, bail};
 use serde::{Deserialize, Serialize};
 
+use crate::detections::RegionShapes;
+
 /// Sizes of one model (`model.toml` of a checkpoint).
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -29,8 +31,12 @@ pub struct ModelConfig {
     pub region_feature: usize,
     /// Classes of a region's soft label.
     pub region_classes: usize,
-    /// Cells along a side of the region grid.
+    /// Cells along a side of the region grid; 0 where regions are detected.
+    #[serde(default, skip_serializing_if = "none")]
     pub grid: usize,
+    /// Most detected regions of a picture; 0 where regions are the cells of a grid.
+    #[serde(default, skip_serializing_if = "none")]
+    pub detected_regions: usize,
     /// Dropout rate of embeddings, attention and residual branches.
     pub dropout: f64,
     /// Standard deviation of fresh matrices. The paper's 0.02 suits a width of 768; narrow models learn sooner from more.
@@ -99,8 +105,11 @@ impl ModelConfig {
         if self.heads == 0 || !self.hidden.is_multiple_of(self.heads) {
             bail!("{} heads do not divide a hidden size of {}", self.heads, self.hidden);
         }
-        if self.grid == 0 || self.layers == 0 || self.positions < 3 || self.vocabulary < 6 {
-            bail!("a model needs layers, a grid, at least 3 positions and 6 tokens");
+        if self.layers == 0 || self.positions < 3 || self.vocabulary < 6 {
+            bail!("a model needs layers, at least 3 positions and 6 tokens");
+        }
+        if (self.grid == 0) == (self.detected_regions == 0) {
+            bail!("a model has either a `grid` of regions or `detected_regions`");
         }
         if !(0.0..1.0).contains(&self.dropout) {
             bail!("dropout {} is not in [0, 1)", self.dropout);
@@ -114,13 +123,25 @@ impl ModelConfig {
         Ok(())
     }
 
+    /// Whether regions are detected rather than the cells of a grid.
+    #[must_use]
+    pub fn detects(&self) -> bool {
+        self.detected_regions > 0
+    }
+
+    /// What a table of detected regions must hold.
+    #[must_use]
+    pub fn region_shapes(&self) -> RegionShapes {
+        RegionShapes { features: self.region_feature, classes: self.region_classes, most: self.detected_regions }
+    }
+
     /// Cells of the region grid.
     #[must_use]
     pub fn regions(&self) -> usize {
         self.grid * self.grid
     }
 
-    /// Rows that an image takes: `[IMG]` and its regions.
+    /// Rows that an image takes: `[IMG]` and the cells of the grid.
     #[must_use]
     pub fn image_tokens(&self) -> usize {
         1 + self.regions()
@@ -219,6 +240,8 @@ mod tests {
             ("heads = 2", "heads = 3", "do not divide"),
             ("dropout = 0.0", "dropout = 1.0", "dropout"),
             ("layers = 2", "layers = 2\nwings = 2", "wings"),
+            ("grid = 7", "", "either a `grid`"),
+            ("grid = 7", "grid = 7\ndetected_regions = 9", "either a `grid`"),
         ] {
             assert!(good.contains(from));
             let error = format!("{:#}", ModelConfig::from_toml(&good.replace(from, to)).unwrap_err());

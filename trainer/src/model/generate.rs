@@ -2,13 +2,15 @@
 
 use candle_core::{D, Result, Tensor};
 
+use super::packing::WHOLE_IMAGE;
 use super::{Dropout, PackedBatch, Unimo, region_boxes};
 use crate::ops;
+use crate::regions::Record;
 use unimo::tokenizer::{CLS, PAD, SEP, UNK};
 
 /// Keys and values of every layer, `[batch, heads, rows, depth]` each.
 pub struct ImageCache {
-    /// Hidden states of the image, `[batch, image_tokens, hidden]`.
+    /// Hidden states of the image, `[batch, 1 + regions, hidden]`.
     pub hidden: Tensor,
     /// Per layer.
     pub keys: Vec<Tensor>,
@@ -54,19 +56,46 @@ impl Unimo {
         Ok((self.after_attention(layer, x, &attended)?, keys, values))
     }
 
-    /// Encodes images alone: `regions` is `[batch, regions, region_feature]`, as the backbone gives them.
+    /// Encodes images alone, whose regions are the cells of the grid: `regions` is `[batch, regions, region_feature]`, as the
+    /// backbone gives them.
     ///
     /// # Errors
     /// A shape that does not fit the model.
     pub fn encode_image(&self, regions: &Tensor) -> Result<ImageCache> {
-        let (batch, _, width) = regions.dims3()?;
-        let tokens = self.config.image_tokens();
+        let (batch, tokens) = (regions.dim(0)?, self.config.image_tokens());
+        let boxes = Tensor::from_vec(region_boxes(self.config.grid).repeat(batch), (batch * tokens, 5), regions.device())?;
+        self.encode(regions, &boxes)
+    }
+
+    /// Encodes pictures alone, all with equally many regions, cells or detected.
+    ///
+    /// # Errors
+    /// Unlike numbers of regions, or a width that does not fit the model.
+    pub fn encode_records(&self, records: &[&Record]) -> Result<ImageCache> {
+        let width = self.config.region_feature;
+        let count = records.first().map_or(0, |record| record.values.len() / width);
+        let values: Vec<f32> = records.iter().flat_map(|record| &record.values).copied().collect();
+        let regions = Tensor::from_vec(values, (records.len(), count, width), &self.device)?;
+        if !self.config.detects() {
+            return self.encode_image(&regions);
+        }
+        let mut boxes = Vec::with_capacity(records.len() * (1 + count) * 5);
+        for record in records {
+            boxes.extend(WHOLE_IMAGE);
+            boxes.extend_from_slice(record.boxes().unwrap_or_default());
+        }
+        self.encode(&regions, &Tensor::from_vec(boxes, (records.len() * (1 + count), 5), &self.device)?)
+    }
+
+    /// `regions` is `[batch, regions, region_feature]`, `boxes` `[batch · (1 + regions), 5]`.
+    fn encode(&self, regions: &Tensor, boxes: &Tensor) -> Result<ImageCache> {
+        let (batch, count, width) = regions.dims3()?;
+        let tokens = 1 + count;
         let mean = Tensor::new(self.statistics.mean.as_slice(), regions.device())?;
         let deviation = Tensor::new(self.statistics.deviation.as_slice(), regions.device())?;
         let regions = regions.broadcast_sub(&mean)?.broadcast_div(&deviation)?;
         let features = Tensor::cat(&[regions.mean_keepdim(1)?, regions.clone()], 1)?;
-        let boxes = Tensor::from_vec(region_boxes(self.config.grid).repeat(batch), (batch * tokens, 5), regions.device())?;
-        let x = self.embed_regions(&features.reshape((batch * tokens, width))?, &boxes)?;
+        let x = self.embed_regions(&features.reshape((batch * tokens, width))?, boxes)?;
         let mut hidden = x.reshape((batch, tokens, self.config.hidden))?;
         let (mut keys, mut values) = (Vec::new(), Vec::new());
         for layer in 0..self.config.layers {
@@ -97,14 +126,13 @@ impl Unimo {
         Ok(Step { logits, keys: new_keys, values: new_values })
     }
 
-    /// Greedy captions of images, `[batch, regions, region_feature]`, as ids without specials.
+    /// Greedy captions of encoded images, as ids without specials.
     ///
     /// # Errors
     /// Those of candle.
-    pub fn greedy_captions(&self, regions: &Tensor, max_words: usize) -> Result<Vec<Vec<u32>>> {
-        let image = self.encode_image(regions)?;
-        let batch = regions.dim(0)?;
-        let (mut keys, mut values) = (image.keys, image.values);
+    pub fn greedy_captions(&self, image: &ImageCache, max_words: usize) -> Result<Vec<Vec<u32>>> {
+        let batch = image.hidden.dim(0)?;
+        let (mut keys, mut values) = (image.keys.clone(), image.values.clone());
         let mut captions = vec![Vec::new(); batch];
         let mut tokens = vec![CLS; batch];
         let mut done = vec![false; batch];

@@ -284,6 +284,7 @@ fn truncated_normal(seed: u64, count: usize, deviation: f32) -> Vec<f32> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::regions::{Detected, Record};
 
     /// Hidden states of one image, `[image_tokens · hidden]`: packed as in training, and as inference encodes it.
     fn both_ways(model: &Unimo, features: &[f32]) -> [Vec<f32>; 2] {
@@ -312,5 +313,37 @@ mod tests {
         for (other, what) in [(encoded, "inference"), (folded, "folded"), (folded_encoded, "folded inference")] {
             assert!(near(&packed, &other), "{what} differs from training");
         }
+    }
+
+    #[test]
+    fn detected_regions_of_unlike_number_are_packed_as_inference_encodes_them() {
+        let config = ModelConfig { grid: 0, detected_regions: 4, region_feature: 3, ..ModelConfig::named("pico").unwrap() };
+        let mut model = Unimo::new(config, 1, &Device::Cpu).unwrap();
+        model.set_statistics(RegionStatistics { mean: vec![1.0, -2.0, 0.3], deviation: vec![0.5, 1.5, 2.0] }).unwrap();
+        let record = |regions: usize, phase: f32| {
+            let values = (0..3 * regions).map(|v| (v as f32 * 0.7 + phase).sin()).collect();
+            let boxes = (0..5 * regions).map(|v| (v as f32 * 0.3 + phase).cos().abs()).collect();
+            Record { values, detected: Some(Detected { boxes, probabilities: Vec::new() }) }
+        };
+        let records = [record(2, 0.0), record(4, 1.0), record(1, 2.0)];
+        let mut packer = Packer::new(&model);
+        let starts = records.each_ref().map(|record| packer.image_with_captions(Regions::of(record, &[]), &[&[0, 7]]).image);
+        assert_eq!(starts, [0, 5, 12]);
+        let packed = model.evaluate(&packer.finish(&Device::Cpu).unwrap()).unwrap().to_vec2::<f32>().unwrap();
+        for (start, record) in starts.into_iter().zip(&records) {
+            let encoded = model.encode_records(&[record]).unwrap().hidden.squeeze(0).unwrap().to_vec2::<f32>().unwrap();
+            assert_eq!(encoded.len(), 1 + record.values.len() / 3);
+            for (row, encoded) in encoded.iter().enumerate() {
+                // Sums of products of order 1 in f32, in another order, through two layers.
+                let near = encoded.iter().zip(&packed[start + row]).all(|(a, b)| (a - b).abs() < 1e-4);
+                assert!(near, "row {row} of the image at {start}");
+            }
+        }
+        // Where a region lies is seen.
+        let mut moved = records[0].clone();
+        moved.detected.as_mut().unwrap().boxes[0] += 0.5;
+        let image = |record| model.encode_records(&[record]).unwrap().hidden.flatten_all().unwrap().to_vec1::<f32>().unwrap();
+        assert!(image(&records[0]).iter().zip(image(&moved)).any(|(a, b)| (a - b).abs() > 1e-3));
+        assert!(model.encode_records(&[&records[0], &records[1]]).is_err());
     }
 }

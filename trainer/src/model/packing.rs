@@ -4,6 +4,7 @@ use candle_core::{Device, Result, Tensor};
 
 use super::{ModelConfig, RegionStatistics, Unimo};
 use crate::ops::{AttentionGroup, AttentionPlan, QueryBlock};
+use crate::regions::Record;
 
 /// Where the region features of a packed image come from.
 #[derive(Clone, Copy)]
@@ -19,21 +20,29 @@ pub enum Features<'a> {
 pub struct Regions<'a> {
     /// Features.
     pub features: Features<'a>,
+    /// Boxes of detected regions, `[regions, 5]`: x1, y1, x2, y2, area, in shares of the picture; nothing for the cells of the grid.
+    pub boxes: Option<&'a [f32]>,
     /// Regions whose features are zeroed (after standardisation) and left out of the mean that makes `[IMG]`.
     pub masked: &'a [usize],
 }
 
 impl<'a> Regions<'a> {
-    /// All regions visible.
+    /// All cells of the grid visible.
     #[must_use]
     pub fn visible(features: &'a [f32]) -> Self {
         Self::masked(features, &[])
     }
 
-    /// Some regions hidden.
+    /// Some cells of the grid hidden.
     #[must_use]
     pub fn masked(features: &'a [f32], masked: &'a [usize]) -> Self {
-        Self { features: Features::Values(features), masked }
+        Self { features: Features::Values(features), boxes: None, masked }
+    }
+
+    /// Those of a picture, cells or detected, some hidden.
+    #[must_use]
+    pub fn of(record: &'a Record, masked: &'a [usize]) -> Self {
+        Self { features: Features::Values(&record.values), boxes: record.boxes(), masked }
     }
 }
 
@@ -54,7 +63,7 @@ pub struct PackedBatch {
     pub(super) positions: Tensor,
     /// Features of the image rows; absent without images.
     pub(super) features: Option<PackedFeatures>,
-    /// `[images · image_tokens, 5]`.
+    /// `[image rows, 5]`.
     pub(super) boxes: Option<Tensor>,
     /// For each packed row, its place in texts ++ images.
     pub(super) order: Tensor,
@@ -88,7 +97,7 @@ impl PackedBatch {
 
 /// Features of a batch's image rows.
 pub(super) enum PackedFeatures {
-    /// Standardised, `[images · image_tokens, region_feature]`, `[IMG]`'s mean included.
+    /// Standardised, `[image rows, region_feature]`, `[IMG]`'s mean included.
     Values(Tensor),
     /// To be taken from the pictures that the forward pass is given.
     Pictures {
@@ -102,7 +111,7 @@ pub(super) enum PackedFeatures {
 }
 
 impl PackedFeatures {
-    /// Standardised features of every image row, `[images · image_tokens, region_feature]`. `pictures` is
+    /// Standardised features of every image row, `[image rows, region_feature]`. `pictures` is
     /// `[pictures, regions, region_feature]`, as the backbone gives them; gradients flow into it.
     pub(super) fn rows(&self, pictures: Option<&Tensor>, statistics: &RegionStatistics) -> Result<Tensor> {
         let (of, visible, shares) = match (self, pictures) {
@@ -136,9 +145,10 @@ pub struct Packer<'a> {
     ids: Vec<u32>,
     positions: Vec<u32>,
     features: Vec<f32>,
+    boxes: Vec<f32>,
+    grid_boxes: Vec<f32>,
     pictures: Vec<u32>,
     visible: Vec<f32>,
-    images: usize,
     origins: Vec<Origin>,
     plan: AttentionPlan,
 }
@@ -153,9 +163,10 @@ impl<'a> Packer<'a> {
             ids: Vec::new(),
             positions: Vec::new(),
             features: Vec::new(),
+            boxes: Vec::new(),
+            grid_boxes: region_boxes(model.config().grid),
             pictures: Vec::new(),
             visible: Vec::new(),
-            images: 0,
             origins: Vec::new(),
             plan: AttentionPlan::default(),
         }
@@ -164,8 +175,7 @@ impl<'a> Packer<'a> {
     /// An image, and texts that read it from left to right without being read by it (prefix language model). Returns their rows.
     pub fn image_with_captions(&mut self, regions: Regions, captions: &[&[u32]]) -> ImageRows {
         let start = self.origins.len();
-        self.push_image(regions);
-        let image_tokens = self.config.image_tokens();
+        let image_tokens = self.push_image(regions);
         let mut blocks = vec![QueryBlock { rows: 0..image_tokens, context: 0..0, causal: false }];
         let mut texts = Vec::with_capacity(captions.len());
         for ids in captions {
@@ -221,26 +231,32 @@ impl<'a> Packer<'a> {
         }
     }
 
-    fn push_image(&mut self, regions: Regions) {
-        let count = self.config.regions();
+    /// Appends `[IMG]` and the regions of an image, and gives the number of rows.
+    fn push_image(&mut self, regions: Regions) -> usize {
+        let first = self.boxes.len() / 5;
+        match regions.boxes {
+            Some(boxes) => {
+                self.boxes.extend(WHOLE_IMAGE);
+                self.boxes.extend_from_slice(boxes);
+            }
+            None => self.boxes.extend_from_slice(&self.grid_boxes),
+        }
+        let tokens = self.boxes.len() / 5 - first;
         match regions.features {
-            Features::Values(values) => self.push_values(values, regions.masked),
+            Features::Values(values) => self.push_values(values, tokens - 1, regions.masked),
             Features::Picture(picture) => {
                 self.pictures.push(picture as u32);
                 let first = self.visible.len();
-                self.visible.resize(first + count, 1.0);
+                self.visible.resize(first + tokens - 1, 1.0);
                 regions.masked.iter().for_each(|&region| self.visible[first + region] = 0.0);
             }
         }
-        for token in 0..=count {
-            self.origins.push(Origin::Image((self.images * (count + 1) + token) as u32));
-        }
-        self.images += 1;
+        self.origins.extend((first..first + tokens).map(|row| Origin::Image(row as u32)));
+        tokens
     }
 
-    fn push_values(&mut self, values: &[f32], masked: &[usize]) {
+    fn push_values(&mut self, values: &[f32], count: usize, masked: &[usize]) {
         let width = self.config.region_feature;
-        let count = self.config.regions();
         debug_assert_eq!(values.len(), count * width);
         let mean_at = self.features.len();
         self.features.resize(mean_at + width, 0.0);
@@ -277,25 +293,23 @@ impl<'a> Packer<'a> {
             })
             .collect();
         let (mut features, mut boxes) = (None, None);
-        if self.images > 0 {
-            let rows = self.images * self.config.image_tokens();
+        if !self.boxes.is_empty() {
+            let rows = self.boxes.len() / 5;
             features = Some(if self.pictures.is_empty() {
                 PackedFeatures::Values(Tensor::from_vec(self.features, (rows, self.config.region_feature), device)?)
             } else if self.features.is_empty() {
-                let count = self.config.regions();
+                let (images, count) = (self.pictures.len(), self.config.regions());
                 let seen = self.visible.chunks_exact(count).map(|v| 1.0 / v.iter().sum::<f32>().max(1.0)).collect();
-                let visible =
-                    self.visible.contains(&0.0).then(|| Tensor::from_vec(self.visible, (self.images, count, 1), device));
+                let visible = self.visible.contains(&0.0).then(|| Tensor::from_vec(self.visible, (images, count, 1), device));
                 PackedFeatures::Pictures {
                     of: Tensor::new(self.pictures.as_slice(), device)?,
                     visible: visible.transpose()?,
-                    shares: Tensor::from_vec(seen, (self.images, 1, 1), device)?,
+                    shares: Tensor::from_vec(seen, (images, 1, 1), device)?,
                 }
             } else {
                 candle_core::bail!("a batch takes the features of all its images from one place")
             });
-            let one = region_boxes(self.config.grid);
-            boxes = Some(Tensor::from_vec(one.repeat(self.images), (rows, 5), device)?);
+            boxes = Some(Tensor::from_vec(self.boxes, (rows, 5), device)?);
         }
         Ok(PackedBatch {
             ids: Tensor::new(self.ids.as_slice(), device)?,
@@ -308,11 +322,14 @@ impl<'a> Packer<'a> {
     }
 }
 
+/// Box of `[IMG]`.
+pub(super) const WHOLE_IMAGE: [f32; 5] = [0.0, 0.0, 1.0, 1.0, 1.0];
+
 /// Boxes of `[IMG]` and of the grid's cells in row-major order, `[1 + grid², 5]`: x1, y1, x2, y2, area, in shares of the image.
 #[must_use]
 pub fn region_boxes(grid: usize) -> Vec<f32> {
     let side = grid as f32;
-    let mut boxes = vec![0.0, 0.0, 1.0, 1.0, 1.0];
+    let mut boxes = WHOLE_IMAGE.to_vec();
     for row in 0..grid {
         for column in 0..grid {
             let (x, y) = (column as f32, row as f32);
@@ -326,6 +343,7 @@ pub fn region_boxes(grid: usize) -> Vec<f32> {
 mod tests {
     use super::*;
     use crate::model::Dropout;
+    use crate::regions::Detected;
 
     /// Standardised rows of one packed image.
     fn rows(model: &Unimo, features: &[f32], masked: &[usize]) -> Vec<Vec<f32>> {
@@ -354,6 +372,23 @@ mod tests {
     }
 
     #[test]
+    fn the_image_of_detected_regions_is_their_mean_in_the_whole_picture() {
+        let config = ModelConfig { grid: 0, detected_regions: 3, region_feature: 2, ..ModelConfig::named("pico").unwrap() };
+        let model = Unimo::new(config, 1, &Device::Cpu).unwrap();
+        let boxes = vec![0.1, 0.2, 0.3, 0.4, 0.04, 0.0, 0.5, 1.0, 1.0, 0.5];
+        let detected = Some(Detected { boxes: boxes.clone(), probabilities: Vec::new() });
+        let record = Record { values: vec![1.0, 2.0, 5.0, 8.0], detected };
+        let mut packer = Packer::new(&model);
+        packer.pair(Regions::of(&record, &[]), &[0, 2]);
+        packer.pair(Regions::of(&record, &[0]), &[0, 2]);
+        let batch = packer.finish(&Device::Cpu).unwrap();
+        let expected = [WHOLE_IMAGE.to_vec(), boxes].concat();
+        assert_eq!(batch.boxes.unwrap().flatten_all().unwrap().to_vec1::<f32>().unwrap(), [expected.clone(), expected].concat());
+        let rows = batch.features.unwrap().rows(None, model.statistics()).unwrap().to_vec2::<f32>().unwrap();
+        assert_eq!(rows, [[3.0, 5.0], [1.0, 2.0], [5.0, 8.0], [5.0, 8.0], [0.0, 0.0], [5.0, 8.0]]);
+    }
+
+    #[test]
     fn features_of_a_step_are_packed_like_values() {
         let config = ModelConfig { grid: 2, region_feature: 3, ..ModelConfig::named("pico").unwrap() };
         let mut model = Unimo::new(config, 1, &Device::Cpu).unwrap();
@@ -365,7 +400,7 @@ mod tests {
         let (mut by_value, mut by_picture) = (Packer::new(&model), Packer::new(&model));
         for (picture, masked) in images {
             by_value.image_with_captions(Regions::masked(&values[picture * 12..(picture + 1) * 12], masked), &[]);
-            by_picture.image_with_captions(Regions { features: Features::Picture(picture), masked }, &[]);
+            by_picture.image_with_captions(Regions { features: Features::Picture(picture), boxes: None, masked }, &[]);
         }
         let rows = |packer: Packer, pictures: Option<&Tensor>| {
             let features = packer.finish(&Device::Cpu).unwrap().features.unwrap();
@@ -410,7 +445,7 @@ mod tests {
         let config = ModelConfig { grid: 2, region_feature: 3, ..ModelConfig::named("pico").unwrap() };
         let model = Unimo::new(config, 1, &Device::Cpu).unwrap();
         let mut packer = Packer::new(&model);
-        packer.image_with_captions(Regions { features: Features::Picture(0), masked: &[] }, &[]);
+        packer.image_with_captions(Regions { features: Features::Picture(0), boxes: None, masked: &[] }, &[]);
         let batch = packer.finish(&Device::Cpu).unwrap();
         assert!(model.forward(&batch, None, Dropout::OFF).is_err());
     }

@@ -6,7 +6,7 @@ use rand_chacha::ChaCha8Rng;
 use rayon::prelude::*;
 use unimo::tokenizer::{CLS, SEP};
 
-use super::Unimo;
+use super::{ImageCache, Unimo};
 use crate::ops;
 use crate::ops::kernels::{Seen, attend_one};
 
@@ -27,7 +27,7 @@ struct Draft {
 
 impl Unimo {
     /// Draws `each` captions of every image from the softmax of the model's logits divided by `temperature`, over all of the
-    /// vocabulary; the first image's come first. `regions` is `[images, regions, region_feature]`. Captions are `[CLS] … [SEP]`;
+    /// vocabulary; the first image's come first. Captions are `[CLS] … [SEP]`;
     /// one that has no end after `tokens` tokens lacks its `[SEP]`. An image's captions depend on its own one of the `seeds`, not on the
     /// images beside it.
     ///
@@ -35,16 +35,16 @@ impl Unimo {
     /// Those of candle.
     pub fn sample_captions(
         &self,
-        regions: &Tensor,
+        image: &ImageCache,
         each: usize,
         tokens: usize,
         temperature: f64,
         seeds: &[u64],
     ) -> Result<Vec<Vec<u32>>> {
-        if seeds.len() != regions.dim(0)? {
-            candle_core::bail!("{} seeds for {} images", seeds.len(), regions.dim(0)?);
+        let (images, image_rows, _) = image.hidden.dims3()?;
+        if seeds.len() != images {
+            candle_core::bail!("{} seeds for {images} images", seeds.len());
         }
-        let image = self.encode_image(regions)?;
         let flat = |t: &Tensor| t.contiguous()?.flatten_all()?.to_vec1::<f32>();
         let prefixes = (image.keys.iter().zip(&image.values))
             .map(|(keys, values)| Ok(Prefix { keys: flat(keys)?, values: flat(values)? }))
@@ -57,7 +57,7 @@ impl Unimo {
             keys: vec![Vec::new(); layers],
             values: vec![Vec::new(); layers],
         };
-        let mut drafts: Vec<Draft> = (0..regions.dim(0)? * each).map(draft).collect();
+        let mut drafts: Vec<Draft> = (0..images * each).map(draft).collect();
         for position in 0..tokens.min(self.config.positions - 1) {
             let mut open: Vec<&mut Draft> = drafts.iter_mut().filter(|d| d.ids.last() != Some(&SEP)).collect();
             if open.is_empty() {
@@ -68,7 +68,7 @@ impl Unimo {
             let mut x = self.embed_tokens(&Tensor::new(last, &self.device)?, &positions)?;
             for (layer, prefix) in prefixes.iter().enumerate() {
                 let qkv = flat(&self.linear(&format!("layers.{layer}.attention.qkv"), &x)?)?;
-                let attended = self.attend(layer, prefix, &qkv, &mut open);
+                let attended = self.attend(layer, prefix, image_rows, &qkv, &mut open);
                 x = self.after_attention(layer, &x, &Tensor::from_vec(attended, x.shape(), &self.device)?)?.detach();
             }
             let logits = flat(&self.language_logits(&x)?)?;
@@ -83,9 +83,9 @@ impl Unimo {
     }
 
     /// Appends the newest tokens' keys and values (in `qkv`, `[open, 3 · hidden]`) and attends from them, `[open, hidden]`.
-    /// Captions of one image read its keys and values where they are.
-    fn attend(&self, layer: usize, prefix: &Prefix, qkv: &[f32], open: &mut [&mut Draft]) -> Vec<f32> {
-        let (hidden, heads, seen) = (self.config.hidden, self.config.heads, self.config.image_tokens());
+    /// Captions of one image read its `seen` keys and values where they are.
+    fn attend(&self, layer: usize, prefix: &Prefix, seen: usize, qkv: &[f32], open: &mut [&mut Draft]) -> Vec<f32> {
+        let (hidden, heads) = (self.config.hidden, self.config.heads);
         let depth = hidden / heads;
         let mut attended = vec![0f32; open.len() * hidden];
         let rows = qkv.par_chunks_exact(3 * hidden).zip(attended.par_chunks_exact_mut(hidden));
@@ -166,9 +166,9 @@ mod tests {
         model.weights()["text.token.weight"].set(&sharp).unwrap();
         let features: Vec<f32> = (0..2 * regions * 3).map(|v| (v as f32 * 0.9).sin()).collect();
         let tensor = Tensor::from_slice(&features, (2, regions, 3), &Device::Cpu).unwrap();
-        let captions = model.sample_captions(&tensor, 3, 7, 1.0, &[5, 6]).unwrap();
+        let captions = model.sample_captions(&model.encode_image(&tensor).unwrap(), 3, 7, 1.0, &[5, 6]).unwrap();
         // The second image alone gets the captions that it gets beside the first.
-        let second = tensor.narrow(0, 1, 1).unwrap();
+        let second = model.encode_image(&tensor.narrow(0, 1, 1).unwrap()).unwrap();
         assert_eq!(captions[3..], model.sample_captions(&second, 3, 7, 1.0, &[6]).unwrap());
         assert_eq!(captions.len(), 6);
 

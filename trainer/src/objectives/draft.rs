@@ -5,10 +5,10 @@ use rand::seq::{IndexedRandom, SliceRandom};
 use rand_chacha::ChaCha8Rng;
 
 use super::self_critical;
-use super::{Fragments, MaskedText, Source, mask_regions, mask_text, take_fragments};
-use crate::backbone::FEATURES;
+use super::{Fragments, MaskedText, Source, mask_detected, mask_regions, mask_text, take_fragments};
 use crate::model::{Features, Packer, Regions};
 use crate::recipe::BatchConfig;
+use crate::regions::Record;
 use crate::tasks::Example;
 
 /// Share of the regions that is masked.
@@ -49,6 +49,8 @@ pub(super) struct Sampled {
 pub(super) struct RegionTargets {
     pub rows: Vec<usize>,
     pub features: Vec<f32>,
+    /// A detector's; of a grid, they are the backbone's of the features.
+    pub probabilities: Vec<f32>,
 }
 
 /// A picture with captions, drawn for a step.
@@ -61,8 +63,8 @@ pub(super) struct Picture {
     pub pair: usize,
     /// Which view of it.
     pub view: usize,
-    /// Region features with a frozen backbone, else what they are computed from.
-    pub record: Vec<f32>,
+    /// Its regions, or with a trained backbone what they are computed from.
+    pub record: Record,
 }
 
 /// What the rows of a chunk have to predict, and which of them are contrasted. Rows count from the start of the chunk, pictures
@@ -135,18 +137,35 @@ impl Draft<'_> {
         self.source.vision.trained_blocks() > 0
     }
 
-    /// Where a picture's region features come from.
-    fn features<'p>(&self, picture: &'p Picture) -> Features<'p> {
-        if self.by_place() { Features::Picture(picture.place) } else { Features::Values(&picture.record) }
+    /// The regions of a picture of the step, some hidden.
+    fn regions<'p>(&self, picture: &'p Picture, masked: &'p [usize]) -> Regions<'p> {
+        self.regions_at(picture.place, &picture.record, masked)
+    }
+
+    /// The regions of a record that stands, where features are still to be computed, at a place among the chunk's.
+    fn regions_at<'p>(&self, place: usize, record: &'p Record, masked: &'p [usize]) -> Regions<'p> {
+        match self.by_place() {
+            true => Regions { features: Features::Picture(place), boxes: None, masked },
+            false => Regions::of(record, masked),
+        }
     }
 
     /// Regions that the model is not shown this time: each with the recipe's probability.
-    fn hidden(&self, rng: &mut ChaCha8Rng) -> Vec<usize> {
+    fn hidden(&self, record: &Record, rng: &mut ChaCha8Rng) -> Vec<usize> {
         let share = self.batch.hidden_regions;
         if share == 0.0 {
             return Vec::new();
         }
-        (0..self.grid * self.grid).filter(|_| rng.random_bool(share)).collect()
+        let regions = record.boxes().map_or(self.grid * self.grid, |boxes| boxes.len() / 5);
+        (0..regions).filter(|_| rng.random_bool(share)).collect()
+    }
+
+    /// Regions to be told from what is around them.
+    fn masked_regions(&self, record: &Record, rng: &mut ChaCha8Rng) -> Vec<usize> {
+        match record.boxes() {
+            Some(boxes) => mask_detected(boxes, MASKED_REGIONS, rng),
+            None => mask_regions(self.grid, MASKED_REGIONS, rng),
+        }
     }
 
     /// A text to be written of another.
@@ -164,13 +183,12 @@ impl Draft<'_> {
         };
         // Pictures as they are: a mirrored one would need its question and its answer mirrored.
         let record = self.source.corpus.image_record(image, 0);
-        let place = self.records.len();
-        let features = if self.by_place() { Features::Picture(place) } else { Features::Values(&record) };
-        let rows = self.packer.pair(Regions { features, masked: &[] }, &example.ids);
+        let regions = self.regions_at(self.records.len(), &record, &[]);
+        let rows = self.packer.pair(regions, &example.ids);
         self.parts.task_images.push(rows.image);
         self.parts.task_texts.push(rows.texts[0]);
         if self.by_place() {
-            self.records.push(record);
+            self.records.push(record.values);
         }
     }
 
@@ -181,13 +199,12 @@ impl Draft<'_> {
         for &image in pair.retrieved_images().choose_multiple(rng, self.batch.retrieved_images) {
             // Views of images alone are plain or mirrored.
             let record = corpus.image_record(image, rng.random_range(0..2));
-            let place = self.records.len();
-            let features = if self.by_place() { Features::Picture(place) } else { Features::Values(&record) };
-            let rows = self.packer.image_with_captions(Regions { features, masked: &[] }, &[]);
+            let regions = self.regions_at(self.records.len(), &record, &[]);
+            let rows = self.packer.image_with_captions(regions, &[]);
             self.parts.retrieved_image_rows.push(rows.image);
             self.parts.retrieved_image_of.push(picture.number);
             if self.by_place() {
-                self.records.push(record);
+                self.records.push(record.values);
             }
         }
         for ids in pair.retrieved_texts(picture.view).choose_multiple(rng, self.batch.retrieved_texts) {
@@ -205,9 +222,8 @@ impl Draft<'_> {
         let chosen: Vec<&[u32]> = order.iter().take(batch.captions).map(|&c| all[c].as_slice()).collect();
         let inputs: Vec<&[u32]> =
             chosen.iter().copied().chain(samples.iter().map(Vec::as_slice)).map(|ids| &ids[..ids.len() - 1]).collect();
-        let hidden = self.hidden(rng);
-        let regions = Regions { features: self.features(picture), masked: &hidden };
-        let rows = self.packer.image_with_captions(regions, &inputs);
+        let hidden = self.hidden(&picture.record, rng);
+        let rows = self.packer.image_with_captions(self.regions(picture, &hidden), &inputs);
         let (written, sampled) = rows.texts.split_at(chosen.len());
         for (&first, ids) in written.iter().zip(&chosen) {
             self.parts.captions.next_tokens(first, ids);
@@ -253,9 +269,10 @@ impl Draft<'_> {
         candidates.extend(rewritten.map(|ids| (ids.clone(), 0.0)));
         let paraphrases = pair.paraphrases_for(picture.view, own).choose_multiple(rng, batch.match_paraphrases);
         candidates.extend(paraphrases.map(|ids| (ids.clone(), 1.0)));
-        let hidden = self.hidden(rng);
+        let hidden = self.hidden(&picture.record, rng);
         for (ids, label) in candidates {
-            let rows = self.packer.pair(Regions { features: self.features(picture), masked: &hidden }, &ids);
+            let regions = self.regions(picture, &hidden);
+            let rows = self.packer.pair(regions, &ids);
             self.parts.match_images.push(rows.image);
             self.parts.match_texts.push(rows.texts[0]);
             self.parts.match_labels.push(label);
@@ -277,11 +294,11 @@ impl Draft<'_> {
         let ids = &pair.captions_for(picture.view)[rng.random_range(0..pair.captions.len())];
         if words {
             let masked = mask_text(ids, self.source.vocabulary, rng);
-            let rows = self.packer.pair(Regions::visible(&picture.record), &masked.ids);
+            let rows = self.packer.pair(Regions::of(&picture.record, &[]), &masked.ids);
             self.parts.masked_words.masked(rows.texts[0], &masked);
         } else {
-            let masked = mask_regions(self.grid, MASKED_REGIONS, rng);
-            let rows = self.packer.pair(Regions::masked(&picture.record, &masked), ids);
+            let masked = self.masked_regions(&picture.record, rng);
+            let rows = self.packer.pair(Regions::of(&picture.record, &masked), ids);
             self.region_targets(rows.image, &picture.record, &masked);
         }
     }
@@ -289,7 +306,7 @@ impl Draft<'_> {
     pub fn fragment_pair(&mut self, picture: &Picture, rng: &mut ChaCha8Rng) {
         let pair = &self.source.corpus.pairs[picture.pair];
         let ids = &pair.captions_for(picture.view)[rng.random_range(0..pair.captions.len())];
-        self.fragments(Some(Regions { features: self.features(picture), masked: &[] }), ids, rng);
+        self.fragments(Some(self.regions(picture, &[])), ids, rng);
     }
 
     pub fn fragments(&mut self, regions: Option<Regions>, ids: &[u32], rng: &mut ChaCha8Rng) {
@@ -300,16 +317,25 @@ impl Draft<'_> {
         }
     }
 
-    pub fn masked_image(&mut self, features: &[f32], rng: &mut ChaCha8Rng) {
-        let masked = mask_regions(self.grid, MASKED_REGIONS, rng);
-        let rows = self.packer.image_with_captions(Regions::masked(features, &masked), &[]);
-        self.region_targets(rows.image, features, &masked);
+    pub fn masked_image(&mut self, record: &Record, rng: &mut ChaCha8Rng) {
+        let masked = self.masked_regions(record, rng);
+        let rows = self.packer.image_with_captions(Regions::of(record, &masked), &[]);
+        self.region_targets(rows.image, record, &masked);
     }
 
-    fn region_targets(&mut self, image_row: usize, features: &[f32], masked: &[usize]) {
+    fn region_targets(&mut self, image_row: usize, record: &Record, masked: &[usize]) {
+        let regions = record.boxes().map_or(self.grid * self.grid, |boxes| boxes.len() / 5);
+        let row = |values: &[f32], region: usize| {
+            let width = values.len() / regions;
+            values[region * width..(region + 1) * width].to_vec()
+        };
+        let targets = &mut self.parts.regions;
         for &region in masked {
-            self.parts.regions.rows.push(image_row + 1 + region);
-            self.parts.regions.features.extend_from_slice(&features[region * FEATURES..(region + 1) * FEATURES]);
+            targets.rows.push(image_row + 1 + region);
+            targets.features.extend(row(&record.values, region));
+            if let Some(detected) = &record.detected {
+                targets.probabilities.extend(row(&detected.probabilities, region));
+            }
         }
     }
 
@@ -332,6 +358,7 @@ mod tests {
     use super::super::testing::six_scenes;
     use super::super::{Orders, StepBatch, Vocabulary};
     use super::*;
+    use crate::detections::{DetectionCache, write_line};
     use crate::model::{ModelConfig, Unimo};
     use crate::recipe::Recipe;
     use crate::rewriting::{Counts, RewriteJob, rewrite};
@@ -384,5 +411,53 @@ mod tests {
             rewritten += labels.len() - 3;
         }
         assert!(rewritten >= 4, "{rewritten}");
+    }
+
+    #[test]
+    fn what_is_asked_of_a_hidden_detected_region_is_what_it_holds() {
+        let folder = tempfile::tempdir().unwrap();
+        let (mut corpus, _, tokenizer) = six_scenes(folder.path());
+        let size = "name = 'd'\nhidden = 8\nlayers = 1\nheads = 2\nfeed_forward = 8\nvocabulary = 400\npositions = 64\nembedding = 8\n\
+                    region_feature = 2\nregion_classes = 3\ndetected_regions = 6\ndropout = 0.0\n";
+        let config = ModelConfig { vocabulary: tokenizer.vocabulary_size(), ..ModelConfig::from_toml(size).unwrap() };
+        // Six regions side by side, and for the second picture four.
+        let line = |name: &str, regions: usize| {
+            let boxes: Vec<f32> = (0..regions).flat_map(|r| [r as f32, 0.0, r as f32 + 1.0, 9.0]).collect();
+            let features: Vec<f32> = (0..regions).flat_map(|r| [r as f32, 10.0 * r as f32]).collect();
+            let probabilities: Vec<f32> = (0..regions).flat_map(|r| [r as f32 / 16.0, 0.25, 0.25]).collect();
+            write_line(name, [9, 9], &boxes, &features, &probabilities)
+        };
+        let table = folder.path().join("t.tsv");
+        std::fs::write(&table, format!("{}\n{}\n", line("a", 6), line("b", 4))).unwrap();
+        let cache = DetectionCache { folder: folder.path(), shapes: config.region_shapes() };
+        corpus.add_detected_images(&[table], &cache, &|_| ()).unwrap();
+        let model = Unimo::new(config, 1, &Device::Cpu).unwrap();
+        let source = Source {
+            corpus: &corpus,
+            tfidf: None,
+            first_text: &[],
+            vision: &Vision::detected(),
+            vocabulary: &Vocabulary::of(&tokenizer),
+            task: None,
+            writing: None,
+            critic: None,
+        };
+        let recipe = Recipe::from_toml("steps = 1\n[batch]\nimages = 0\ncaptions = 0\nimages_alone = 2\n").unwrap();
+        let (mut hidden, mut rows) = (0, 0);
+        for step in 0..20 {
+            let batch = StepBatch::build(&model, &recipe, &source, &mut Orders::default(), step).unwrap();
+            let targets = &batch.chunks[0].parts.regions;
+            rows += batch.rows();
+            for (n, row) in targets.rows.iter().enumerate() {
+                // Two pictures of six and four regions in either order, each behind its [IMG].
+                let region = targets.features[2 * n];
+                assert!([1.0, 6.0, 8.0].map(|first| first + region).contains(&(*row as f32)), "row {row}, region {region}");
+                assert_eq!(targets.features[2 * n + 1], 10.0 * region);
+                assert_eq!(targets.probabilities[3 * n..3 * n + 3], [region / 16.0, 0.25, 0.25]);
+                hidden += 1;
+            }
+        }
+        assert_eq!(rows, 20 * 12);
+        assert!((40..120).contains(&hidden), "{hidden}");
     }
 }

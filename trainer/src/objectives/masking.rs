@@ -158,6 +158,31 @@ pub fn mask_regions(grid: usize, share: f64, rng: &mut ChaCha8Rng) -> Vec<usize>
     (0..hidden.len()).filter(|&i| hidden[i]).collect()
 }
 
+/// Overlap (IoU) from which a region is hidden with the masked one that it overlaps.
+const OVERLAP: f32 = 0.3;
+
+/// Area of what two boxes share, divided by that of what they cover together; boxes are x1, y1, x2, y2.
+fn overlap(a: &[f32], b: &[f32]) -> f32 {
+    let side = |low: usize, high: usize| (a[high].min(b[high]) - a[low].max(b[low])).max(0.0);
+    let area = |c: &[f32]| (c[2] - c[0]) * (c[3] - c[1]);
+    let shared = side(0, 2) * side(1, 3);
+    let covered = area(a) + area(b) - shared;
+    if covered > 0.0 { shared / covered } else { 0.0 }
+}
+
+/// Draws each detected region with probability `share`, at least one, and hides it with every region that overlaps it by an IoU
+/// above 0.3 (arXiv 2012.15409, section 2.3). `boxes` is `[regions, 5]`. Returns sorted numbers.
+#[must_use]
+pub fn mask_detected(boxes: &[f32], share: f64, rng: &mut ChaCha8Rng) -> Vec<usize> {
+    let boxes: Vec<&[f32]> = boxes.chunks_exact(5).collect();
+    let mut drawn: Vec<usize> = (0..boxes.len()).filter(|_| rng.random_bool(share)).collect();
+    if drawn.is_empty() && !boxes.is_empty() {
+        drawn.push(rng.random_range(0..boxes.len()));
+    }
+    let hidden = |region: &usize| drawn.iter().any(|d| d == region || overlap(boxes[*d], boxes[*region]) > OVERLAP);
+    (0..boxes.len()).filter(hidden).collect()
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -248,5 +273,84 @@ mod tests {
             alone += cells.iter().filter(|&&a| !cells.iter().any(|&b| near(a, b))).count();
         }
         assert!(alone < 200, "{alone} of 1400 cells without a masked neighbour");
+    }
+
+    /// Against a count of the points of a fine lattice that lie in one box, and in both.
+    #[test]
+    fn overlaps_are_those_of_a_direct_count() {
+        let boxes: [[f32; 4]; 7] = [
+            [0.0, 0.0, 0.5, 0.5],
+            [0.25, 0.25, 0.75, 0.75],
+            [0.1, 0.0, 0.6, 0.5],
+            [0.5, 0.0, 1.0, 0.5],
+            [0.0, 0.0, 1.0, 1.0],
+            [0.3, 0.3, 0.3, 0.9],
+            [0.2, 0.1, 0.4, 0.95],
+        ];
+        const POINTS: usize = 400;
+        let inside = |b: &[f32; 4], x: f32, y: f32| b[0] <= x && x < b[2] && b[1] <= y && y < b[3];
+        for a in &boxes {
+            for b in &boxes {
+                let (mut both, mut any) = (0, 0);
+                for point in 0..POINTS * POINTS {
+                    let at = |i: usize| (i as f32 + 0.5) / POINTS as f32;
+                    let (x, y) = (at(point % POINTS), at(point / POINTS));
+                    let (in_a, in_b) = (inside(a, x, y), inside(b, x, y));
+                    both += usize::from(in_a && in_b);
+                    any += usize::from(in_a || in_b);
+                }
+                let expected = if any == 0 { 0.0 } else { both as f32 / any as f32 };
+                assert!((overlap(a, b) - expected).abs() < 0.01, "{a:?} {b:?}: {} {expected}", overlap(a, b));
+            }
+        }
+    }
+
+    #[test]
+    fn detected_regions_are_hidden_with_those_that_overlap_them() {
+        let mut rng = crate::seed::rng(8);
+        let (mut drawn_alone, mut hidden, mut total) = (0, 0, 0usize);
+        for round in 0..300 {
+            // Ten boxes, some of which overlap, and one far from all.
+            let mut boxes: Vec<[f32; 5]> = (0..10)
+                .map(|_| {
+                    let (x, y): (f32, f32) = (rng.random_range(0.0..0.5), rng.random_range(0.0..0.5));
+                    let (w, h): (f32, f32) = (rng.random_range(0.1..0.3), rng.random_range(0.1..0.3));
+                    [x, y, x + w, y + h, w * h]
+                })
+                .collect();
+            boxes.push([0.9, 0.9, 1.0, 1.0, 0.01]);
+            let flat: Vec<f32> = boxes.iter().flatten().copied().collect();
+            let masked = mask_detected(&flat, 0.15, &mut crate::seed::rng(round));
+            // The same draws, and the definition word for word.
+            let mut same = crate::seed::rng(round);
+            let mut drawn: Vec<usize> = (0..11).filter(|_| same.random_bool(0.15)).collect();
+            if drawn.is_empty() {
+                drawn.push(same.random_range(0..11));
+            }
+            let mut expected = drawn.clone();
+            for (region, a) in boxes.iter().enumerate() {
+                for &d in &drawn {
+                    let b = &boxes[d];
+                    let w = f64::from(a[2].min(b[2])) - f64::from(a[0].max(b[0]));
+                    let h = f64::from(a[3].min(b[3])) - f64::from(a[1].max(b[1]));
+                    let shared = if w > 0.0 && h > 0.0 { w * h } else { 0.0 };
+                    if shared / (f64::from(a[4]) + f64::from(b[4]) - shared) > 0.3 {
+                        expected.push(region);
+                    }
+                }
+            }
+            expected.sort_unstable();
+            expected.dedup();
+            assert_eq!(masked, expected);
+            drawn_alone += i32::from(masked.contains(&10));
+            hidden += masked.len();
+            total += 11;
+        }
+        // The one far from all is hidden as often as it is drawn: 0.15, and a share of the rounds in which none was.
+        let (alone, all) = (f64::from(drawn_alone) / 300.0, hidden as f64 / total as f64);
+        assert!((0.10..0.23).contains(&alone), "{alone}");
+        assert!(all > alone + 0.05, "{all} {alone}: overlapping regions are not hidden more often");
+        assert_eq!(mask_detected(&[0.0, 0.0, 1.0, 1.0, 1.0], 0.0, &mut rng), [0]);
+        assert_eq!(mask_detected(&[], 0.15, &mut rng), [0usize; 0]);
     }
 }

@@ -8,10 +8,10 @@ use rand::Rng;
 use super::draft::{Draft, Parts, Picture, Predictions};
 use super::members::Members;
 use super::{Orders, Source, contrastive_loss, cross_modal_contrast, matching_loss, shuffled};
-use super::{region_classification, region_regression};
-use crate::backbone::FEATURES;
+use super::{detected_labels, grid_labels, region_classification, region_regression};
 use crate::model::{Dropout, PackedBatch, Packer, Unimo};
 use crate::recipe::Recipe;
+use crate::regions::alike;
 use crate::seed;
 use crate::tasks::task_loss;
 use crate::vision::Vision;
@@ -109,7 +109,7 @@ impl StepBatch {
                 .collect();
             let records = match source.vision.trained_blocks() {
                 0 => Vec::new(),
-                _ => pictures.iter().map(|p| p.record.clone()).collect(),
+                _ => pictures.iter().map(|p| p.record.values.clone()).collect(),
             };
             let samples = sample(model, recipe, source, &pictures, step)?;
             let mut draft = Draft {
@@ -168,8 +168,8 @@ impl StepBatch {
                 let at = step * b.images_alone as u64 + i as u64;
                 let image = shuffled(recipe.seed ^ 0x1337, source.corpus.image_count(), at, &mut orders.images);
                 let rng = &mut rng(Stream::ImageAlone, i);
-                let features = source.corpus.image_record(image, rng.random_range(0..2));
-                draft.masked_image(&features, rng);
+                let record = source.corpus.image_record(image, rng.random_range(0..2));
+                draft.masked_image(&record, rng);
             }
             Ok(Chunk { packed: draft.packer.finish(model.device())?, parts: draft.parts, records: draft.records })
         });
@@ -338,7 +338,11 @@ impl StepBatch {
                 region_regression(model, &rows, &regions.features)?,
             );
             if w.region_classes > 0.0 {
-                let loss = region_classification(model, source.vision.given(), &rows, &regions.features)?;
+                let labels = match model.config().detects() {
+                    true => detected_labels(&regions.probabilities, model.config().region_classes, model.device())?,
+                    false => grid_labels(source.vision.given()?, &regions.features, regions.rows.len(), model.device())?,
+                };
+                let loss = region_classification(model, &rows, &labels)?;
                 put("region_classes", w.region_classes, regions.rows.len(), all, loss);
             }
         }
@@ -470,11 +474,18 @@ fn sample(model: &Unimo, recipe: &Recipe, source: &Source, pictures: &[Picture],
     if each == 0 || pictures.is_empty() {
         return Ok(Vec::new());
     }
-    let features = source.vision.regions(pictures.iter().map(|p| p.record.clone()).collect())?.concat();
-    let regions = Tensor::from_vec(features, (pictures.len(), model.config().regions(), FEATURES), model.device())?;
+    let records = source.vision.regions(pictures.iter().map(|p| p.record.clone()).collect())?;
     let of_step = seed::mix(recipe.seed ^ 0x5a3b_1e00, step);
-    let seeds: Vec<u64> = pictures.iter().map(|p| seed::mix(of_step, p.number as u64)).collect();
-    Ok(model.sample_captions(&regions, each, SAMPLED_TOKENS, recipe.batch.sampling_temperature, &seeds)?)
+    let mut samples = vec![Vec::new(); pictures.len() * each];
+    for group in alike(&records, usize::MAX) {
+        let encoded = model.encode_records(&group.iter().map(|&i| &records[i]).collect::<Vec<_>>())?;
+        let seeds: Vec<u64> = group.iter().map(|&i| seed::mix(of_step, pictures[i].number as u64)).collect();
+        let drawn = model.sample_captions(&encoded, each, SAMPLED_TOKENS, recipe.batch.sampling_temperature, &seeds)?;
+        for (number, caption) in drawn.into_iter().enumerate() {
+            samples[group[number / each] * each + number % each] = caption;
+        }
+    }
+    Ok(samples)
 }
 
 #[cfg(test)]

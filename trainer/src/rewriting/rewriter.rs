@@ -315,7 +315,9 @@ impl<'a> Rewriter<'a> {
         count: usize,
         rng: &mut ChaCha8Rng,
     ) -> Option<String> {
-        let nodes = nodes(graph);
+        // One word may describe two objects, but is replaced once.
+        let (mut nodes, mut seen) = (nodes(graph), HashSet::new());
+        nodes.retain(|node| seen.insert(node.word));
         let chosen: Vec<&Node> = nodes.choose_multiple(rng, count).collect();
         if chosen.len() < count {
             return None;
@@ -411,6 +413,32 @@ mod tests {
         assert_eq!(change("An orange ball", "orange", "red"), "A red ball");
         assert_eq!(change("Dogs on a sofa", "Dogs", "cats"), "Cats on a sofa");
         assert_eq!(change("two dogs", "two", "three"), "three dogs");
+    }
+
+    #[test]
+    fn a_word_that_two_objects_share_is_replaced_once() {
+        let shared = "The black dog and the brown dog appear to be playing on the beach.";
+        let words = nodes(&SceneGraph::of(shared)).iter().map(|node| node.word).collect::<Vec<_>>();
+        assert!(words.iter().enumerate().any(|(i, word)| words[..i].contains(word)), "the test asks nothing: {words:?}");
+        let mut corpus = corpus();
+        // Words that can stand for the shared one, "appear".
+        for verb in ["seem", "look", "want", "need"].iter().cycle().take(16) {
+            corpus.push(vec![format!("The white cat and the grey cat {verb} to be playing on the street.")]);
+        }
+        let last = corpus.len();
+        corpus.push(vec![shared.to_owned()]);
+        let rewriter = Rewriter::new(&corpus);
+        let bare = |word: &str| word.trim_end_matches('.').to_lowercase();
+        let known: HashSet<String> = corpus.iter().flatten().flat_map(|text| text.split(' ').map(bare)).collect();
+        let mut made = 0;
+        for seed in 0..60 {
+            let counts = Counts { word: 0, phrase: 8, sentence: 0 };
+            for text in rewriter.negatives(last, 0, counts, seed).phrase {
+                made += 1;
+                assert!(text.split(' ').all(|word| known.contains(&bare(word))), "{text} holds half a word");
+            }
+        }
+        assert!(made > 100, "{made}");
     }
 
     #[test]

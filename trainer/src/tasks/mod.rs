@@ -272,8 +272,8 @@ pub fn predict(model: &Unimo, vision: &Vision, corpus: &Corpus, data: &TaskData)
         let mut seen = regions.iter();
         for example in batch {
             match example.image.and_then(|_| seen.next()) {
-                Some(features) => {
-                    let rows = packer.pair(Regions::visible(features), &example.ids);
+                Some(record) => {
+                    let rows = packer.pair(Regions::of(record, &[]), &example.ids);
                     images.push(rows.image);
                     texts.push(rows.texts[0]);
                 }

@@ -25,12 +25,18 @@ pub struct Rehearsal {
     pub operations: f64,
     /// Seconds of a step, measured.
     pub seconds: f64,
+    /// Seconds of those that a step waited for its data.
+    pub waited: f64,
+    /// Seconds that drawing and packing the data took, beside the step before.
+    pub drawn: f64,
+    /// Processor seconds of a step, all threads together, where the system tells.
+    pub cpu_seconds: Option<f64>,
     /// The largest memory of the process so far, in bytes, where the system tells.
     pub peak_memory: Option<u64>,
 }
 
 /// Steps of a rehearsal; the first is not timed.
-const REHEARSED_STEPS: u64 = 4;
+const REHEARSED_STEPS: u64 = 6;
 
 /// Runs the first steps of a job (or of what is left of it) and throws them away. Nothing is written but the feature cache.
 ///
@@ -41,26 +47,43 @@ pub fn rehearse(job: &TrainingJob) -> Result<Rehearsal> {
     set_up(job, &existing, |mut ready| {
         let counts = |weights: &BTreeMap<String, Var>| weights.values().map(|var| var.elem_count()).sum::<usize>();
         let parameters = [counts(ready.trainer.model.weights()), counts(ready.trainer.source.vision.weights())];
-        let (mut seconds, mut rows, mut operations) = (Vec::new(), 0, 0.0);
-        for step in ready.step..ready.step + REHEARSED_STEPS {
-            let entry = ready.trainer.step(step)?;
-            let number = |key: &str| entry[key].as_f64().unwrap_or(0.0);
-            seconds.push(number("seconds"));
-            rows = rows.max(number("rows") as usize);
-            operations = number("operations").max(operations);
-        }
-        let timed = &mut seconds[1..];
-        timed.sort_by(f64::total_cmp);
+        let (mut entries, mut spent) = (Vec::new(), Vec::new());
+        ready.trainer.run(ready.step..ready.step + REHEARSED_STEPS, &mut ready.optimizer, |_, entry, _| {
+            entries.push(entry);
+            spent.push(cpu_seconds());
+            Ok(())
+        })?;
+        let of = |key: &str| entries.iter().map(|entry| entry[key].as_f64().unwrap_or(0.0)).collect::<Vec<f64>>();
+        let median = |key: &str| {
+            let mut timed = of(key).split_off(1);
+            timed.sort_by(f64::total_cmp);
+            timed[timed.len() / 2]
+        };
+        let (first, last) = (spent[0], spent[spent.len() - 1]);
         Ok(Rehearsal {
             parameters,
-            steps: [ready.step, job.recipe.steps],
+            steps: [ready.step, job.recipe.last_step()],
             pictures: job.recipe.batch.images,
-            rows,
-            operations,
-            seconds: timed[timed.len() / 2],
+            rows: of("rows").into_iter().fold(0.0, f64::max) as usize,
+            operations: of("operations").into_iter().fold(0.0, f64::max),
+            seconds: median("seconds"),
+            waited: median("waited"),
+            drawn: median("drawn"),
+            cpu_seconds: first.zip(last).map(|(first, last)| (last - first) / (spent.len() - 1) as f64),
             peak_memory: peak_memory(),
         })
     })
+}
+
+/// Processor seconds of this process so far, where `/proc` tells them; to a hundredth.
+fn cpu_seconds() -> Option<f64> {
+    /// Clock ticks of a second in `/proc`, on every Linux.
+    const TICKS: f64 = 100.0;
+    let stat = std::fs::read_to_string("/proc/self/stat").ok()?;
+    // The program's name, in brackets, may hold spaces; times in user and kernel mode are the 12th and 13th words behind it.
+    let mut words = stat.rsplit_once(')')?.1.split_whitespace().skip(11);
+    let mut ticks = || words.next()?.parse::<f64>().ok();
+    Some((ticks()? + ticks()?) / TICKS)
 }
 
 /// The largest memory of this process so far, where `/proc` tells it.
@@ -79,7 +102,12 @@ impl fmt::Display for Rehearsal {
         if self.pictures > 0 {
             write!(f, " ({:.1} a picture)", giga / self.pictures as f64)?;
         }
-        writeln!(f, "\ntime         {:.2} s a step, {:.0} GFLOP/s", self.seconds, giga / self.seconds)?;
+        write!(f, "\ntime         {:.2} s a step, {:.3} of them waiting for data", self.seconds, self.waited)?;
+        write!(f, " that took {:.3} s to be drawn", self.drawn)?;
+        if let Some(seconds) = self.cpu_seconds {
+            write!(f, "; {seconds:.2} processor seconds")?;
+        }
+        writeln!(f, "; {:.0} GFLOP/s", giga / self.seconds)?;
         match self.peak_memory {
             Some(bytes) => writeln!(f, "memory       {:.1} GB at most", bytes as f64 / 1e9)?,
             None => writeln!(f, "memory       not known on this system")?,

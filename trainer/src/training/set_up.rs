@@ -1,5 +1,6 @@
 //! From a job to what its steps need: corpus, model, backbone, optimiser, downstream data.
 
+use std::collections::HashSet;
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, bail};
@@ -11,9 +12,10 @@ use super::{Loop, TrainingJob, bar};
 use crate::backbone::{Backbone, CHANNELS, FEATURES};
 use crate::checkpoint::{self, Companions};
 use crate::corpus::Corpus;
+use crate::detections::DetectionCache;
 use crate::features::{FeatureCache, hex};
 use crate::model::{ModelConfig, RegionStatistics, Unimo};
-use crate::objectives::{Critic, Orders, Source, Vocabulary};
+use crate::objectives::{Critic, Source, Vocabulary};
 use crate::optimizer::AdamW;
 use crate::seed;
 use crate::tasks::generation::WritingData;
@@ -21,18 +23,68 @@ use crate::tasks::{RawExample, TaskData};
 use crate::tfidf::TfIdfIndex;
 use crate::vision::Vision;
 
+/// Tokens after which captions and texts alone are cut off.
+const LONGEST_TEXT: usize = 48;
 /// Pictures from which the statistics of the region features are taken.
 const STATISTICS_PICTURES: usize = 1000;
 
 /// Loads what the job trains on.
-fn load_corpus(job: &TrainingJob, tokenizer: &Tokenizer, vision: &Vision, positions: usize) -> Result<(Corpus, Corpus)> {
+fn load_corpus(job: &TrainingJob, tokenizer: &Tokenizer, vision: &Vision, config: &ModelConfig) -> Result<(Corpus, Corpus)> {
     let spinner = bar(0, "features: {pos} pictures, {elapsed}");
-    let cache =
-        |views| FeatureCache { folder: &job.features, backbone: vision.given(), trained_blocks: vision.trained_blocks(), views };
     let progress = |n: u64| spinner.inc(n);
-    let mut corpus = Corpus::default();
-    corpus.add_pairs(&job.pairs, &cache(job.recipe.views), tokenizer, positions, &progress)?;
-    if job.recipe.batch.match_rewrites + job.recipe.batch.match_paraphrases > 0 {
+    let (batch, positions) = (&job.recipe.batch, config.positions.min(LONGEST_TEXT));
+    let of_task = job.task.as_ref().is_some_and(|task| task.spec.pictures);
+    let images_alone = (batch.images_alone > 0 || batch.retrieved_images > 0 || of_task) && !job.images.is_empty();
+    let (mut corpus, mut development) = (Corpus::default(), Corpus::default());
+    if config.detects() {
+        let cache = DetectionCache { folder: &job.features, shapes: config.region_shapes() };
+        for (corpus, shards) in [(&mut corpus, &job.pairs), (&mut development, &job.development)] {
+            if !shards.is_empty() {
+                corpus.add_detections(&job.regions, &cache, &progress)?;
+                let without = corpus.add_captions(shards, tokenizer, positions)?;
+                if without > 0 {
+                    eprintln!("{without} pictures with captions left out: their regions are in none of the tables of --regions");
+                }
+            }
+        }
+        if images_alone {
+            corpus.add_detected_images(&job.images, &cache, &progress)?;
+        }
+    } else {
+        let (backbone, trained_blocks) = (vision.given()?, vision.trained_blocks());
+        let cache = |views| FeatureCache { folder: &job.features, backbone, trained_blocks, views };
+        corpus.add_pairs(&job.pairs, &cache(job.recipe.views), tokenizer, positions, &progress)?;
+        if images_alone {
+            corpus.add_images(&job.images, &cache(job.recipe.views.min(2)), &progress)?;
+        }
+        if !job.development.is_empty() {
+            development.add_pairs(&job.development, &cache(1), tokenizer, positions, &progress)?;
+        }
+    }
+    add_texts(job, &mut corpus, tokenizer, positions)?;
+    spinner.finish_and_clear();
+    let mut told = HashSet::new();
+    for damage in corpus.damaged.iter().chain(&development.damaged) {
+        if told.insert((&damage.shard, &damage.key, &damage.reason)) {
+            eprintln!("skipped: {} in {}: {}", damage.key, damage.shard.display(), damage.reason);
+        }
+    }
+    corpus.require(batch.images > 0, batch.images_alone > 0, batch.texts + batch.fragment_texts > 0)?;
+    eprintln!(
+        "{} pictures with captions, {} alone, {} texts alone, {} for development; {} records skipped",
+        corpus.pairs.len(),
+        corpus.image_count(),
+        corpus.texts.len(),
+        development.pairs.len(),
+        told.len()
+    );
+    Ok((corpus, development))
+}
+
+/// Adds what the recipe asks for of rewritten captions, retrieved images and texts, and texts alone.
+fn add_texts(job: &TrainingJob, corpus: &mut Corpus, tokenizer: &Tokenizer, positions: usize) -> Result<()> {
+    let batch = &job.recipe.batch;
+    if batch.match_rewrites + batch.match_paraphrases > 0 {
         if job.rewrites.is_empty() {
             bail!(
                 "the recipe trains on rewritten captions (`match_rewrites`, `match_paraphrases`), and none were given with --rewrites"
@@ -42,11 +94,6 @@ fn load_corpus(job: &TrainingJob, tokenizer: &Tokenizer, vision: &Vision, positi
             corpus.add_rewrites(folder, tokenizer, positions)?;
         }
     }
-    let batch = &job.recipe.batch;
-    let of_task = job.task.as_ref().is_some_and(|task| task.spec.pictures);
-    if (batch.images_alone > 0 || batch.retrieved_images > 0 || of_task) && !job.images.is_empty() {
-        corpus.add_images(&job.images, &cache(job.recipe.views.min(2)), &progress)?;
-    }
     if batch.retrieved_pairs > 0 {
         if job.retrieved.is_empty() {
             bail!("the recipe trains on retrieved images and texts (`retrieved_pairs`), and none were given with --retrieved");
@@ -55,30 +102,35 @@ fn load_corpus(job: &TrainingJob, tokenizer: &Tokenizer, vision: &Vision, positi
             corpus.add_retrieved(folder, batch.retrieved_images > 0, tokenizer, positions)?;
         }
     }
-    if job.recipe.batch.texts + job.recipe.batch.fragment_texts > 0 {
+    if batch.texts + batch.fragment_texts > 0 {
         for file in &job.texts {
             corpus.add_texts(file, tokenizer, positions)?;
         }
     }
-    let mut development = Corpus::default();
-    if !job.development.is_empty() {
-        development.add_pairs(&job.development, &cache(1), tokenizer, positions, &progress)?;
+    Ok(())
+}
+
+/// Refuses what a model of detected regions cannot use, and what it alone uses.
+fn check_regions(job: &TrainingJob, config: &ModelConfig) -> Result<()> {
+    if !config.detects() {
+        if !job.regions.is_empty() {
+            bail!(
+                "{} sees the cells of a grid; --regions are for a size with `detected_regions`, as base and large",
+                config.name
+            );
+        }
+        return Ok(());
     }
-    spinner.finish_and_clear();
-    for damage in corpus.damaged.iter().chain(&development.damaged) {
-        eprintln!("skipped: {} in {}: {}", damage.key, damage.shard.display(), damage.reason);
+    if job.regions.is_empty() && !(job.pairs.is_empty() && job.development.is_empty()) {
+        bail!("{} sees detected regions: give the tables that hold those of the pictures with --regions", config.name);
     }
-    let b = &job.recipe.batch;
-    corpus.require(b.images > 0, b.images_alone > 0, b.texts + b.fragment_texts > 0)?;
-    eprintln!(
-        "{} pictures with captions, {} alone, {} texts alone, {} for development; {} records skipped",
-        corpus.pairs.len(),
-        corpus.image_count(),
-        corpus.texts.len(),
-        development.pairs.len(),
-        corpus.damaged.len() + development.damaged.len()
-    );
-    Ok((corpus, development))
+    if job.backbone.is_some() {
+        bail!("{} sees detected regions and has no backbone; leave --backbone out", config.name);
+    }
+    if job.recipe.trained_blocks > 0 {
+        bail!("{} sees detected regions: there is no backbone whose blocks `trained_blocks` could train", config.name);
+    }
+    Ok(())
 }
 
 /// Everything that decides the loss curve, hashed: a run resumes only as what it was.
@@ -101,6 +153,7 @@ fn fingerprint(job: &TrainingJob, config: &ModelConfig, corpus: &Corpus) -> Resu
 /// A job set up: what its steps need, and where it stands.
 pub(super) struct Ready<'a> {
     pub(super) trainer: Loop<'a>,
+    pub(super) optimizer: AdamW,
     pub(super) judged_by: JudgedBy<'a>,
     pub(super) companions: Companions,
     pub(super) step: u64,
@@ -122,18 +175,24 @@ pub(super) struct JudgedBy<'a> {
 pub(super) fn set_up<R>(job: &TrainingJob, existing: &[PathBuf], work: impl FnOnce(Ready) -> Result<R>) -> Result<R> {
     let device = Device::Cpu;
     let tokenizer = Tokenizer::from_file(&job.tokenizer)?;
-    let backbone_file = backbone_file(job, existing.last())?;
-    let vision = Vision::new(Backbone::from_bytes(&backbone_file)?, job.recipe.trained_blocks, &device)?;
-
     let mut model = initial_model(job, existing.last(), &tokenizer, &device)?;
-    if model.config().region_feature != FEATURES {
-        bail!("the backbone makes {FEATURES} features of a region, the model takes {}", model.config().region_feature);
+    check_regions(job, model.config())?;
+    let (mut backbone, mut vision) = (None, Vision::detected());
+    if !model.config().detects() {
+        let file = backbone_file(job, existing.last())?;
+        vision = Vision::new(Backbone::from_bytes(&file)?, job.recipe.trained_blocks, &device)?;
+        backbone = Some(file);
+        if model.config().region_feature != FEATURES {
+            bail!("the backbone makes {FEATURES} features of a region, the model takes {}", model.config().region_feature);
+        }
     }
-    let (corpus, development) = load_corpus(job, &tokenizer, &vision, model.config().positions.min(48))?;
+    let (corpus, development) = load_corpus(job, &tokenizer, &vision, model.config())?;
     if existing.is_empty() && job.init.is_none() {
         let regions = vision.regions(corpus.sampled_records(STATISTICS_PICTURES).collect())?;
-        let mut statistics = RegionStatistics::of(FEATURES, regions.into_iter());
-        statistics.emphasise(CHANNELS..FEATURES, model.config().colour_emphasis as f32);
+        let mut statistics = RegionStatistics::of(model.config().region_feature, regions.into_iter().map(|r| r.values));
+        if !model.config().detects() {
+            statistics.emphasise(CHANNELS..FEATURES, model.config().colour_emphasis as f32);
+        }
         model.set_statistics(statistics)?;
     }
     let mut task = None;
@@ -196,15 +255,15 @@ pub(super) fn set_up<R>(job: &TrainingJob, existing: &[PathBuf], work: impl FnOn
     };
     let companions = Companions {
         tokenizer: job.tokenizer.clone(),
-        backbone: backbone_file,
+        backbone,
         task: job.task.as_ref().map(|task| toml::to_string(&task.spec)).transpose()?,
         training: training_note(job, &corpus)?,
     };
-    let trainer = Loop { job, model, optimizer, source, orders: Orders::default(), fingerprint };
+    let trainer = Loop { job, model, source, fingerprint };
     let examples = task.as_ref().and_then(|(_, development)| development.as_ref());
     let to_write = writing.as_ref().map(|[_, development]| development).filter(|data| !data.examples.is_empty());
     let judged_by = JudgedBy { tokenizer: &tokenizer, development: &development, examples, to_write };
-    work(Ready { trainer, judged_by, companions, step })
+    work(Ready { trainer, optimizer, judged_by, companions, step })
 }
 
 fn initial_model(job: &TrainingJob, resumed: Option<&PathBuf>, tokenizer: &Tokenizer, device: &Device) -> Result<Unimo> {
@@ -245,7 +304,7 @@ fn training_note(job: &TrainingJob, corpus: &Corpus) -> Result<String> {
     put("pairs", (corpus.pairs.len() as i64).into());
     put("images_alone", (corpus.image_count() as i64).into());
     put("texts_alone", (corpus.texts.len() as i64).into());
-    put("steps", (job.recipe.steps as i64).into());
+    put("steps", (job.recipe.last_step() as i64).into());
     put("images_per_step", (job.recipe.batch.images as i64).into());
     if let Some(init) = &job.init {
         let folder = checkpoint::resolve(init)?;

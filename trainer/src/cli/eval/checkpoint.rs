@@ -7,8 +7,8 @@ use anyhow::{Result, bail};
 use candle_core::Device;
 use clap::Args;
 use unimo::tokenizer::Tokenizer;
-use unimo_train::backbone::Backbone;
 use unimo_train::corpus::Corpus;
+use unimo_train::detections::DetectionCache;
 use unimo_train::features::FeatureCache;
 use unimo_train::model::Unimo;
 use unimo_train::vision::Vision;
@@ -29,6 +29,9 @@ pub struct CheckpointArgs {
     /// Development shards
     #[arg(long, num_args = 1.., required = true, value_name = "SHARD")]
     dev: Vec<PathBuf>,
+    /// Tables of the detected regions of the pictures, for a checkpoint that sees such
+    #[arg(long, num_args = 1.., value_name = "TABLE")]
+    regions: Vec<PathBuf>,
     /// Folder of cached region features
     #[arg(long, value_name = "FOLDER")]
     features: PathBuf,
@@ -48,10 +51,19 @@ pub fn run(args: &CheckpointArgs) -> Result<ExitCode> {
     let folder = checkpoint::resolve(&args.checkpoint)?;
     let model = Unimo::load(&folder, &Device::Cpu)?;
     let tokenizer = Tokenizer::from_file(&folder.join("tokenizer.json"))?;
-    let vision = Vision::new(Backbone::load(&folder.join("backbone.safetensors"))?, 0, &Device::Cpu)?;
-    let cache = FeatureCache { folder: &args.features, backbone: vision.given(), trained_blocks: 0, views: 1 };
+    let (config, vision) = (model.config(), Vision::of_checkpoint(&folder, model.config(), &Device::Cpu)?);
     let mut corpus = Corpus::default();
-    corpus.add_pairs(&args.dev, &cache, &tokenizer, model.config().positions, &|_| {})?;
+    if config.detects() {
+        let cache = DetectionCache { folder: &args.features, shapes: config.region_shapes() };
+        corpus.add_detections(&args.regions, &cache, &|_| {})?;
+        let without = corpus.add_captions(&args.dev, &tokenizer, config.positions)?;
+        if without > 0 {
+            eprintln!("{without} pictures left out: their regions are in none of the tables of --regions");
+        }
+    } else {
+        let cache = FeatureCache { folder: &args.features, backbone: vision.given()?, trained_blocks: 0, views: 1 };
+        corpus.add_pairs(&args.dev, &cache, &tokenizer, config.positions, &|_| {})?;
+    }
     super::super::data::warn_damaged(&corpus.damaged);
     if corpus.pairs.is_empty() {
         bail!("the shards hold no pictures with captions");
