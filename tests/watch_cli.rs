@@ -58,7 +58,10 @@ fn watch(arguments: &[&str]) -> Run {
 }
 
 fn lines(run: &Run) -> Vec<WatchLine> {
-    run.json_lines().into_iter().map(|line| serde_json::from_value(line).unwrap_or_else(|error| panic!("{error}: {run:?}"))).collect()
+    run.json_lines()
+        .into_iter()
+        .map(|line| serde_json::from_value(line).unwrap_or_else(|error| panic!("{error}: {run:?}")))
+        .collect()
 }
 
 /// A number of the last line on standard error, by the word behind it.
@@ -113,7 +116,10 @@ fn captions_go_to_every_sink() {
         assert!(line.tokens > 3 && line.score < 0.0, "{line:?}");
         assert!(line.captured.ends_with('Z') && line.captured.len() == 24, "{line:?}");
     }
-    assert_eq!((counted(&run.stderr, " frames"), counted(&run.stderr, " captioned"), counted(&run.stderr, " dropped")), (3, 3, 0));
+    assert_eq!(
+        (counted(&run.stderr, " frames"), counted(&run.stderr, " captioned"), counted(&run.stderr, " dropped")),
+        (3, 3, 0)
+    );
 
     // The screens show the last picture, a red cross, and words.
     let screen = image::open(at("c.png")).unwrap().into_rgb8();
@@ -219,7 +225,10 @@ fn bad_files_do_not_spoil_the_others() {
     assert_eq!(run.code, 3, "{run:?}");
     let found = run.json_lines();
     // 0.png before a.png.
-    assert_eq!((found[0]["caption"].as_str(), found[1]["error"].as_str()), (Some(SAMPLES[1].1), Some("the PNG file is cut short")));
+    assert_eq!(
+        (found[0]["caption"].as_str(), found[1]["error"].as_str()),
+        (Some(SAMPLES[1].1), Some("the PNG file is cut short"))
+    );
     assert_eq!(found[1]["source"], text(&folder.path().join("a.png")));
     assert_eq!(counted(&run.stderr, " corrupt"), 1);
     let run = watch(&[&text(folder.path())]);
@@ -260,7 +269,8 @@ fn signals_end_it_cleanly() {
         signal(&child, name);
         let (code, rest, complaints) = end(child, output);
         assert_eq!(code, Some(130), "{complaints}");
-        let printed = (line + &rest).lines().map(|line| serde_json::from_str::<WatchLine>(line).unwrap()).count() as u64;
+        let printed: Vec<WatchLine> = (line + &rest).lines().map(|line| serde_json::from_str(line).unwrap()).collect();
+        let printed = printed.len() as u64;
         assert_eq!(counted(&complaints, " captioned"), printed);
         // The last message on the line tells the same.
         let (mut decoder, mut last) = (Decoder::new(), None);

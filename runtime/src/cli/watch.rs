@@ -197,11 +197,12 @@ impl Thermometer {
         let telemetry = Telemetry::read(Path::new("/"));
         let causes = telemetry.throttling.map(Throttling::now).unwrap_or_default();
         let words = causes.iter().map(|cause| cause.words()).collect::<Vec<_>>().join(", ");
-        if self.throttled.replace(!words.is_empty()) != !words.is_empty() {
-            (self.say)(&if words.is_empty() {
-                "the board is held back no more".to_owned()
-            } else {
+        let throttled = !words.is_empty();
+        if self.throttled.replace(throttled) != throttled {
+            (self.say)(&if throttled {
                 format!("the board is held back: {words}")
+            } else {
+                "the board is held back no more".to_owned()
             });
         }
         let celsius = telemetry.hottest_c(&self.zones).map(|celsius| celsius as f32);

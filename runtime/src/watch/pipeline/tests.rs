@@ -74,8 +74,11 @@ fn frame(sequence: u64, colour: [u8; 3]) -> Frame {
 /// Where it is held, it tells what it looks at and waits.
 #[derive(Default)]
 struct Eye {
-    held: Option<(Sender<[u8; 3]>, Mutex<Receiver<()>>)>,
+    held: Option<Held>,
 }
+
+/// Told of what is looked at, and asked before going on.
+type Held = (Sender<[u8; 3]>, Mutex<Receiver<()>>);
 
 struct Glance {
     colour: [u8; 3],
