@@ -36,7 +36,7 @@ Exit codes:
   3  bad input or bundle (of several pictures, those that can be read are still worked on)
   4  device or camera not available
   5  engine not available
-  6  a budget was missed";
+  6  a budget was missed
 130  interrupted";
 
 /// A wish that the command line's grammar allows and its meaning does not.
