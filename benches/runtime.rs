@@ -52,7 +52,8 @@ impl LanguageModel for Recited {
 
     fn read(&mut self, branches: &[Branch]) -> Result<Vec<f32>, Self::Error> {
         self.words += 1;
-        let drawn = |branch: &Branch| &self.logits[(branch.id as usize).wrapping_mul(31).wrapping_add(self.words) % self.logits.len()];
+        let drawn =
+            |branch: &Branch| &self.logits[(branch.id as usize).wrapping_mul(31).wrapping_add(self.words) % self.logits.len()];
         Ok(branches.iter().flat_map(drawn).copied().collect())
     }
 

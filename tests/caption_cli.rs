@@ -230,7 +230,7 @@ fn exit_codes() {
     let empty = folder.path().join("empty");
     fs::create_dir(&empty).unwrap();
     let (picture, empty) = (text(&paths[0]), text(&empty));
-    let cases: [(&[&str], i32, &str); 15] = [
+    let cases: [(&[&str], i32, &str); 18] = [
         (&["caption", empty], 1, "holds no pictures"),
         (&["caption"], 2, "required"),
         (&["caption", picture, "--json", "--jsonl"], 2, "cannot be used with"),

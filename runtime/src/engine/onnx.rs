@@ -1,10 +1,10 @@
 //! ONNX files as bundles hold them: weights lie outside the file and may be stored in 16 or 8 bits.
 //!
 //! Every constant is brought into memory here, checked against the file it comes from, and in the form that is run: a 16-bit
-//! weight behind a `Cast` and an 8-bit one behind a `DequantizeLinear` become 32-bit ones, a matrix behind a `Transpose` a
-//! transposed one. tract would repeat the casts of
-//! large constants at every run; and a token table that serves both the embedding and the output layer becomes two constants,
-//! each in the order its use wants, though it is stored once.
+//! weight behind a `Cast` becomes a 32-bit one, an 8-bit one behind a `DequantizeLinear` too unless a kernel of ours takes it as it
+//! is ([`fusion`]), a matrix behind a `Transpose` a transposed one. tract would repeat the casts of large constants at every run; and
+//! a token table that serves both the embedding and the output layer becomes two constants, each in the order its use wants, though
+//! it is stored once.
 
 use std::borrow::Cow;
 use std::collections::{BTreeMap, BTreeSet};
@@ -18,6 +18,7 @@ use tract_onnx::pb::{GraphProto, ModelProto, NodeProto, TensorProto, ValueInfoPr
 use super::network::{self, Backbone};
 use super::{EngineError, GraphSource, fusion};
 use crate::bundle::manifest::{Sizes, Symbol};
+use crate::kernels;
 
 /// A constant whose bytes are known to be as many as its shape needs.
 pub(super) struct Constant<'a> {
@@ -46,10 +47,15 @@ pub(super) fn parse(source: &GraphSource<'_>) -> Result<(ModelProto, Option<Back
             inline.push(tensor);
         }
     }
-    fusion::fuse_levels(graph, &mut constants);
-    fold(graph, &mut constants);
-    let backbone = network::take_backbone(graph, &constants);
-    fusion::fuse_linears(graph, &constants);
+    let mut backbone = None;
+    if kernels::available() {
+        fusion::fuse_levels(graph, &mut constants);
+        fold(graph, &mut constants);
+        backbone = network::take_backbone(graph, &constants);
+        fusion::fuse_linears(graph, &constants);
+    } else {
+        fold(graph, &mut constants);
+    }
     forget_unread(graph, &mut constants);
     graph.initializer = inline;
     graph.initializer.extend(constants.into_iter().map(|(name, constant)| TensorProto {

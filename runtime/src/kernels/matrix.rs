@@ -95,7 +95,7 @@ impl Matrix {
             return None;
         }
         let arch = Arch::new();
-        let width = REGISTERS * arch.dispatch(Lanes);
+        let width = REGISTERS * lanes();
         let shape = [inputs, outputs];
         let panels = match weights {
             Weights::F32(values) => Panels::F32(panels(values, shape, transposed, width)),
@@ -212,6 +212,10 @@ fn panels<T: Copy + Default>(values: &[T], [inputs, outputs]: [usize; 2], transp
 }
 
 /// Floats of a register.
+pub(super) fn lanes() -> usize {
+    Arch::new().dispatch(Lanes)
+}
+
 struct Lanes;
 
 impl WithSimd for Lanes {

@@ -1,5 +1,6 @@
 //! Arithmetic of our own where the built-in engine is slow: products with weights that stay in 8 bits in memory, and the
-//! convolutional backbone. Plain loops over arrays of [`LANES`] floats, compiled for several instruction sets and chosen at run time.
+//! convolutional backbone. Written once, compiled for several instruction sets and chosen at run time: the products through `pulp`
+//! (AVX-512, AVX2, NEON), the rest as plain loops over [`LANES`] floats through `multiversion`.
 
 mod bottleneck;
 mod depthwise;
@@ -8,6 +9,11 @@ mod matrix;
 pub(crate) use self::bottleneck::{Bottleneck, Network, Scratch, Stem};
 pub(crate) use self::depthwise::Depthwise;
 pub(crate) use self::matrix::{Activation, Layout, Matrix, Weights};
+
+/// Whether this processor has vector instructions that the kernels know; tract's own know more, such as 32-bit ARM's.
+pub(crate) fn available() -> bool {
+    matrix::lanes() > 1
+}
 
 /// Columns that are worked on together: one register of AVX-512, four of NEON.
 pub(crate) const LANES: usize = 16;
