@@ -71,6 +71,9 @@ impl GraphName {
     }
 }
 
+/// A graph, and the sizes that it was loaded with.
+type Loaded = (Sizes, Arc<dyn Graph>);
+
 /// A bundle opened on an engine. Graphs are loaded when first used, so that who only embeds texts pays for nothing else; many
 /// threads may use a model at once.
 pub struct Model {
@@ -79,7 +82,7 @@ pub struct Model {
     options: EngineOptions,
     precision: Precision,
     tokenizer: Tokenizer,
-    graphs: [Mutex<Vec<(Sizes, Arc<dyn Graph>)>>; 4],
+    graphs: [Mutex<Vec<Loaded>>; 4],
 }
 
 impl Model {
