@@ -279,27 +279,29 @@ fn a_damaged_cut_or_foreign_index_is_made_again() {
     let other_path = other.path().join("g");
     gallery(&other_path).put(&(0..PICTURES).map(|i| entry(format!("b/{i}"), i, unit(i))).collect::<Vec<_>>()).unwrap();
     sound(&other_path);
-    let mut cases: Vec<(String, Vec<u8>)> = vec![
-        ("empty".into(), vec![]),
-        ("text".into(), b"milk, eggs, bread\n".repeat(1000)),
-        ("another gallery's".into(), fs::read(index_of(&other_path)).unwrap()),
-        ("more behind it".into(), [&whole[..], &[7; 200]].concat()),
-        ("twice".into(), [&whole[..], &whole[64..]].concat()),
-        ("a segment of zeros".into(), [&whole[..], &[0; 4096]].concat()),
+    // With each, whether it is of no use.
+    let mut cases: Vec<(String, Vec<u8>, bool)> = vec![
+        ("empty".into(), vec![], true),
+        ("text".into(), b"milk, eggs, bread\n".repeat(1000), true),
+        ("another gallery's".into(), fs::read(index_of(&other_path)).unwrap(), true),
+        ("more behind it".into(), [&whole[..], &[7; 200]].concat(), false),
+        ("twice".into(), [&whole[..], &whole[64..]].concat(), false),
+        ("a segment of zeros".into(), [&whole[..], &[0; 4096]].concat(), false),
     ];
     for length in [1, 63, 64, 65, 127, 128, 1000, whole.len() / 2, whole.len() - 64, whole.len() - 1] {
-        cases.push((format!("cut at {length}"), whole[..length].to_vec()));
+        // Behind the last source are zeros up to a multiple of 64, which nobody reads.
+        cases.push((format!("cut at {length}"), whole[..length].to_vec(), length < whole.len() - 63));
     }
-    // Each byte of the first two headers, and some of everything else.
-    for at in (0..128).chain((128..whole.len()).step_by(whole.len() / 60)) {
+    // Each byte that says something in the first two headers, and some of everything else.
+    for at in (0..28).chain(64..124).chain((128..whole.len() - 64).step_by(whole.len() / 60)) {
         let mut bytes = whole.clone();
         bytes[at] ^= 1 << (at % 8);
-        cases.push((format!("byte {at}"), bytes));
+        cases.push((format!("byte {at}"), bytes, true));
     }
-    for (name, bytes) in cases {
+    for (name, bytes, must_be_made_again) in cases {
         // As another file, as the system would bring it: whoever has the old one mapped keeps it.
         fs::remove_file(&index).unwrap();
-        fs::write(&index, bytes).unwrap();
+        fs::write(&index, &bytes).unwrap();
         let fresh = gallery(&path);
         for seed in [5100, 20] {
             let (hits, method) = found(&fresh, &unit(seed), &Filter::default(), 2);
@@ -308,6 +310,8 @@ fn a_damaged_cut_or_foreign_index_is_made_again() {
         }
         let (hits, _) = found(&stored, &unit(5100), &Filter::default(), 2);
         assert_eq!(hits[0].source, "a/5100", "{name}");
+        // A changed byte need not show in what is found; that the file was made again shows that it was seen.
+        assert_eq!(fs::read(&index).unwrap() != bytes, must_be_made_again, "{name}");
     }
     sound(&path);
     assert_eq!(fs::read(&path).unwrap(), gallery_before, "the gallery has nothing to do with it");
