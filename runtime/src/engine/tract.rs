@@ -293,7 +293,8 @@ mod tests {
         let x = Tensor::f32(&[1, 2], vec![1.0, -0.5]).unwrap();
         let alone = toy().node("Mul", &["twice", "half"], "y").model();
         let shared = toy().node("Mul", &["twice", "half"], "gelu").node("Add", &["gelu", "erf"], "y").model();
-        for (model, operators) in [(alone, 1), (shared, 7)] {
+        let other = toy().floats("less", &[1], &[0.4]).node("Mul", &["twice", "less"], "y").model();
+        for (model, operators) in [(alone, 1), (other, 6), (shared, 7)] {
             let onnx = model.encode_to_vec();
             let source = GraphSource { signature: &signature(), sizes: SIZES, onnx: &onnx, external: &|_| None };
             let parsed = onnx::parse(&source).unwrap().0.graph.unwrap();
@@ -301,7 +302,11 @@ mod tests {
             assert_eq!(parsed.node[0].op_type, LINEAR);
             let y = load(&model, &signature(), 1).unwrap().run(&[("x", &x)]).unwrap();
             for (found, sum) in y[0].floats().iter().zip([0.0, -0.5]) {
-                let expected = gelu(sum) + if operators == 1 { 0.0 } else { erf(sum / 2f64.sqrt()) };
+                let expected = match operators {
+                    1 => gelu(sum),
+                    6 => 0.8 * gelu(sum),
+                    _ => gelu(sum) + erf(sum / 2f64.sqrt()),
+                };
                 assert!((f64::from(*found) - expected).abs() < 1e-6, "{found} {expected}");
             }
         }
