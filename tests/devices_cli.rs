@@ -3,11 +3,11 @@
 
 use std::fs;
 use std::path::Path;
-use std::process::{Command, Stdio};
+use std::process::Stdio;
 
 use image::{ImageFormat, Rgb, RgbImage};
 use serde::Deserialize;
-use unimo_tests::{Run, path, program, program_with_input};
+use unimo_tests::{Run, command, program, program_with_input};
 
 #[derive(Debug, Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -142,7 +142,7 @@ fn a_camera_gives_its_next_picture() {
 
 /// Runs `unimo` where no program but those in a folder is found.
 fn with_path(folder: &Path, arguments: &[&str]) -> Run {
-    let output = Command::new(path("unimo")).args(arguments).env("PATH", folder).stdin(Stdio::null()).output().unwrap();
+    let output = command("unimo").args(arguments).env("PATH", folder).stdin(Stdio::null()).output().unwrap();
     let text = |bytes| String::from_utf8(bytes).unwrap();
     Run { code: output.status.code().unwrap_or(-1), stdout: text(output.stdout), stderr: text(output.stderr) }
 }

@@ -45,7 +45,7 @@ pub fn program(name: &str, arguments: &[&str]) -> Run {
 /// Those of [`program`].
 #[must_use]
 pub fn program_with_input(name: &str, arguments: &[&str], input: &[u8]) -> Run {
-    let mut child = Command::new(path(name))
+    let mut child = command(name)
         .args(arguments)
         .stdin(Stdio::piped())
         .stdout(Stdio::piped())
@@ -60,6 +60,26 @@ pub fn program_with_input(name: &str, arguments: &[&str], input: &[u8]) -> Run {
     });
     let text = |bytes| String::from_utf8(bytes).expect("output is UTF-8");
     Run { code: output.status.code().unwrap_or(-1), stdout: text(output.stdout), stderr: text(output.stderr) }
+}
+
+/// One of this workspace's programs, to be given arguments and started. Where `UNIMO_PROGRAM` names another `unimo`, one built for
+/// a board, it is that; `UNIMO_RUNNER` then holds the words that run it here, as in `qemu-aarch64 -L /usr/aarch64-linux-gnu`.
+///
+/// # Panics
+/// Where it cannot be built.
+#[must_use]
+pub fn command(name: &str) -> Command {
+    let Some(other) = env::var_os("UNIMO_PROGRAM").filter(|_| name == "unimo") else {
+        return Command::new(path(name));
+    };
+    let runner = env::var("UNIMO_RUNNER").unwrap_or_default();
+    let mut words = runner.split_whitespace();
+    let Some(emulator) = words.next() else {
+        return Command::new(other);
+    };
+    let mut command = Command::new(emulator);
+    command.args(words).arg(other);
+    command
 }
 
 /// The engine that the programs run on unless a test says otherwise: the one that `UNIMO_ENGINE` names, as for every user.

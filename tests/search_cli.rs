@@ -11,7 +11,7 @@ use std::time::{Duration, SystemTime};
 use serde::Deserialize;
 use serde::de::DeserializeOwned;
 use tempfile::TempDir;
-use unimo_tests::{Run, path, program};
+use unimo_tests::{Run, command, path, program};
 use unimo_train::scenes;
 
 /// A bundle of random weights: it sees little, but the same every time.
@@ -227,7 +227,7 @@ fn adding_again_changes_only_what_changed() {
 fn relative_names_mean_the_same_picture_from_any_folder() {
     let (folder, pictures, gallery) = scratch(2);
     let inside = |arguments: &[&str]| {
-        let mut command = Command::new(path("unimo"));
+        let mut command = command("unimo");
         command.args(arguments).current_dir(folder.path().join("p")).stdin(Stdio::null());
         command.output().unwrap().status.code()
     };
@@ -331,7 +331,7 @@ fn without_rights(folder: &Path, arguments: &[&str]) -> std::process::Output {
     use std::os::unix::fs::{MetadataExt, PermissionsExt};
     use std::os::unix::process::CommandExt;
     fs::set_permissions(folder, fs::Permissions::from_mode(0o555)).unwrap();
-    let mut command = Command::new(path("unimo"));
+    let mut command = command("unimo");
     if fs::metadata("/proc/self").is_ok_and(|own| own.uid() == 0) {
         // A copy where everybody may go: the build folder need not be such a place.
         let program = folder.with_file_name("unimo");
@@ -430,7 +430,7 @@ fn check_survivors(gallery: &str, acknowledged: &[(String, String)], pictures: &
 fn kill_9_loses_nothing_that_was_acknowledged() {
     for after in [0, 1, 6] {
         let (_folder, pictures, gallery) = scratch(16);
-        let mut child = Command::new(path("unimo"))
+        let mut child = command("unimo")
             .args(["index", "add", "--jsonl", "--gallery", &gallery, "--bundle", &BUNDLE])
             .args(&pictures)
             .stdout(Stdio::piped())
@@ -490,7 +490,7 @@ fn nothing_is_acknowledged_before_it_is_stored() {
     // While this transaction lasts, nobody else's can.
     let other = rusqlite::Connection::open(&gallery).unwrap();
     other.execute_batch("BEGIN IMMEDIATE").unwrap();
-    let mut child = Command::new(path("unimo"))
+    let mut child = command("unimo")
         .args(["index", "add", "--jsonl", "--no-captions", "--gallery", &gallery, "--bundle", &BUNDLE, &pictures[1]])
         .stdout(Stdio::piped())
         .spawn()

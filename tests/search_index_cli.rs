@@ -12,7 +12,7 @@ use std::time::{Duration, Instant};
 use tempfile::TempDir;
 use unimo::bundle::{Bundle, BundleSource};
 use unimo::gallery::{Entry, Gallery, Time};
-use unimo_tests::path;
+use unimo_tests::{command, path};
 
 /// A bundle of random weights: it sees little, but the same every time.
 static BUNDLE: LazyLock<PathBuf> = LazyLock::new(|| {
@@ -43,7 +43,7 @@ fn gallery(pictures: usize) -> (TempDir, PathBuf) {
 }
 
 fn search(gallery: &Path) -> Command {
-    let mut command = Command::new(path("unimo"));
+    let mut command = command("unimo");
     command.args(["search", "a red circle", "-k", "20", "--json", "--gallery"]).arg(gallery).arg("--bundle").arg(&*BUNDLE);
     command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
     command
@@ -94,7 +94,7 @@ fn a_search_killed_while_it_makes_the_index_misleads_nobody() {
         assert!(index_of(&gallery).exists() && !draft.exists());
     }
     assert!(cut_short > 0, "it was never caught in the act");
-    let sound = Command::new(path("unimo")).args(["index", "verify", "--gallery"]).arg(&gallery).output().unwrap();
+    let sound = command("unimo").args(["index", "verify", "--gallery"]).arg(&gallery).output().unwrap();
     assert!(sound.status.success(), "{sound:?}");
 }
 
@@ -118,7 +118,7 @@ fn without_rights(folder: &Path, gallery: &Path) -> (String, String) {
     let bundle = folder.with_file_name("bundle.tar");
     fs::copy(&*BUNDLE, &bundle).unwrap();
     fs::set_permissions(folder, fs::Permissions::from_mode(0o555)).unwrap();
-    let mut command = Command::new(path("unimo"));
+    let mut command = command("unimo");
     if fs::metadata("/proc/self").is_ok_and(|own| own.uid() == 0) {
         let program = folder.with_file_name("unimo");
         fs::copy(path("unimo"), &program).unwrap();
@@ -161,7 +161,7 @@ fn adding_pictures_brings_the_index_up_to_date() {
         unimo_train::scenes::generate(11, index).draw().save(pictures.join(format!("{index}.png"))).unwrap();
     }
     let unimo = |arguments: &[&str]| {
-        let output = Command::new(path("unimo")).args(arguments).arg("--gallery").arg(&gallery).output().unwrap();
+        let output = command("unimo").args(arguments).arg("--gallery").arg(&gallery).output().unwrap();
         assert!(output.status.success(), "{output:?}");
         String::from_utf8(output.stdout).unwrap()
     };

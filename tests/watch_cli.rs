@@ -8,7 +8,7 @@ use std::process::{Child, ChildStdout, Command, Stdio};
 
 use serde::Deserialize;
 use tempfile::TempDir;
-use unimo_tests::{Run, engine, path, program, program_with_input};
+use unimo_tests::{Run, command, engine, program, program_with_input};
 use unimo_wire::{Decoder, Message};
 
 /// The samples and the captions that the README shows.
@@ -237,7 +237,7 @@ fn bad_files_do_not_spoil_the_others() {
 }
 
 fn start(arguments: &[&str]) -> (Child, BufReader<ChildStdout>) {
-    let mut command = Command::new(path("unimo"));
+    let mut command = command("unimo");
     command.arg("watch").args(arguments).stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped());
     let mut child = command.spawn().unwrap();
     let output = BufReader::new(child.stdout.take().unwrap());

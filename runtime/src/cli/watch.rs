@@ -16,19 +16,20 @@ use signal_hook::iterator::Signals;
 use unimo::model::{GraphName, Model};
 use unimo::watch::sink::{DisplaySink, Failures, JsonLines, ModelNames, Saver, SerialSink, Sink, Terminal};
 use unimo::watch::{Counts, Ended, ModelCaptioner, Say, Summary, Watch, WatchError, WatchOptions};
-use unimo_devices::board;
+use unimo_devices::board::{self, Board};
 use unimo_devices::camera::{self, Camera, CameraOptions};
 use unimo_devices::telemetry::{Telemetry, Throttling};
 
 use super::ModelArgs;
 use super::decode_args::DecodeArgs;
-use super::exit::{BAD_INPUT, INTERRUPTED, NO_DEVICE, NOTHING_FOUND};
+use super::exit::{BAD_INPUT, INTERRUPTED, NO_DEVICE, NOTHING_FOUND, UsageError};
 
 const EXAMPLES: &str = "\
 Examples:
   unimo watch v4l2:///dev/video0                          a line whenever the scene changes
   unimo watch rpicam://0 --every 1s --display fb          at most one look a second, on the screen
   unimo watch rpicam://0 --jsonl --gallery g --save shots to search in later
+  unimo watch --display auto --engine auto                the board's own camera, screen and engine
   unimo watch pipe://- --serial /dev/ttyUSB0 < stream.mjpeg
   unimo watch holidays/ --gate off --jsonl                every picture of a folder, in turn
 
@@ -48,9 +49,9 @@ what became of the frames. Ends with 130 on SIGINT and SIGTERM, after the captio
 #[derive(Debug, Args)]
 #[command(after_help = EXAMPLES)]
 pub struct WatchArgs {
-    /// A camera, a stream, a folder or a recording
+    /// A camera, a stream, a folder or a recording [default: the board's camera; see `unimo devices detect`]
     #[arg(value_name = "URI")]
-    source: String,
+    source: Option<String>,
     #[command(flatten)]
     model: ModelArgs,
     #[command(flatten)]
@@ -113,7 +114,7 @@ struct SinkArgs {
     /// Save captioned frames into a folder
     #[arg(long, value_name = "FOLDER")]
     save: Option<PathBuf>,
-    /// Show captions on a display
+    /// Show captions on a display; auto is the board's
     #[arg(long, value_name = "URI")]
     display: Vec<String>,
     /// Send captions over a serial device or pipe, in frames that devices/wire describes
@@ -154,8 +155,10 @@ pub fn run(args: &WatchArgs) -> anyhow::Result<ExitCode> {
     let watch = Arc::new(Watch::default());
     interrupt_on_signals(&watch)?;
     // What is not there is found out before the model is loaded.
-    let camera = open_camera(args, &watch, &say)?;
-    let mut sinks = open_devices(&args.sinks, camera.name(), &say)?;
+    let board = board_here()?;
+    let source = source(args, board.as_ref())?;
+    let camera = open_camera(args, &source, &watch, &say)?;
+    let mut sinks = open_devices(&args.sinks, board.as_ref(), camera.name(), &say)?;
     let model = args.model.open()?;
     let options = args.decode.options(&model)?;
     model.load(&[GraphName::Vision, GraphName::Decode])?;
@@ -170,7 +173,35 @@ pub fn run(args: &WatchArgs) -> anyhow::Result<ExitCode> {
     let thermometer = Thermometer::new(&say);
     let captioner = ModelCaptioner { model: &model, options };
     let summary = watch.run(camera, &captioner, sinks, &options_of_watch, &|| thermometer.read(), &*say);
-    finish(&args.source, live, summary)
+    finish(&source.uri, live, summary)
+}
+
+/// This board, if its file is more than what all of an architecture have in common.
+fn board_here() -> anyhow::Result<Option<Board>> {
+    let found = board::detect(Path::new("/"), std::env::consts::ARCH)?.board;
+    Ok(found.map(|(board, _)| board).filter(|board| !board.is_generic()))
+}
+
+/// What is watched, and how.
+#[derive(Debug, PartialEq)]
+struct Source {
+    uri: String,
+    size: Option<(u32, u32)>,
+    fps: Option<f32>,
+}
+
+/// What the command line names, or the board's camera with what its file says of it.
+fn source(args: &WatchArgs, board: Option<&Board>) -> Result<Source, UsageError> {
+    let CameraArgs { size, fps, .. } = args.camera;
+    if let Some(uri) = &args.source {
+        return Ok(Source { uri: uri.clone(), size, fps });
+    }
+    let camera = &board.ok_or_else(|| no_board("say what to watch"))?.camera;
+    Ok(Source { uri: camera.uri.clone(), size: size.or(Some(camera.size)), fps: fps.or(camera.fps) })
+}
+
+fn no_board(wish: &str) -> UsageError {
+    UsageError(format!("this is no board that `unimo devices list` knows: {wish}"))
 }
 
 /// The board's temperature, read at most once a second: a look may take less.
@@ -228,16 +259,26 @@ fn interrupt_on_signals(watch: &Arc<Watch>) -> io::Result<()> {
     Ok(())
 }
 
-fn open_camera(args: &WatchArgs, watch: &Arc<Watch>, say: &Arc<Say>) -> anyhow::Result<Box<dyn Camera>> {
-    let CameraArgs { size, fps, wait } = args.camera;
-    let options =
-        CameraOptions { size, fps, wait_for_camera: wait, events: watch.camera_events(say.clone()), ..CameraOptions::default() };
-    Ok(camera::open(&args.source, &options)?)
+fn open_camera(args: &WatchArgs, source: &Source, watch: &Arc<Watch>, say: &Arc<Say>) -> anyhow::Result<Box<dyn Camera>> {
+    let &Source { ref uri, size, fps } = source;
+    let (wait_for_camera, events) = (args.camera.wait, watch.camera_events(say.clone()));
+    Ok(camera::open(uri, &CameraOptions { size, fps, wait_for_camera, events, ..CameraOptions::default() })?)
 }
 
-fn open_devices(args: &SinkArgs, camera: &str, say: &Arc<Say>) -> anyhow::Result<Vec<Box<dyn Sink>>> {
+/// A display as the command line names it, or the board's.
+fn display<'a>(uri: &'a str, board: Option<&'a Board>) -> Result<&'a str, UsageError> {
+    if uri != "auto" {
+        return Ok(uri);
+    }
+    let board = board.ok_or_else(|| no_board("say which display"))?;
+    let display = board.display.as_ref().ok_or_else(|| UsageError(format!("{}: no display is known of it", board.title)))?;
+    Ok(&display.uri)
+}
+
+fn open_devices(args: &SinkArgs, board: Option<&Board>, camera: &str, say: &Arc<Say>) -> anyhow::Result<Vec<Box<dyn Sink>>> {
     let mut sinks: Vec<Box<dyn Sink>> = Vec::new();
     for uri in &args.display {
+        let uri = display(uri, board)?;
         sinks.push(Box::new(DisplaySink::open(uri, &format!("waiting for {camera}"), say.clone())?));
     }
     for path in &args.serial {
@@ -308,6 +349,33 @@ fn nothing_seen(counts: &Counts) -> bool {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn what_is_not_named_is_the_boards() {
+        let of = |words: &[&str]| {
+            #[derive(Debug, clap::Parser)]
+            struct Line {
+                #[command(flatten)]
+                args: WatchArgs,
+            }
+            <Line as clap::Parser>::parse_from([&["watch"], words].concat()).args
+        };
+        let pi = board::all().unwrap().into_iter().find(|board| board.name == "raspberry-pi-4").unwrap();
+        let camera = |uri: &str, size, fps| Ok(Source { uri: uri.to_owned(), size, fps });
+        let cases = [
+            (vec![], Some(&pi), camera("rpicam://0", Some((640, 480)), Some(10.0))),
+            (vec!["--size", "320x240", "--fps", "2"], Some(&pi), camera("rpicam://0", Some((320, 240)), Some(2.0))),
+            (vec!["pipe://-"], Some(&pi), camera("pipe://-", None, None)),
+            (vec!["pipe://-"], None, camera("pipe://-", None, None)),
+            (vec![], None, Err("this is no board that `unimo devices list` knows: say what to watch".to_owned())),
+        ];
+        for (words, board, expected) in cases {
+            assert_eq!(source(&of(&words), board).map_err(|error| error.0), expected, "{words:?}");
+        }
+        assert_eq!(display("auto", Some(&pi)).unwrap(), "fb:///dev/fb0");
+        assert_eq!(display("png://a.png", None).unwrap(), "png://a.png");
+        assert!(display("auto", None).unwrap_err().0.ends_with("say which display"));
+    }
 
     #[test]
     fn wishes_in_words() {

@@ -36,6 +36,8 @@ pub struct Run<'a> {
     pub date: String,
     /// This program's.
     pub version: &'a str,
+    /// The commit that it was built of, where the build was told (`UNIMO_COMMIT`).
+    pub commit: Option<&'a str>,
     pub machine: Machine,
     pub bundle: &'a str,
     pub model: &'a str,
@@ -128,7 +130,7 @@ mod tests {
         let path = folder.path().join("ledger");
         std::fs::write(&path, "{\"schema\":1}\n{\"sch").unwrap();
         let machine = Machine { name: None, target: "t".into(), processors: 1, memory: None };
-        let run = Run { date: now(), version: "1", machine, bundle: "b", model: "m", threads: 1, rounds: 1 };
+        let run = Run { date: now(), version: "1", commit: None, machine, bundle: "b", model: "m", threads: 1, rounds: 1 };
         for _ in 0..2 {
             Ledger::open(&path).unwrap().add(&run, &[]).unwrap();
         }

@@ -3,13 +3,16 @@
 //! Every combination runs in a process of its own, so that memory and the first caption are its alone, and in several rounds
 //! that take turns, so that a machine that slows down meanwhile slows all of them.
 
+mod bounds;
+mod conditions;
+mod history;
 mod ledger;
 mod report;
 mod worker;
 
 use std::io::{BufRead, BufReader};
 use std::num::NonZeroUsize;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::{Command, ExitCode, Stdio};
 use std::time::Instant;
 
@@ -20,9 +23,12 @@ use unimo::bundle::manifest::Precision;
 use unimo::bundle::{Bundle, BundleSource};
 use unimo::engine::{EngineKind, EngineOptions, Provider};
 use unimo::image::{DecodeLimits, decode};
+use unimo_devices::board;
 
+use self::conditions::Conditions;
+use self::history::LedgerCommand;
 use self::ledger::{Ledger, Machine, Run};
-use self::report::{Row, row, table};
+use self::report::{Row, remarks, row, table};
 use self::worker::{First, Measured, encoded_pictures};
 use super::exit;
 use super::output::{Output, SCHEMA, milliseconds};
@@ -33,18 +39,24 @@ Examples:
   unimo bench --bundle all.tar holidays/          every precision of a bundle
   unimo bench --engine tract --assert-p90-ms 900 photo.jpg
   unimo bench --duration 60s --ledger ledger.jsonl photo.jpg       adds a line for each row
+  unimo bench compare ledger.jsonl                what became slower since
 
 The whole way is timed, from the encoded picture in memory to the text, with the bundle's own decoding. `first` is the wall time
 from the start of the process to its first caption, `cpu` the processor time until then (both the median of the rounds), `peak MB`
 the most memory held.
+A percentile with a `~` is of too few captions to be sure of: 64 are needed for p90, 662 for p99 (a longer --duration). In --json
+`at_most_ms` holds the percentiles' upper bounds with a confidence of 99 %, MLPerf's early-stopping estimate. Heat, throttling and, on a
+Jetson, energy are told below the table.
 A line of the ledger is a JSON object: a row of --json with the date, the machine, and the versions of program and model.
 Exit code 6: a p90 is above --assert-p90-ms.
 ";
 
 /// Measure captioning on every engine and precision that is here
 #[derive(Debug, Args)]
-#[command(after_help = EXAMPLES)]
+#[command(after_help = EXAMPLES, args_conflicts_with_subcommands = true)]
 pub struct BenchArgs {
+    #[command(subcommand)]
+    ledgers: Option<LedgerCommand>,
     /// Pictures (JPEG, PNG, WebP) or folders of them, captioned in turn [default: a drawn one inside this program]
     #[arg(value_name = "PICTURE")]
     sources: Vec<String>,
@@ -115,7 +127,11 @@ fn by_name<S: serde::Serializer>(value: &impl ToString, serializer: S) -> Result
 }
 
 pub fn run(args: &BenchArgs) -> anyhow::Result<ExitCode> {
-    if args.worker { worker::work(args) } else { compare(args) }
+    match &args.ledgers {
+        Some(command) => history::run(command),
+        None if args.worker => worker::work(args),
+        None => compare(args),
+    }
 }
 
 fn source(args: &BenchArgs) -> BundleSource {
@@ -137,20 +153,25 @@ fn compare(args: &BenchArgs) -> anyhow::Result<ExitCode> {
         combinations.extend(precisions.iter().map(|&precision| Combination { engine, provider, precision }));
     }
     let output = Output::new(combinations.len() * args.rounds as usize);
-    let mut runs: Vec<Vec<(f64, First, Measured)>> = combinations.iter().map(|_| Vec::new()).collect();
+    let root = Path::new("/");
+    let board = board::detect(root, std::env::consts::ARCH)?.board.map(|(board, _)| board);
+    let mut runs: Vec<(Vec<(f64, First, Measured)>, Conditions)> = combinations.iter().map(|_| Default::default()).collect();
     for _ in 0..args.rounds {
-        for (combination, runs) in combinations.iter().zip(&mut runs) {
-            let run = round(args, combination);
+        for (combination, (runs, conditions)) in combinations.iter().zip(&mut runs) {
+            let (run, later) = Conditions::during(root, board.as_ref(), || round(args, combination));
             runs.push(run.with_context(|| format!("{} in {}", combination.engine, combination.precision))?);
+            *conditions = std::mem::take(conditions).then(later);
             output.advance();
         }
     }
+    let measured = combinations.into_iter().zip(runs);
     let rows: Vec<Row> =
-        combinations.into_iter().zip(runs).filter_map(|(combination, runs)| row(&bundle, combination, &runs)).collect();
+        measured.filter_map(|(combination, (runs, conditions))| row(&bundle, combination, &runs, conditions)).collect();
     if let Some(ledger) = &mut ledger {
         let run = Run {
             date: ledger::now(),
             version: env!("CARGO_PKG_VERSION"),
+            commit: option_env!("UNIMO_COMMIT"),
             machine: Machine::this(),
             bundle: bundle.id(),
             model: &bundle.manifest().model.name,
@@ -164,7 +185,7 @@ fn compare(args: &BenchArgs) -> anyhow::Result<ExitCode> {
             "schema": SCHEMA, "bundle": bundle.id(), "threads": args.threads, "rounds": args.rounds, "results": rows,
         }))?;
     } else {
-        table(&rows).iter().try_for_each(|line| output.line(line))?;
+        table(&rows).iter().chain(&remarks(&rows)).try_for_each(|line| output.line(line))?;
     }
     let slow = |row: &&Row| args.assert_p90_ms.is_some_and(|limit| row.ms.p90 > limit);
     if let (Some(row), Some(limit)) = (rows.iter().find(slow), args.assert_p90_ms) {

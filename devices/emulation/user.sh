@@ -1,0 +1,49 @@
+#!/usr/bin/env bash
+# The runtime's tests on a board's processor, emulated: its library's (kernels, engines, gallery, cameras, displays), then the
+# command line's, on both engines, with `unimo` built for the board and all else of this machine.
+#
+#   devices/emulation/user.sh aarch64|armv7 [TEST…]   (default: caption_cli devices_cli search_cli watch_cli)
+#   UNIMO_EMULATION=small devices/emulation/user.sh aarch64      what CI runs: some minutes instead of an hour
+#
+# Emulation is some hundred times slower than a board: nothing is to be read from its times.
+set -euo pipefail
+cd "$(dirname "$0")/../.."
+root=$PWD
+architecture=${1:-}
+case $architecture in
+    aarch64) triple=aarch64-unknown-linux-gnu runner=UNIMO_RUNNER_AARCH64 wheel=manylinux_2_28_aarch64 ;;
+    armv7) triple=armv7-unknown-linux-gnueabihf runner=UNIMO_RUNNER_ARMV7 wheel= ;;
+    *) sed -n '2,8s/^# \{0,1\}//p' "$0" >&2; exit 2 ;;
+esac
+shift
+tools=${UNIMO_BOARD_TOOLS:-$root/target-boards/tools}
+target=${CARGO_TARGET_DIR:-$root/target}
+
+say() { printf 'emulation: %s\n' "$*" >&2; }
+
+[ -e "$tools/env.sh" ] || devices/package/toolchain.sh "$tools"
+# shellcheck source=/dev/null
+. "$tools/env.sh"
+library=
+if [ -n "$wheel" ]; then
+    library=$tools/onnxruntime-$architecture/onnxruntime/capi
+    if [ ! -d "$library" ]; then
+        say "ONNX Runtime for $architecture, from its Python wheel"
+        "$tools/python/bin/pip" install --quiet --disable-pip-version-check --no-deps --only-binary=:all: --platform "$wheel" \
+            --python-version 311 --target "$tools/onnxruntime-$architecture" onnxruntime==1.32.0
+    fi
+fi
+
+export "CARGO_TARGET_$(tr 'a-z-' 'A-Z_' <<<"$triple")_RUNNER=${!runner}"
+say "the runtime's library"
+cargo-zigbuild test --release --package unimo --package unimo-devices --lib --target "$triple.2.31" -- "${filter[@]}"
+
+say "the command line"
+cargo zigbuild --release --package unimo --target "$triple.2.31"
+export UNIMO_PROGRAM=$target/$triple/release/unimo UNIMO_RUNNER=${!runner}
+for engine in tract ${library:+ort}; do
+    say "on $engine"
+    tests=()
+    for test in "${suites[@]}"; do tests+=(--test "$test"); done
+    UNIMO_ENGINE=$engine ORT_DYLIB_PATH=$library cargo test --release --workspace "${tests[@]}" -- "${cases[@]}"
+done
