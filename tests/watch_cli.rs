@@ -311,8 +311,7 @@ fn refusals_have_their_sentence_and_exit_code() {
     let (source, missing) = (text(&samples()), text(&folder.path().join("missing")));
     let not_a_gallery = text(&folder.path().join("words"));
     fs::write(&not_a_gallery, "words, words and more words; not a database at all, not even nearly").unwrap();
-    let cases: [(&[&str], i32, &str); 16] = [
-        (&["watch"], 2, "URI"),
+    let cases: [(&[&str], i32, &str); 15] = [
         (&["watch", "warp://9"], 2, "warp://"),
         (&["watch", &missing], 4, "not there"),
         (&["watch", &text(folder.path())], 1, "holds no pictures"),

@@ -2,8 +2,10 @@
 # The runtime's tests on a board's processor, emulated: its library's (kernels, engines, gallery, cameras, displays), then the
 # command line's, on both engines, with `unimo` built for the board and all else of this machine.
 #
-#   devices/emulation/user.sh aarch64|armv7 [TEST…]   (default: caption_cli devices_cli search_cli watch_cli)
-#   UNIMO_EMULATION=small devices/emulation/user.sh aarch64      what CI runs: some minutes instead of an hour
+#   devices/emulation/user.sh aarch64|armv7 [small]
+#
+# `small` is what CI runs: the kernels, engines and picture preparation of the library, and captions, embeddings and a search of the
+# command line.
 #
 # Emulation is some hundred times slower than a board: nothing is to be read from its times.
 set -euo pipefail
@@ -13,9 +15,16 @@ architecture=${1:-}
 case $architecture in
     aarch64) triple=aarch64-unknown-linux-gnu runner=UNIMO_RUNNER_AARCH64 wheel=manylinux_2_28_aarch64 ;;
     armv7) triple=armv7-unknown-linux-gnueabihf runner=UNIMO_RUNNER_ARMV7 wheel= ;;
-    *) sed -n '2,8s/^# \{0,1\}//p' "$0" >&2; exit 2 ;;
+    *) sed -n '2,10s/^# \{0,1\}//p' "$0" >&2; exit 2 ;;
 esac
-shift
+case ${2:-all} in
+    # `unimo bench` starts itself, which an emulated program cannot.
+    all) units=() suites=(caption_cli devices_cli search_cli) cases=(--skip captioning_is_measured) ;;
+    # Names of units and of tests: each is a part of those that run.
+    small) units=(kernels:: engine:: image:: captioning::) suites=(caption_cli search_cli devices_cli)
+        cases=(a_caption_line one_picture_gives exit_codes embeddings_are matching_gives pictures_are_added a_board_is_detected) ;;
+    *) sed -n '2,10s/^# \{0,1\}//p' "$0" >&2; exit 2 ;;
+esac
 tools=${UNIMO_BOARD_TOOLS:-$root/target-boards/tools}
 target=${CARGO_TARGET_DIR:-$root/target}
 
@@ -36,14 +45,14 @@ fi
 
 export "CARGO_TARGET_$(tr 'a-z-' 'A-Z_' <<<"$triple")_RUNNER=${!runner}"
 say "the runtime's library"
-cargo-zigbuild test --release --package unimo --package unimo-devices --lib --target "$triple.2.31" -- "${filter[@]}"
+cargo-zigbuild test --release --package unimo --package unimo-devices --lib --target "$triple.2.31" -- "${units[@]}"
 
 say "the command line"
 cargo zigbuild --release --package unimo --target "$triple.2.31"
 export UNIMO_PROGRAM=$target/$triple/release/unimo UNIMO_RUNNER=${!runner}
+tests=()
+for suite in "${suites[@]}"; do tests+=(--test "$suite"); done
 for engine in tract ${library:+ort}; do
     say "on $engine"
-    tests=()
-    for test in "${suites[@]}"; do tests+=(--test "$test"); done
     UNIMO_ENGINE=$engine ORT_DYLIB_PATH=$library cargo test --release --workspace "${tests[@]}" -- "${cases[@]}"
 done

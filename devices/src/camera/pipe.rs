@@ -199,7 +199,7 @@ mod tests {
         let jpeg = samples::jpeg(8, 6, 1);
         writer.write_all(&jpeg[..20]).unwrap();
         let error = camera.next(Duration::from_millis(100)).unwrap_err();
-        assert!(error.is_timeout() && error.to_string().starts_with("-: no picture within 0.1 s"), "{error}");
+        assert!(error.is_timeout() && error.to_string().starts_with("-: no picture within "), "{error}");
         writer.write_all(&jpeg[20..]).unwrap();
         assert_eq!(camera.next(SOON).unwrap().unwrap().data, FrameData::Jpeg(jpeg));
         assert!(camera.stats().stalls >= 1 && record.count("silent for 0.0 s") >= 1, "{:?}", record.lines());

@@ -24,7 +24,7 @@ pub struct Conditions {
     /// Mean power of the whole module, in mW.
     pub power_mw: Option<f64>,
     #[serde(skip)]
-    readings: usize,
+    pub(super) readings: usize,
 }
 
 impl Conditions {

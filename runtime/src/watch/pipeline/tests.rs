@@ -188,6 +188,8 @@ fn the_newest_frame_wins_and_the_others_are_counted() {
     let (told, sinks) = notes();
     let watch = Watch::default();
     thread::scope(|scope| {
+        // Dropped where an assertion fails, or the watch would wait for more for ever.
+        let (steps, go) = (steps, go);
         let run = scope.spawn(|| watch.run(camera, &eye, sinks, &options(None), &|| None, &silent));
         let give = |sequence: u64| {
             steps.send(Step::Frame(frame(sequence, [sequence as u8; 3]))).unwrap();
@@ -319,6 +321,8 @@ fn an_interruption_keeps_what_is_begun() {
     let (told, sinks) = notes();
     let watch = Watch::default();
     thread::scope(|scope| {
+        // Dropped where an assertion fails, or the watch would wait for more for ever.
+        let (steps, go) = (steps, go);
         let run = scope.spawn(|| watch.run(camera, &eye, sinks, &options(None), &|| None, &silent));
         for sequence in [0, 1] {
             steps.send(Step::Frame(frame(sequence, [sequence as u8; 3]))).unwrap();
