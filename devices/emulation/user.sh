@@ -48,6 +48,8 @@ say "the runtime's library"
 cargo-zigbuild test --release --package unimo --package unimo-devices --lib --target "$triple.2.31" -- "${units[@]}"
 
 say "the command line"
+# As package.sh builds it, or it would be built twice.
+if commit=$(git describe --always --dirty 2>/dev/null); then export UNIMO_COMMIT=$commit; fi
 cargo zigbuild --release --package unimo --target "$triple.2.31"
 export UNIMO_PROGRAM=$target/$triple/release/unimo UNIMO_RUNNER=${!runner}
 tests=()

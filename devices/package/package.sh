@@ -3,7 +3,6 @@
 #
 #   devices/package/package.sh aarch64                all Jetsons, Raspberry Pi 3, 4, 5 and Zero 2 W with a 64-bit system
 #   devices/package/package.sh armv7                  Raspberry Pi 2 and later with a 32-bit system
-#   devices/package/package.sh musl                   aarch64, static: any Linux, but no ONNX Runtime
 #
 # A second word names the profile: `dist` (the default: small, minutes slower to build) or `release`. Results lie in
 # target/packages. Binaries need no newer glibc than 2.31 (JetPack 5, Debian 11), which is checked.
@@ -12,14 +11,10 @@ cd "$(dirname "$0")/../.."
 root=$PWD
 
 glibc=2.31
-features=()
 case "${1:-}" in
-    aarch64) triple=aarch64-unknown-linux-gnu zig_target=$triple.$glibc architecture=arm64 runner=AARCH64 ;;
-    armv7) triple=armv7-unknown-linux-gnueabihf zig_target=$triple.$glibc architecture=armhf runner=ARMV7 ;;
-    # A static program cannot load a shared library, so it comes without ONNX Runtime.
-    musl) triple=aarch64-unknown-linux-musl zig_target=$triple architecture=arm64 runner=AARCH64
-        features=(--no-default-features --features tract,embedded-bundle,gallery,watch,panels) ;;
-    *) sed -n '2,11s/^# \{0,1\}//p' "$0" >&2; exit 2 ;;
+    aarch64) triple=aarch64-unknown-linux-gnu architecture=arm64 runner=AARCH64 ;;
+    armv7) triple=armv7-unknown-linux-gnueabihf architecture=armhf runner=ARMV7 ;;
+    *) sed -n '2,10s/^# \{0,1\}//p' "$0" >&2; exit 2 ;;
 esac
 profile=${2:-dist}
 
@@ -29,23 +24,20 @@ tools=${UNIMO_BOARD_TOOLS:-$root/target-boards/tools}
 [ -e "$tools/env.sh" ] || devices/package/toolchain.sh "$tools"
 # shellcheck source=/dev/null
 . "$tools/env.sh"
-[ "$1" != musl ] || rustup target add "$triple"
 
-say "building for $zig_target, profile $profile"
-cargo zigbuild --profile "$profile" --package unimo --target "$zig_target" "${features[@]}"
+# Rows of `unimo bench` tell which commit they measured.
+if commit=$(git describe --always --dirty 2>/dev/null); then export UNIMO_COMMIT=$commit; fi
+say "building for $triple, profile $profile"
+cargo zigbuild --profile "$profile" --package unimo --target "$triple.$glibc"
 built=${CARGO_TARGET_DIR:-$root/target}/$triple/$profile
 program=$built/unimo
 
 needs=$(readelf --version-info --wide "$program" | grep -o 'GLIBC_[0-9.]*' | sort -uV | tail -1 | cut -d_ -f2 || true)
-if [ "$1" = musl ]; then
-    if readelf --program-headers --wide "$program" | grep -q INTERP; then say "$program is not static"; exit 1; fi
-    say "static: needs no glibc"
-elif [ "$(printf '%s\n' "$needs" "$glibc" | sort -V | tail -1)" != "$glibc" ]; then
+if [ "$(printf '%s\n' "$needs" "$glibc" | sort -V | tail -1)" != "$glibc" ]; then
     say "$program needs glibc $needs: newer than $glibc"
     exit 1
-else
-    say "needs glibc $needs"
 fi
+say "needs glibc $needs"
 
 # The program writes its manual pages and completions itself; a foreign one through the emulator.
 runner=UNIMO_RUNNER_$runner
@@ -68,17 +60,12 @@ mkdir -p "$folder"
 cp "$program" README.md CHANGELOG.md MODEL_CARD.md LICENSE LICENSE-APACHE LICENSE-MIT devices/package/unimo.{service,default} "$folder"
 cp -r "$staged"/{man,completions} "$folder"
 tar --create --xz --file "$packages/$name.tar.xz" --sort=name --owner=0 --group=0 --numeric-owner --mtime=@0 -C "$staged" "$name"
-made=("$name.tar.xz")
 
-# One package an architecture: the one that can load ONNX Runtime.
-if [ "$1" != musl ]; then
-    say "Debian package"
-    [ -x "$tools/bin/cargo-deb" ] ||
-        cargo install cargo-deb --version 3.8.0 --locked --no-default-features --root "$tools" --target-dir "$tools/cargo-deb"
-    deb=unimo_${version}_$architecture.deb
-    "$tools/bin/cargo-deb" deb --package unimo --no-build --no-strip --profile "$profile" --target "$triple" --deb-revision "" \
-        --output "$packages/$deb"
-    made+=("$deb")
-fi
+say "Debian package"
+[ -x "$tools/bin/cargo-deb" ] ||
+    cargo install cargo-deb --version 3.8.0 --locked --no-default-features --root "$tools" --target-dir "$tools/cargo-deb"
+deb=unimo_${version}_$architecture.deb
+"$tools/bin/cargo-deb" deb --package unimo --no-build --no-strip --profile "$profile" --target "$triple" --deb-revision "" \
+    --output "$packages/$deb"
 
-(cd "$packages" && for file in "${made[@]}"; do sha256sum "$file" >"$file.sha256"; done && ls -l "${made[@]}")
+(cd "$packages" && for file in "$name.tar.xz" "$deb"; do sha256sum "$file" >"$file.sha256"; done && ls -l "$name.tar.xz" "$deb")
