@@ -169,6 +169,17 @@ pub fn as_launched<T>(work: impl FnOnce(&dyn Collective) -> Result<T>) -> Result
     result
 }
 
+/// Refuses to do, several times beside itself, what one process does.
+///
+/// # Errors
+/// A launcher's environment that speaks of more than one rank, or makes no sense.
+pub fn require_one_rank(command: &str) -> Result<()> {
+    match Launch::from_environment(&|name| std::env::var(name).ok())? {
+        Some(launch) => bail!("`{command}` is one process, and a launcher started {}: start it without one", launch.ranks),
+        None => Ok(()),
+    }
+}
+
 /// Version and content of the running program: weights are the same everywhere only if it is the same program that computes them.
 fn program() -> Result<Vec<u8>> {
     let path = std::env::current_exe().context("cannot find the running program")?;
