@@ -43,10 +43,11 @@ learning_rate = 1e-3
 warmup_steps = 2
 ";
 
-/// Ranks add up gradients and the exponentials of a contrast in f32 in another order than one process does: about 1e-7 of a
-/// loss in the first step. What a step changes differs by as much, and a dozen steps with AdamW, which divides by the root of
-/// small second moments, were seen to make 3e-6 of it.
-const TOLERANCE: f64 = 3e-5;
+/// Of losses, gradients' norms and temperatures, relative to 1 plus their size. Ranks add up gradients and the exponentials of a
+/// contrast in f32 in another order than one process does, and the sums of a pass that is cut in two begin anew in the second
+/// part. From about 1e-7 in the first step, a dozen steps with AdamW were seen to make 7e-7 where the passes are the same, and
+/// 1e-5 where they are cut.
+const TOLERANCE: f64 = 1e-4;
 
 /// Variables by which a process knows that it is a rank.
 const LAUNCHERS: [&str; 14] = [
@@ -107,7 +108,7 @@ impl Bench {
     /// What pretrains `run`, without a launcher.
     fn pretrain(&self, run: &str, more: &str) -> Command {
         let mut command = Command::new(path("unimo-train"));
-        LAUNCHERS.iter().for_each(|name| drop(command.env_remove(name)));
+        without_launcher(&mut command);
         command.args(self.pretrain_words(run, more)).env("UNIMO_RANKS_TIMEOUT", "60");
         command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
         command
@@ -157,6 +158,13 @@ impl Bench {
             losses
         };
         log.lines().enumerate().map(of_line).collect()
+    }
+}
+
+/// These tests themselves may have been launched.
+fn without_launcher(command: &mut Command) {
+    for name in LAUNCHERS {
+        command.env_remove(name);
     }
 }
 
@@ -340,7 +348,7 @@ fn mpirun_starts_ranks_too() {
     let bench = Bench::new();
     bench.train(1, "one", "");
     let mut command = Command::new("mpirun");
-    LAUNCHERS.iter().for_each(|name| drop(command.env_remove(name)));
+    without_launcher(&mut command);
     // A container's only user, and fewer cores than ranks.
     command.env("OMPI_ALLOW_RUN_AS_ROOT", "1").env("OMPI_ALLOW_RUN_AS_ROOT_CONFIRM", "1");
     command.env("OMPI_MCA_rmaps_base_oversubscribe", "1");
