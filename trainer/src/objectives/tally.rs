@@ -8,8 +8,11 @@ use crate::model::Unimo;
 use crate::parallel::Collective;
 use crate::vision::Vision;
 
-/// Objectives, and the samples that each has in a pass.
-const OBJECTIVES: [(&str, fn(&Parts) -> usize); 12] = [
+/// Samples of an objective in a pass.
+type Samples = fn(&Parts) -> usize;
+
+/// Objectives, and the samples that each has.
+const OBJECTIVES: [(&str, Samples); 12] = [
     ("caption", |p| p.captions.rows.len()),
     ("text", |p| p.texts.rows.len()),
     ("fragments", |p| p.fragments.rows.len()),
@@ -44,7 +47,7 @@ impl Tally {
     /// Of the passes of this rank.
     #[must_use]
     pub fn of(batch: &StepBatch, model: &Unimo, vision: &Vision) -> Self {
-        let count = |of: fn(&Parts) -> usize| batch.chunks.iter().map(|chunk| of(&chunk.parts)).sum::<usize>() as f64;
+        let count = |of: Samples| batch.chunks.iter().map(|chunk| of(&chunk.parts)).sum::<usize>() as f64;
         Self {
             samples: OBJECTIVES.map(|(_, of)| count(of)),
             rows: batch.rows() as u64,

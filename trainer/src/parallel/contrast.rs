@@ -545,9 +545,9 @@ mod tests {
             compare(ranks, &own, &settings, &Device::Cpu).unwrap()
         });
         let expected = formula(plan, &of, temperature);
-        for kind in 0..2 {
+        for (kind, expected) in expected.into_iter().enumerate() {
             let sum: f64 = got.iter().map(|rank| rank.losses[kind]).sum();
-            assert!((sum - expected[kind]).abs() < 2e-6 * (1.0 + expected[kind]), "{sum} {}", expected[kind]);
+            assert!((sum - expected).abs() < 2e-6 * (1.0 + expected), "{sum} {expected}");
         }
         let total = |of: &[[Vec<f64>; 5]], temperature: f64| {
             let [contrast, cross] = formula(plan, of, temperature);

@@ -192,7 +192,7 @@ impl Launch {
         };
         let job = job.unwrap_or_default();
         let port = from.port()?.unwrap_or_else(|| port_of(&job));
-        Ok((first.ranks > 1).then(|| Self { rank: first.rank, ranks: first.ranks, host, port, job }))
+        Ok((first.ranks > 1).then_some(Self { rank: first.rank, ranks: first.ranks, host, port, job }))
     }
 }
 
