@@ -259,6 +259,16 @@ mod tests {
     use super::*;
 
     #[test]
+    fn one_rank_has_what_it_brings() {
+        let mut values = [1.5, -2.0];
+        Alone.all_reduce(&mut values).unwrap();
+        assert_eq!(values, [1.5, -2.0]);
+        assert_eq!((Alone.all_gather(&[7]).unwrap(), Alone.broadcast(0, &[8]).unwrap()), (vec![vec![7]], vec![8]));
+        Alone.barrier().unwrap();
+        agree(&Alone, "recipe", b"any").unwrap();
+    }
+
+    #[test]
     fn parts_share_out_everything() {
         for (count, parts) in [(48, 1), (48, 5), (3, 4), (0, 2)] {
             let all: Vec<usize> = (0..parts).flat_map(|part| share(count, part, parts)).collect();
