@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 
 use serde::{Deserialize, Serialize};
 
-use super::wire::{self, Kind, MAGIC};
+use super::wire::{self, Kind, MAGIC, PROGRAM};
 use super::{CollectiveError, Launch};
 
 /// Pause between two attempts to reach rank 0, and between two looks for somebody who has come.
@@ -212,6 +212,11 @@ fn listen_to(stream: &mut TcpStream) -> Option<Hello> {
     let mut magic = [0; MAGIC.len()];
     stream.read_exact(&mut magic).ok()?;
     if magic != MAGIC {
+        if magic.starts_with(PROGRAM) {
+            let sentence = b"the ranks are of different versions of this program";
+            // It may be gone already.
+            drop(wire::write(stream, Kind::Refused, 0, sentence));
+        }
         return None;
     }
     let frame = wire::read(stream).ok()??;

@@ -477,7 +477,7 @@ mod tests {
 
     #[test]
     fn strangers_are_let_go_and_wrong_ranks_are_refused() {
-        // A browser, and somebody who says nothing at all, before the true rank comes.
+        // A browser, somebody who says nothing at all and a rank of another version, before the true rank comes.
         let pair = launches(2);
         let all = thread::scope(|scope| {
             let first = scope.spawn(|| TcpRanks::join(&pair[0], PATIENCE).map(|ranks| ranks.all_gather(&[1]).unwrap()));
@@ -485,6 +485,13 @@ mod tests {
             let mut browser = TcpStream::connect(("127.0.0.1", pair[0].port)).unwrap();
             std::io::Write::write_all(&mut browser, b"GET / HTTP/1.1\r\n\r\n").unwrap();
             drop(TcpStream::connect(("127.0.0.1", pair[0].port)).unwrap());
+            // A rank of another version.
+            let mut older = TcpStream::connect(("127.0.0.1", pair[0].port)).unwrap();
+            std::io::Write::write_all(&mut older, b"unimo-ranks  0\r\n").unwrap();
+            let hello = br#"{"job":"test","rank":1,"ranks":2,"port":0}"#;
+            wire::write(&mut older, Kind::Hello, 0, hello).unwrap();
+            let answer = wire::read(&mut older).unwrap().unwrap();
+            assert!(answer.kind == Kind::Refused && answer.bytes.ends_with(b"different versions of this program"));
             let second = scope.spawn(|| TcpRanks::join(&pair[1], PATIENCE).map(|ranks| ranks.all_gather(&[2]).unwrap()));
             [first.join().unwrap(), second.join().unwrap()]
         });

@@ -5,6 +5,9 @@ use std::io::{self, Read, Write};
 /// Goes first over every connection; its number is raised when what follows changes.
 pub(super) const MAGIC: [u8; 16] = *b"unimo-ranks  1\r\n";
 
+/// What the magics of all versions start with.
+pub(super) const PROGRAM: &[u8] = b"unimo-ranks ";
+
 /// No frame is longer: a length above it is a stranger's.
 pub(super) const LONGEST: usize = 256 << 20;
 
