@@ -14,6 +14,7 @@ pub mod names;
 pub mod objectives;
 pub mod ops;
 pub mod optimizer;
+pub mod parallel;
 pub mod recipe;
 pub mod regions;
 pub mod report;

@@ -3,6 +3,7 @@
 mod rehearsal;
 mod set_up;
 
+use std::collections::BTreeMap;
 use std::fs::OpenOptions;
 use std::io::{IsTerminal, Write};
 use std::ops::Range;
@@ -12,17 +13,20 @@ use std::thread;
 use std::time::Instant;
 
 use anyhow::{Context, Result, bail};
+use candle_core::Tensor;
 use indicatif::{ProgressBar, ProgressStyle};
 use serde_json::json;
+use sha2::{Digest, Sha256};
 
-pub use rehearsal::{Rehearsal, rehearse};
+pub use rehearsal::{Rehearsal, rehearse, rehearse_among};
 use set_up::{JudgedBy, Ready, set_up};
 
 use crate::checkpoint::{self, RunState};
 use crate::evaluation;
 use crate::model::{Dropout, ModelConfig, Unimo};
-use crate::objectives::{Orders, Source, StepBatch};
+use crate::objectives::{Orders, Source, StepBatch, Tally};
 use crate::optimizer::AdamW;
+use crate::parallel::{self, Alone, Collective, Passes};
 use crate::recipe::Recipe;
 use crate::seed;
 use crate::tasks::generation::{self, SourceAndTarget};
@@ -91,8 +95,9 @@ pub struct TaskJob {
     pub development: Vec<RawExample>,
 }
 
-fn bar(length: u64, template: &str) -> ProgressBar {
-    if !std::io::stderr().is_terminal() {
+/// A bar on the terminal of rank 0.
+fn bar(ranks: &dyn Collective, length: u64, template: &str) -> ProgressBar {
+    if ranks.rank() > 0 || !std::io::stderr().is_terminal() {
         return ProgressBar::hidden();
     }
     let style = ProgressStyle::with_template(template).unwrap_or_else(|_| ProgressStyle::default_bar());
@@ -104,31 +109,56 @@ fn bar(length: u64, template: &str) -> ProgressBar {
 /// # Errors
 /// Unusable input, failed writes, a run that is already there (without `resume`) or is another one (with it).
 pub fn run(job: &TrainingJob) -> Result<PathBuf> {
+    run_among(&Alone, job)
+}
+
+/// Runs (or goes on with) a job together with other ranks, which all call it with the same job and see the same folders. Rank 0
+/// alone writes checkpoints and the log; any number of ranks goes on with what another number has begun.
+///
+/// # Errors
+/// As [`run`]; a rank that is gone, or has another job.
+pub fn run_among(ranks: &dyn Collective, job: &TrainingJob) -> Result<PathBuf> {
+    parallel::agree(ranks, "recipe", toml::to_string(&job.recipe)?.as_bytes())?;
+    parallel::agree(
+        ranks,
+        "end of this call (--stop-after, --resume)",
+        format!("{:?}{}", job.stop_after, job.resume).as_bytes(),
+    )?;
     let checkpoints = job.run.join("checkpoints");
     let existing = checkpoint::list(&checkpoints)?;
     if !job.resume && !existing.is_empty() {
         bail!("{} already holds a run; go on with --resume, or choose another --out", job.run.display());
     }
     std::fs::create_dir_all(&checkpoints).with_context(|| format!("cannot create {}", checkpoints.display()))?;
-    set_up(job, &existing, |ready| train(job, &checkpoints, existing.last(), ready))
+    set_up(job, &existing, ranks, |ready| train(job, &checkpoints, existing.last(), ready))
 }
 
 fn train(job: &TrainingJob, checkpoints: &Path, resumed: Option<&PathBuf>, ready: Ready) -> Result<PathBuf> {
     let Ready { trainer, mut optimizer, judged_by, mut companions, step } = ready;
-    let vision = trainer.source.vision;
+    let (vision, ranks) = (trainer.source.vision, trainer.ranks);
     let log_path = job.run.join("log.jsonl");
-    forget_later_steps(&log_path, step)?;
-    std::fs::write(job.run.join("recipe.toml"), toml::to_string(&job.recipe)?)?;
+    let writes = ranks.rank() == 0;
+    if writes {
+        forget_later_steps(&log_path, step)?;
+        std::fs::write(job.run.join("recipe.toml"), toml::to_string(&job.recipe)?)?;
+    }
     let end = job.recipe.last_step();
-    let progress = bar(end, "{bar:30} step {pos}/{len}  {msg}  {elapsed} gone, {eta} to go").with_position(step);
+    let progress = bar(ranks, end, "{bar:30} step {pos}/{len}  {msg}  {elapsed} gone, {eta} to go").with_position(step);
     let last_step = job.stop_after.map_or(end, |n| end.min(step + n));
     let mut last = resumed.cloned();
     trainer.run(step..last_step, &mut optimizer, |optimizer, entry, step| {
+        let finished = step == end;
+        let saves = step.is_multiple_of(job.recipe.checkpoint_every) || finished;
+        if saves && ranks.ranks() > 1 {
+            parallel::agree(ranks, "set of weights", &trainer.hash_of_weights(optimizer)?)?;
+        }
+        if !writes {
+            return Ok(());
+        }
         append(&log_path, &entry)?;
         progress.set_position(step);
         progress.set_message(format!("loss {:.3}", entry["loss"].as_f64().unwrap_or(f64::NAN)));
-        let finished = step == end;
-        if step.is_multiple_of(job.recipe.checkpoint_every) || finished {
+        if saves {
             let state = RunState { step, updates: optimizer.updates(), fingerprint: trainer.fingerprint.clone() };
             if vision.trained_blocks() > 0 {
                 companions.backbone = Some(vision.current()?.to_bytes()?);
@@ -146,6 +176,11 @@ fn train(job: &TrainingJob, checkpoints: &Path, resumed: Option<&PathBuf>, ready
         Ok(())
     })?;
     progress.finish_and_clear();
+    // Nobody leaves before rank 0 has written what there was to write.
+    ranks.barrier()?;
+    if !writes {
+        last = checkpoint::list(checkpoints)?.pop().or(last);
+    }
     last.context("no step was run")
 }
 
@@ -180,6 +215,8 @@ struct Loop<'a> {
     model: Unimo,
     source: Source<'a>,
     fingerprint: String,
+    ranks: &'a dyn Collective,
+    passes: Passes,
 }
 
 /// Seconds that a step's batch took to be drawn and packed, and that the step waited for it.
@@ -209,7 +246,7 @@ impl Loop<'_> {
         let mut orders = Orders::default();
         let mut build = |step| -> Result<(StepBatch, f64)> {
             let started = Instant::now();
-            let batch = StepBatch::build(&self.model, &self.job.recipe, &self.source, &mut orders, step)?;
+            let batch = StepBatch::build_own(&self.model, &self.job.recipe, &self.source, &mut orders, step, &self.passes)?;
             Ok((batch, started.elapsed().as_secs_f64()))
         };
         if self.job.recipe.batch.sampled_captions > 0 {
@@ -248,15 +285,16 @@ impl Loop<'_> {
         let recipe = &self.job.recipe;
         let rate = recipe.dropout.unwrap_or(self.model.config().dropout) as f32;
         let dropout = Dropout { rate, seed: seed::mix(recipe.seed ^ 0xd409, step) };
-        let learnt = batch.learn(&self.model, recipe, &self.source, dropout)?;
+        let whole = Tally::of(batch, &self.model, self.source.vision).over(self.ranks)?;
+        let learnt = batch.learn(&self.model, recipe, &self.source, dropout, &whole, self.ranks)?;
         let objectives: serde_json::Map<_, _> =
             learnt.losses.iter().map(|(name, loss)| ((*name).to_owned(), json!(loss))).collect();
         let learning_rate = recipe.optimizer.rate(step, recipe.steps);
         let report = optimizer.step(&learnt.gradients, learning_rate)?;
-        if report.skipped {
+        if report.skipped && self.ranks.rank() == 0 {
             eprintln!("step {}: the gradient is not finite; the update was left out", step + 1);
         }
-        Ok(json!({
+        let mut entry = json!({
             "schema": 1,
             "step": step + 1,
             "loss": learnt.total,
@@ -265,14 +303,36 @@ impl Loop<'_> {
             "gradient_norm": report.gradient_norm,
             "skipped": report.skipped,
             "temperature": self.model.temperature()?.to_scalar::<f32>()?,
-            "rows": batch.rows(),
-            "operations": batch.operations(&self.model, self.source.vision),
+            "rows": whole.rows,
+            "operations": whole.operations,
             "pictures": batch.pictures,
-            "reward": batch.reward(),
+            "reward": whole.reward(),
             "seconds": data.waited + started.elapsed().as_secs_f64(),
             "waited": data.waited,
             "drawn": data.drawn,
-        }))
+        });
+        if self.ranks.ranks() > 1 {
+            entry["ranks"] = json!(self.ranks.ranks());
+        }
+        Ok(entry)
+    }
+
+    /// Hash of everything that a step changes.
+    fn hash_of_weights(&self, optimizer: &AdamW) -> Result<Vec<u8>> {
+        let mut hash = Sha256::new();
+        let mut put = |tensor: &Tensor| -> Result<()> {
+            tensor.flatten_all()?.to_vec1::<f32>()?.iter().for_each(|value| hash.update(value.to_le_bytes()));
+            Ok(())
+        };
+        for var in self.model.weights().values().chain(self.source.vision.weights().values()) {
+            put(var.as_tensor())?;
+        }
+        let (moments, updates) = optimizer.state()?;
+        for (_, moment) in moments.into_iter().collect::<BTreeMap<_, _>>() {
+            put(&moment)?;
+        }
+        hash.update(updates.to_le_bytes());
+        Ok(hash.finalize().to_vec())
     }
 }
 

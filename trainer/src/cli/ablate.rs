@@ -8,6 +8,7 @@ use anyhow::{Result, bail};
 use super::pretrain::DataArgs;
 use unimo_train::ablation::{Plan, ablate};
 use unimo_train::model::ModelConfig;
+use unimo_train::parallel::require_one_rank;
 
 const EXAMPLES: &str = "Examples:
   unimo-train rewrite --pairs flickr8k/train --out rewrites
@@ -36,6 +37,7 @@ pub struct Args {
 /// # Errors
 /// An unusable plan or data, failed writes.
 pub fn run(args: &Args) -> Result<ExitCode> {
+    require_one_rank("ablate")?;
     let plan = Plan::from_file(&args.plan)?;
     let first = plan.recipe_of(&plan.variants[0], plan.seeds[0])?;
     if args.data.dry_run || args.data.resume || args.data.stop_after.is_some() {

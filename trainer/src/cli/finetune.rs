@@ -10,6 +10,7 @@ use super::pretrain::DataArgs;
 use super::tasks::{AnswerFiles, ExampleFiles, WritingFiles};
 use unimo_train::checkpoint;
 use unimo_train::model::ModelConfig;
+use unimo_train::parallel;
 use unimo_train::recipe::Recipe;
 use unimo_train::tasks::tables::Glue;
 use unimo_train::training::TrainingJob;
@@ -95,20 +96,22 @@ const RETRIEVAL: &str = include_str!("../../recipes/finetune-retrieval.toml");
 /// # Errors
 /// Unusable input or failed writes.
 pub fn run(args: &Args) -> Result<ExitCode> {
-    let (task, default, downstream, writing) = match &args.task {
-        Task::Caption(task) => (task, CAPTION, None, None),
-        Task::SelfCritical(task) => (task, SELF_CRITICAL, None, None),
-        Task::Retrieval(task) => (task, RETRIEVAL, None, None),
-        Task::Answer { files, task } => (task, DOWNSTREAM, Some(files.job()?), None),
-        Task::Entail { files, task } => (task, DOWNSTREAM, Some(files.job(None)?), None),
-        Task::Write { files, task } => (task, DOWNSTREAM, None, Some(files.read()?)),
-        Task::Classify { task, files, args } => (args, DOWNSTREAM, Some(files.job(Some(*task))?), None),
-    };
-    let recipe = match &task.recipe {
-        Some(path) => Recipe::from_file(path)?,
-        None => Recipe::from_toml(default)?,
-    };
-    let init = checkpoint::resolve(&task.init)?;
-    let size = ModelConfig::named(&init.join("model.toml").to_string_lossy())?;
-    task.data.run(&TrainingJob { task: downstream, writing, ..task.data.job(recipe, size, Some(init)) })
+    parallel::as_launched(|ranks| {
+        let (task, default, downstream, writing) = match &args.task {
+            Task::Caption(task) => (task, CAPTION, None, None),
+            Task::SelfCritical(task) => (task, SELF_CRITICAL, None, None),
+            Task::Retrieval(task) => (task, RETRIEVAL, None, None),
+            Task::Answer { files, task } => (task, DOWNSTREAM, Some(files.job()?), None),
+            Task::Entail { files, task } => (task, DOWNSTREAM, Some(files.job(None)?), None),
+            Task::Write { files, task } => (task, DOWNSTREAM, None, Some(files.read()?)),
+            Task::Classify { task, files, args } => (args, DOWNSTREAM, Some(files.job(Some(*task))?), None),
+        };
+        let recipe = match &task.recipe {
+            Some(path) => Recipe::from_file(path)?,
+            None => Recipe::from_toml(default)?,
+        };
+        let init = checkpoint::resolve(&task.init)?;
+        let size = ModelConfig::named(&init.join("model.toml").to_string_lossy())?;
+        task.data.run(ranks, &TrainingJob { task: downstream, writing, ..task.data.job(recipe, size, Some(init)) })
+    })
 }

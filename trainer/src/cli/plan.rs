@@ -9,6 +9,7 @@ use clap::Parser;
 use serde::{Deserialize, Serialize};
 
 use super::Cli;
+use unimo_train::parallel::require_one_rank;
 use unimo_train::work_files;
 
 const EXAMPLES: &str = "Examples:
@@ -83,6 +84,7 @@ struct Done {
 /// # Errors
 /// A plan that makes no sense or was changed, and whatever stops a stage.
 pub fn run(args: &Args) -> Result<ExitCode> {
+    require_one_rank("plan")?;
     let text =
         std::fs::read_to_string(&args.config).with_context(|| format!("cannot read the plan {}", args.config.display()))?;
     let plan: Plan = toml::from_str(&text).with_context(|| format!("in {}", args.config.display()))?;

@@ -6,6 +6,7 @@ use std::process::ExitCode;
 use anyhow::Result;
 
 use unimo_train::model::ModelConfig;
+use unimo_train::parallel::{self, Collective};
 use unimo_train::recipe::Recipe;
 use unimo_train::training::{self, TrainingJob};
 
@@ -21,6 +22,10 @@ const EXAMPLES: &str = "Examples:
   unimo-train pretrain … --out runs/edge-s --dry-run
   # after an interruption, with the same arguments
   unimo-train pretrain … --out runs/edge-s --resume
+  # as several processes that share out every step; resuming may use another number (trainer/PARALLEL.md)
+  mpirun -np 4 unimo-train pretrain … --out runs/edge-s
+  srun --ntasks=4 unimo-train pretrain … --out runs/edge-s
+  torchrun --no-python --nproc-per-node=4 unimo-train pretrain … --out runs/edge-s
 
 The run's folder holds checkpoints/step-*/ (each whole or absent), log.jsonl (one line a step) and recipe.toml.";
 
@@ -92,15 +97,18 @@ pub struct Args {
 }
 
 impl DataArgs {
-    /// Runs the job, or rehearses it, and says what came out.
+    /// Runs the job, or rehearses it, together with the other ranks, and says what came out.
     ///
     /// # Errors
     /// Unusable input or failed writes.
-    pub fn run(&self, job: &TrainingJob) -> Result<ExitCode> {
-        if self.dry_run {
-            println!("{}", training::rehearse(job)?);
+    pub fn run(&self, ranks: &dyn Collective, job: &TrainingJob) -> Result<ExitCode> {
+        let told = if self.dry_run {
+            training::rehearse_among(ranks, job)?.to_string()
         } else {
-            println!("{}", training::run(job)?.display());
+            training::run_among(ranks, job)?.display().to_string()
+        };
+        if ranks.rank() == 0 {
+            println!("{told}");
         }
         Ok(ExitCode::SUCCESS)
     }
@@ -137,8 +145,10 @@ impl DataArgs {
 /// # Errors
 /// Unusable input or failed writes.
 pub fn run(args: &Args) -> Result<ExitCode> {
-    let job = args.data.job(Recipe::from_file(&args.recipe)?, ModelConfig::named(&args.size)?, args.init.clone());
-    args.data.run(&job)
+    parallel::as_launched(|ranks| {
+        let job = args.data.job(Recipe::from_file(&args.recipe)?, ModelConfig::named(&args.size)?, args.init.clone());
+        args.data.run(ranks, &job)
+    })
 }
 
 #[cfg(test)]

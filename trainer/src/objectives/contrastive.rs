@@ -4,6 +4,9 @@ use candle_core::{D, Result, Tensor};
 
 use crate::ops::reference::log_softmax;
 
+/// Added to a picture's share of its texts, so that its logarithm is finite.
+pub(crate) const LEAST_SHARE: f64 = 1e-12;
+
 /// Mean of the image→text and text→image contrasts. `images` is `[n, embedding]`, `texts` `[m, embedding]`, unit length;
 /// `image_of_text[t]` is the row of the image that text `t` describes; `temperature` a scalar.
 ///
@@ -25,7 +28,7 @@ pub fn contrastive_loss(images: &Tensor, texts: &Tensor, image_of_text: &[usize]
 
     let p = log_softmax(&similarity)?.exp()?;
     let of_image = (p * &own)?.sum(D::Minus1)?.index_select(&described, 0)?;
-    let image_to_text = (of_image + 1e-12)?.log()?.mean_all()?.neg()?;
+    let image_to_text = (of_image + LEAST_SHARE)?.log()?.mean_all()?.neg()?;
     let log_p = log_softmax(&similarity.t()?.contiguous()?)?;
     let text_to_image = (log_p * own.t()?)?.sum_all()?.neg()?.affine(1.0 / m as f64, 0.0)?;
     (image_to_text + text_to_image)?.affine(0.5, 0.0)

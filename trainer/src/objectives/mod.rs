@@ -4,20 +4,24 @@
 //! passes, reads every objective's loss off the hidden states, and gives the gradients. Draws depend on the seed, the step and
 //! the sample's number alone: the same samples come out however many chunks a step is cut into.
 
+mod among;
 mod contrastive;
 mod draft;
 mod masking;
 mod members;
 mod self_critical;
 mod step;
+mod tally;
 
 use candle_core::{D, Device, Tensor};
 use rand::seq::SliceRandom;
 
+pub(crate) use contrastive::LEAST_SHARE;
 pub use contrastive::{Contrast, contrastive_loss, cross_modal_contrast};
 pub use masking::{Fragments, MaskedText, Vocabulary, mask_detected, mask_regions, mask_text, take_fragments};
 pub use self_critical::Critic;
 pub use step::{Learnt, StepBatch};
+pub use tally::Tally;
 
 use crate::backbone::Backbone;
 use crate::corpus::Corpus;

@@ -7,9 +7,11 @@ use rand::Rng;
 
 use super::draft::{Draft, Parts, Picture, Predictions};
 use super::members::Members;
+use super::tally::{CONTRAST, CROSS_MODAL, Tally};
 use super::{Orders, Source, contrastive_loss, cross_modal_contrast, matching_loss, shuffled};
 use super::{detected_labels, grid_labels, region_classification, region_regression};
 use crate::model::{Dropout, PackedBatch, Packer, Unimo};
+use crate::parallel::{Collective, Passes, share};
 use crate::recipe::Recipe;
 use crate::regions::alike;
 use crate::seed;
@@ -43,6 +45,8 @@ pub(super) struct Chunk {
 /// One step's samples, packed, with what each row has to predict.
 pub struct StepBatch {
     pub(super) chunks: Vec<Chunk>,
+    /// Number of the first of them among the passes of all ranks.
+    pub(super) first: usize,
     /// Pictures in the step, for throughput.
     pub pictures: usize,
 }
@@ -58,7 +62,7 @@ pub struct Learnt {
 }
 
 /// An objective's loss in one forward pass.
-struct Term {
+pub(super) struct Term {
     name: &'static str,
     weight: f64,
     /// Share of the objective's samples that lie in this pass.
@@ -68,21 +72,16 @@ struct Term {
 
 /// What the contrasts compare; each absent where a chunk or step has none.
 #[derive(Default, Clone)]
-struct Encoded {
+pub(super) struct Encoded {
     /// Unified-space embeddings `[n, embedding]` of pictures, captions, retrieved images and retrieved texts; then the matching
     /// logits `[n]` of jointly encoded pairs.
-    tensors: [Option<Tensor>; 5],
+    pub(super) tensors: [Option<Tensor>; 5],
 }
 
 impl Encoded {
-    fn detached(&self) -> Self {
+    pub(super) fn detached(&self) -> Self {
         Self { tensors: self.tensors.clone().map(|t| t.map(|t| t.detach())) }
     }
-}
-
-/// The part of `0..count` that falls to chunk `chunk` of `chunks`.
-fn part(count: usize, chunk: usize, chunks: usize) -> std::ops::Range<usize> {
-    count * chunk / chunks..count * (chunk + 1) / chunks
 }
 
 impl StepBatch {
@@ -91,14 +90,30 @@ impl StepBatch {
     /// # Errors
     /// Those of candle.
     pub fn build(model: &Unimo, recipe: &Recipe, source: &Source, orders: &mut Orders, step: u64) -> Result<Self> {
+        Self::build_own(model, recipe, source, orders, step, &Passes::all(&recipe.batch))
+    }
+
+    /// Draws and packs a rank's passes of step `step`.
+    ///
+    /// # Errors
+    /// Those of candle.
+    pub fn build_own(
+        model: &Unimo,
+        recipe: &Recipe,
+        source: &Source,
+        orders: &mut Orders,
+        step: u64,
+        passes: &Passes,
+    ) -> Result<Self> {
         let b = &recipe.batch;
-        let chunks = (0..b.chunks).map(|chunk| {
+        let part = |count: usize, pass: usize| share(count, pass, passes.count);
+        let chunks = passes.own.clone().map(|chunk| {
             let rng = |stream: Stream, number: usize| {
                 let of_step = seed::mix(recipe.seed ^ 0x5eed_0001 ^ ((stream as u64) << 32), step);
                 seed::rng(seed::mix(of_step, number as u64))
             };
-            let first = part(b.images, chunk, b.chunks).start;
-            let pictures: Vec<Picture> = part(b.images, chunk, b.chunks)
+            let first = part(b.images, chunk).start;
+            let pictures: Vec<Picture> = part(b.images, chunk)
                 .map(|number| {
                     let at = step * b.images as u64 + number as u64;
                     let pair = shuffled(recipe.seed, source.corpus.pairs.len(), at, &mut orders.pairs);
@@ -140,7 +155,7 @@ impl StepBatch {
                 draft.fragment_pair(picture, &mut rng(Stream::Fragments, picture.number));
             }
             let texts = b.texts + b.fragment_texts;
-            for i in part(texts, chunk, b.chunks) {
+            for i in part(texts, chunk) {
                 let at = step * texts as u64 + i as u64;
                 let text = shuffled(recipe.seed ^ 0x7e87, source.corpus.texts.len(), at, &mut orders.texts);
                 let (ids, rng) = (&source.corpus.texts[text], &mut rng(Stream::Text, i));
@@ -150,21 +165,21 @@ impl StepBatch {
                 }
             }
             if let Some(task) = source.task {
-                for i in part(b.task_examples, chunk, b.chunks) {
+                for i in part(b.task_examples, chunk) {
                     let at = step * b.task_examples as u64 + i as u64;
                     let number = shuffled(recipe.seed ^ 0x7a5c, task.examples.len(), at, &mut orders.examples);
                     draft.task_example(number, &task.examples[number]);
                 }
             }
             if let Some(writing) = source.writing {
-                for i in part(b.task_examples, chunk, b.chunks) {
+                for i in part(b.task_examples, chunk) {
                     let at = step * b.task_examples as u64 + i as u64;
                     let number = shuffled(recipe.seed ^ 0x7a5c, writing.examples.len(), at, &mut orders.examples);
                     let (source, target) = &writing.examples[number];
                     draft.writing(source, target);
                 }
             }
-            for i in part(b.images_alone, chunk, b.chunks) {
+            for i in part(b.images_alone, chunk) {
                 let at = step * b.images_alone as u64 + i as u64;
                 let image = shuffled(recipe.seed ^ 0x1337, source.corpus.image_count(), at, &mut orders.images);
                 let rng = &mut rng(Stream::ImageAlone, i);
@@ -173,7 +188,7 @@ impl StepBatch {
             }
             Ok(Chunk { packed: draft.packer.finish(model.device())?, parts: draft.parts, records: draft.records })
         });
-        Ok(Self { chunks: chunks.collect::<Result<_>>()?, pictures: b.images })
+        Ok(Self { chunks: chunks.collect::<Result<_>>()?, first: passes.own.start, pictures: b.images })
     }
 
     /// Rows of the packed chunks.
@@ -213,26 +228,33 @@ impl StepBatch {
         2.0 * (3.0 * products + repeated)
     }
 
-    /// Mean reward of the step's sampled captions, if there are any.
-    #[must_use]
-    pub fn reward(&self) -> Option<f64> {
-        let rewards: Vec<f64> = self.chunks.iter().flat_map(|chunk| &chunk.parts.sampled.rewards).copied().collect();
-        (!rewards.is_empty()).then(|| rewards.iter().sum::<f64>() / rewards.len() as f64)
-    }
-
     /// The step's losses and their gradients.
     ///
     /// With several chunks, memory holds the activations of one: embeddings are computed first and without activations kept, the
     /// contrasts' gradients by them are taken, and then each chunk is run again and carries its part of those gradients back
     /// together with its own losses (Gao et al., arXiv 2101.06983). The result is that of one large pass.
     ///
+    /// With several ranks, each does this with its own passes, and losses and gradients are those of all together. `whole` is the
+    /// tally of the whole step.
+    ///
     /// # Errors
-    /// Those of candle.
-    pub fn learn(&self, model: &Unimo, recipe: &Recipe, source: &Source, dropout: Dropout) -> Result<Learnt> {
+    /// Those of candle; a rank that is gone.
+    pub fn learn(
+        &self,
+        model: &Unimo,
+        recipe: &Recipe,
+        source: &Source,
+        dropout: Dropout,
+        whole: &Tally,
+        ranks: &dyn Collective,
+    ) -> Result<Learnt> {
+        if ranks.ranks() > 1 {
+            return self.learn_among(model, recipe, source, dropout, whole, ranks);
+        }
         let mut learnt = Learning::default();
         if let [chunk] = self.chunks.as_slice() {
             let hidden = chunk.forward(model, source, dropout)?;
-            let mut terms = self.local_terms(chunk, &hidden, model, recipe, source)?;
+            let mut terms = chunk.local_terms(&hidden, model, recipe, source, whole)?;
             terms.extend(self.contrast_terms(&chunk.encode(&hidden, model, recipe)?, model, recipe)?);
             learnt.add(terms, None)?;
             return learnt.finish();
@@ -244,37 +266,22 @@ impl StepBatch {
             first.push(chunk.encode(&chunk.forward(model, source, of_chunk(i))?, model, recipe)?.detached());
         }
         let mut leaves: [Option<Var>; 5] = Default::default();
-        for (kind, leaf) in leaves.iter_mut().enumerate() {
-            let tensors: Vec<&Tensor> = first.iter().filter_map(|e| e.tensors[kind].as_ref()).collect();
-            if !tensors.is_empty() {
-                *leaf = Some(Var::from_tensor(&Tensor::cat(&tensors, 0)?)?);
-            }
+        for (leaf, tensor) in leaves.iter_mut().zip(together(&first)?) {
+            *leaf = tensor.map(|tensor| Var::from_tensor(&tensor)).transpose()?;
         }
-        let whole = Encoded { tensors: leaves.clone().map(|leaf| leaf.map(|leaf| leaf.as_tensor().clone())) };
+        let encoded = Encoded { tensors: leaves.clone().map(|leaf| leaf.map(|leaf| leaf.as_tensor().clone())) };
         let mut by_leaf: [Option<Tensor>; 5] = Default::default();
-        let terms = self.contrast_terms(&whole, model, recipe)?;
+        let terms = self.contrast_terms(&encoded, model, recipe)?;
         if !terms.is_empty() {
             learnt.add(terms, None)?;
             let gradients = learnt.gradients.as_ref();
             by_leaf = leaves.each_ref().map(|leaf| gradients?.get(leaf.as_ref()?.as_tensor()).cloned());
         }
-        let mut at = [0; 5];
+        let mut carrying = Carrying { gradients: by_leaf, at: [0; 5] };
         for (i, chunk) in self.chunks.iter().enumerate() {
             let hidden = chunk.forward(model, source, of_chunk(i))?;
-            let terms = self.local_terms(chunk, &hidden, model, recipe, source)?;
-            let mut carried: Option<Tensor> = None;
-            for (kind, tensor) in chunk.encode(&hidden, model, recipe)?.tensors.into_iter().enumerate() {
-                let Some(tensor) = tensor else { continue };
-                let (start, count) = (at[kind], tensor.dim(0)?);
-                at[kind] += count;
-                let Some(gradient) = &by_leaf[kind] else { continue };
-                let product = (tensor * gradient.narrow(0, start, count)?)?.sum_all()?;
-                carried = Some(match carried {
-                    Some(sum) => (sum + product)?,
-                    None => product,
-                });
-            }
-            learnt.add(terms, carried)?;
+            let terms = chunk.local_terms(&hidden, model, recipe, source, whole)?;
+            learnt.add(terms, carrying.next(chunk.encode(&hidden, model, recipe)?)?)?;
         }
         learnt.finish()
     }
@@ -282,71 +289,6 @@ impl StepBatch {
     /// Whether anything is compared over chunks.
     fn contrasted(&self) -> bool {
         self.chunks.iter().any(|chunk| !chunk.parts.text_rows.is_empty())
-    }
-
-    /// Samples of the step that `count` finds in a chunk.
-    fn count(&self, count: impl Fn(&Parts) -> usize) -> f64 {
-        self.chunks.iter().map(|chunk| count(&chunk.parts)).sum::<usize>() as f64
-    }
-
-    /// Objectives whose loss is a mean over samples, each in one chunk.
-    fn local_terms(&self, chunk: &Chunk, hidden: &Tensor, model: &Unimo, recipe: &Recipe, source: &Source) -> Result<Vec<Term>> {
-        type Of = fn(&Parts) -> &Predictions;
-        let (parts, w) = (&chunk.parts, &recipe.weights);
-        let smoothing = w.label_smoothing as f32;
-        let generated: [(&str, f64, f32, Of); 5] = [
-            ("caption", w.caption, smoothing, |p| &p.captions),
-            ("text", w.text, smoothing, |p| &p.texts),
-            ("fragments", w.fragments, smoothing, |p| &p.fragments),
-            ("writing", w.task, smoothing, |p| &p.written),
-            ("masked_language", w.masked_language, 0.0, |p| &p.masked_words),
-        ];
-        let mut terms = Vec::new();
-        let mut put =
-            |name, weight, count: usize, all: f64, loss| terms.push(Term { name, weight, share: count as f64 / all, loss });
-        for (name, weight, smoothing, of) in generated {
-            let Predictions { rows, targets } = of(parts);
-            if !rows.is_empty() {
-                let loss = model.language_loss(&model.rows(hidden, rows)?, targets.clone(), smoothing)?;
-                put(name, weight, rows.len(), self.count(|p| of(p).rows.len()), loss);
-            }
-        }
-        let Predictions { rows, targets } = &parts.sampled.predictions;
-        if !rows.is_empty() {
-            let (advantages, temperature) = (parts.sampled.advantages.clone(), recipe.batch.sampling_temperature);
-            let loss = model.policy_loss(&model.rows(hidden, rows)?, targets.clone(), advantages, temperature)?;
-            put("self_critical", w.self_critical, rows.len(), self.count(|p| p.sampled.predictions.rows.len()), loss);
-        }
-        if let Some(logits) = chunk.match_logits(hidden, model)? {
-            let loss = matching_loss(&logits, &parts.match_labels)?;
-            put("matching", w.matching, parts.match_labels.len(), self.count(|p| p.match_labels.len()), loss);
-        }
-        if let (Some(task), false) = (source.task, parts.task_examples.is_empty()) {
-            let logits = model.task_logits(hidden, &parts.task_images, &parts.task_texts)?;
-            let targets: Vec<&[(u32, f32)]> = parts.task_examples.iter().map(|&i| task.examples[i].target.as_slice()).collect();
-            let loss = task_loss(&logits, task.spec.goal, &targets)?;
-            put("task", w.task, targets.len(), self.count(|p| p.task_examples.len()), loss);
-        }
-        let regions = &parts.regions;
-        if !regions.rows.is_empty() {
-            let (rows, all) = (model.rows(hidden, &regions.rows)?, self.count(|p| p.regions.rows.len()));
-            put(
-                "region_features",
-                w.region_features,
-                regions.rows.len(),
-                all,
-                region_regression(model, &rows, &regions.features)?,
-            );
-            if w.region_classes > 0.0 {
-                let labels = match model.config().detects() {
-                    true => detected_labels(&regions.probabilities, model.config().region_classes, model.device())?,
-                    false => grid_labels(source.vision.given()?, &regions.features, regions.rows.len(), model.device())?,
-                };
-                let loss = region_classification(model, &rows, &labels)?;
-                put("region_classes", w.region_classes, regions.rows.len(), all, loss);
-            }
-        }
-        Ok(terms)
     }
 
     /// Objectives that compare samples of all chunks.
@@ -360,7 +302,7 @@ impl StepBatch {
         let mut terms = Vec::new();
         if w.contrast > 0.0 {
             let loss = contrastive_loss(images, texts, &members.image_of_text, &temperature)?;
-            terms.push(Term { name: "contrast", weight: w.contrast, share: 1.0, loss });
+            terms.push(Term { name: CONTRAST, weight: w.contrast, share: 1.0, loss });
         }
         if w.cross_modal > 0.0 {
             let similarity =
@@ -370,12 +312,12 @@ impl StepBatch {
             scores.extend(retrieved_texts.as_ref().map(|found| similarity(images, found)).transpose()?);
             scores.extend(joint.clone());
             let loss = cross_modal_contrast(&Tensor::cat(&scores, 0)?, &members.contrasts())?;
-            terms.push(Term { name: "cross_modal", weight: w.cross_modal, share: 1.0, loss });
+            terms.push(Term { name: CROSS_MODAL, weight: w.cross_modal, share: 1.0, loss });
         }
         Ok(terms)
     }
 
-    fn members(&self) -> Members {
+    pub(super) fn members(&self) -> Members {
         let all = |of: fn(&Parts) -> &Vec<usize>| self.chunks.iter().flat_map(|c| of(&c.parts)).copied().collect();
         Members {
             images: self.chunks.iter().map(|c| c.parts.image_rows.len()).sum(),
@@ -389,7 +331,7 @@ impl StepBatch {
 }
 
 impl Chunk {
-    fn forward(&self, model: &Unimo, source: &Source, dropout: Dropout) -> Result<Tensor> {
+    pub(super) fn forward(&self, model: &Unimo, source: &Source, dropout: Dropout) -> Result<Tensor> {
         let mut pictures = None;
         if !self.records.is_empty() {
             pictures = Some(source.vision.differentiable_regions(&self.records, model.device())?);
@@ -405,7 +347,70 @@ impl Chunk {
         Ok(Some(model.match_logits(&model.rows(hidden, &parts.match_images)?, &model.rows(hidden, &parts.match_texts)?)?))
     }
 
-    fn encode(&self, hidden: &Tensor, model: &Unimo, recipe: &Recipe) -> Result<Encoded> {
+    /// Objectives whose loss is a mean over samples, each in one chunk.
+    pub(super) fn local_terms(
+        &self,
+        hidden: &Tensor,
+        model: &Unimo,
+        recipe: &Recipe,
+        source: &Source,
+        whole: &Tally,
+    ) -> Result<Vec<Term>> {
+        type Of = fn(&Parts) -> &Predictions;
+        let (parts, w) = (&self.parts, &recipe.weights);
+        let smoothing = w.label_smoothing as f32;
+        let generated: [(&str, f64, f32, Of); 5] = [
+            ("caption", w.caption, smoothing, |p| &p.captions),
+            ("text", w.text, smoothing, |p| &p.texts),
+            ("fragments", w.fragments, smoothing, |p| &p.fragments),
+            ("writing", w.task, smoothing, |p| &p.written),
+            ("masked_language", w.masked_language, 0.0, |p| &p.masked_words),
+        ];
+        let mut terms = Vec::new();
+        let mut put = |name, weight, count: usize, loss| {
+            terms.push(Term { name, weight, share: count as f64 / whole.samples(name), loss });
+        };
+        for (name, weight, smoothing, of) in generated {
+            let Predictions { rows, targets } = of(parts);
+            if !rows.is_empty() {
+                let loss = model.language_loss(&model.rows(hidden, rows)?, targets.clone(), smoothing)?;
+                put(name, weight, rows.len(), loss);
+            }
+        }
+        let Predictions { rows, targets } = &parts.sampled.predictions;
+        if !rows.is_empty() {
+            let (advantages, temperature) = (parts.sampled.advantages.clone(), recipe.batch.sampling_temperature);
+            let loss = model.policy_loss(&model.rows(hidden, rows)?, targets.clone(), advantages, temperature)?;
+            put("self_critical", w.self_critical, rows.len(), loss);
+        }
+        if let Some(logits) = self.match_logits(hidden, model)? {
+            let loss = matching_loss(&logits, &parts.match_labels)?;
+            put("matching", w.matching, parts.match_labels.len(), loss);
+        }
+        if let (Some(task), false) = (source.task, parts.task_examples.is_empty()) {
+            let logits = model.task_logits(hidden, &parts.task_images, &parts.task_texts)?;
+            let targets: Vec<&[(u32, f32)]> = parts.task_examples.iter().map(|&i| task.examples[i].target.as_slice()).collect();
+            let loss = task_loss(&logits, task.spec.goal, &targets)?;
+            put("task", w.task, targets.len(), loss);
+        }
+        let regions = &parts.regions;
+        if !regions.rows.is_empty() {
+            let rows = model.rows(hidden, &regions.rows)?;
+            let loss = region_regression(model, &rows, &regions.features)?;
+            put("region_features", w.region_features, regions.rows.len(), loss);
+            if w.region_classes > 0.0 {
+                let labels = match model.config().detects() {
+                    true => detected_labels(&regions.probabilities, model.config().region_classes, model.device())?,
+                    false => grid_labels(source.vision.given()?, &regions.features, regions.rows.len(), model.device())?,
+                };
+                let loss = region_classification(model, &rows, &labels)?;
+                put("region_classes", w.region_classes, regions.rows.len(), loss);
+            }
+        }
+        Ok(terms)
+    }
+
+    pub(super) fn encode(&self, hidden: &Tensor, model: &Unimo, recipe: &Recipe) -> Result<Encoded> {
         let parts = &self.parts;
         if parts.text_rows.is_empty() {
             return Ok(Encoded::default());
@@ -428,25 +433,59 @@ impl Chunk {
     }
 }
 
+/// What several passes have encoded, one after the other.
+pub(super) fn together(passes: &[Encoded]) -> Result<[Option<Tensor>; 5]> {
+    let mut whole: [Option<Tensor>; 5] = Default::default();
+    for (kind, whole) in whole.iter_mut().enumerate() {
+        let tensors: Vec<&Tensor> = passes.iter().filter_map(|e| e.tensors[kind].as_ref()).collect();
+        if !tensors.is_empty() {
+            *whole = Some(Tensor::cat(&tensors, 0)?);
+        }
+    }
+    Ok(whole)
+}
+
+/// Gradients by what passes encode, which these carry back pass by pass.
+pub(super) struct Carrying {
+    pub(super) gradients: [Option<Tensor>; 5],
+    /// Rows of each that are done.
+    pub(super) at: [usize; 5],
+}
+
+impl Carrying {
+    /// What has these gradients by what the next pass has encoded.
+    pub(super) fn next(&mut self, encoded: Encoded) -> Result<Option<Tensor>> {
+        let mut carried: Option<Tensor> = None;
+        for (kind, tensor) in encoded.tensors.into_iter().enumerate() {
+            let Some(tensor) = tensor else { continue };
+            let (start, count) = (self.at[kind], tensor.dim(0)?);
+            self.at[kind] += count;
+            let Some(gradient) = &self.gradients[kind] else { continue };
+            let product = (tensor * gradient.narrow(0, start, count)?)?.sum_all()?;
+            carried = Some(match carried {
+                Some(sum) => (sum + product)?,
+                None => product,
+            });
+        }
+        Ok(carried)
+    }
+}
+
 /// Sums of a step's passes.
 #[derive(Default)]
-struct Learning {
-    total: f64,
-    losses: Vec<(&'static str, f64)>,
-    gradients: Option<GradStore>,
+pub(super) struct Learning {
+    pub(super) total: f64,
+    pub(super) losses: Vec<(&'static str, f64)>,
+    pub(super) gradients: Option<GradStore>,
 }
 
 impl Learning {
     /// Takes the losses of one pass, and what it carries for the contrasts of all, and adds their gradients.
-    fn add(&mut self, terms: Vec<Term>, carried: Option<Tensor>) -> Result<()> {
+    pub(super) fn add(&mut self, terms: Vec<Term>, carried: Option<Tensor>) -> Result<()> {
         let mut sum = carried;
         for Term { name, weight, share, loss } in terms {
             let value = f64::from(loss.to_scalar::<f32>()?) * share;
-            self.total += weight * value;
-            match self.losses.iter_mut().find(|(known, _)| *known == name) {
-                Some((_, so_far)) => *so_far += value,
-                None => self.losses.push((name, value)),
-            }
+            self.note(name, weight, value);
             let weighted = loss.affine(weight * share, 0.0)?;
             sum = Some(match sum {
                 Some(sum) => (sum + weighted)?,
@@ -460,6 +499,14 @@ impl Learning {
             None => self.gradients = Some(gradients),
         }
         Ok(())
+    }
+
+    pub(super) fn note(&mut self, name: &'static str, weight: f64, value: f64) {
+        self.total += weight * value;
+        match self.losses.iter_mut().find(|(known, _)| *known == name) {
+            Some((_, so_far)) => *so_far += value,
+            None => self.losses.push((name, value)),
+        }
     }
 
     fn finish(self) -> Result<Learnt> {
@@ -486,17 +533,4 @@ fn sample(model: &Unimo, recipe: &Recipe, source: &Source, pictures: &[Picture],
         }
     }
     Ok(samples)
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn chunks_share_out_everything() {
-        for (count, chunks) in [(48, 1), (48, 5), (3, 4), (0, 2)] {
-            let all: Vec<usize> = (0..chunks).flat_map(|chunk| part(count, chunk, chunks)).collect();
-            assert_eq!(all, (0..count).collect::<Vec<_>>());
-        }
-    }
 }

@@ -9,6 +9,7 @@ use candle_core::Var;
 use super::TrainingJob;
 use super::set_up::set_up;
 use crate::checkpoint;
+use crate::parallel::{self, Alone, Collective};
 
 /// What a job would cost, by a few of its steps.
 #[derive(Debug, Clone)]
@@ -43,8 +44,17 @@ const REHEARSED_STEPS: u64 = 6;
 /// # Errors
 /// As [`super::run`], but that a run which is already there is gone on with.
 pub fn rehearse(job: &TrainingJob) -> Result<Rehearsal> {
+    rehearse_among(&Alone, job)
+}
+
+/// As [`rehearse`], together with other ranks; memory and processor seconds are this one's.
+///
+/// # Errors
+/// As [`super::run_among`].
+pub fn rehearse_among(ranks: &dyn Collective, job: &TrainingJob) -> Result<Rehearsal> {
+    parallel::agree(ranks, "recipe", toml::to_string(&job.recipe)?.as_bytes())?;
     let existing = checkpoint::list(&job.run.join("checkpoints"))?;
-    set_up(job, &existing, |mut ready| {
+    set_up(job, &existing, ranks, |mut ready| {
         let counts = |weights: &BTreeMap<String, Var>| weights.values().map(|var| var.elem_count()).sum::<usize>();
         let parameters = [counts(ready.trainer.model.weights()), counts(ready.trainer.source.vision.weights())];
         let (mut entries, mut spent) = (Vec::new(), Vec::new());

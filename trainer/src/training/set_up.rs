@@ -17,6 +17,7 @@ use crate::features::{FeatureCache, hex};
 use crate::model::{ModelConfig, RegionStatistics, Unimo};
 use crate::objectives::{Critic, Source, Vocabulary};
 use crate::optimizer::AdamW;
+use crate::parallel::{self, Collective, Passes};
 use crate::seed;
 use crate::tasks::generation::WritingData;
 use crate::tasks::{RawExample, TaskData};
@@ -28,9 +29,22 @@ const LONGEST_TEXT: usize = 48;
 /// Pictures from which the statistics of the region features are taken.
 const STATISTICS_PICTURES: usize = 1000;
 
+/// Tells the user, once for all ranks.
+fn say(ranks: &dyn Collective, sentence: String) {
+    if ranks.rank() == 0 {
+        eprintln!("{sentence}");
+    }
+}
+
 /// Loads what the job trains on.
-fn load_corpus(job: &TrainingJob, tokenizer: &Tokenizer, vision: &Vision, config: &ModelConfig) -> Result<(Corpus, Corpus)> {
-    let spinner = bar(0, "features: {pos} pictures, {elapsed}");
+fn load_corpus(
+    job: &TrainingJob,
+    tokenizer: &Tokenizer,
+    vision: &Vision,
+    config: &ModelConfig,
+    ranks: &dyn Collective,
+) -> Result<(Corpus, Corpus)> {
+    let spinner = bar(ranks, 0, "features: {pos} pictures, {elapsed}");
     let progress = |n: u64| spinner.inc(n);
     let (batch, positions) = (&job.recipe.batch, config.positions.min(LONGEST_TEXT));
     let of_task = job.task.as_ref().is_some_and(|task| task.spec.pictures);
@@ -43,7 +57,12 @@ fn load_corpus(job: &TrainingJob, tokenizer: &Tokenizer, vision: &Vision, config
                 corpus.add_detections(&job.regions, &cache, &progress)?;
                 let without = corpus.add_captions(shards, tokenizer, positions)?;
                 if without > 0 {
-                    eprintln!("{without} pictures with captions left out: their regions are in none of the tables of --regions");
+                    say(
+                        ranks,
+                        format!(
+                            "{without} pictures with captions left out: their regions are in none of the tables of --regions"
+                        ),
+                    );
                 }
             }
         }
@@ -66,17 +85,18 @@ fn load_corpus(job: &TrainingJob, tokenizer: &Tokenizer, vision: &Vision, config
     let mut told = HashSet::new();
     for damage in corpus.damaged.iter().chain(&development.damaged) {
         if told.insert((&damage.shard, &damage.key, &damage.reason)) {
-            eprintln!("skipped: {} in {}: {}", damage.key, damage.shard.display(), damage.reason);
+            say(ranks, format!("skipped: {} in {}: {}", damage.key, damage.shard.display(), damage.reason));
         }
     }
     corpus.require(batch.images > 0, batch.images_alone > 0, batch.texts + batch.fragment_texts > 0)?;
-    eprintln!(
-        "{} pictures with captions, {} alone, {} texts alone, {} for development; {} records skipped",
-        corpus.pairs.len(),
-        corpus.image_count(),
-        corpus.texts.len(),
-        development.pairs.len(),
-        told.len()
+    let counts = [corpus.pairs.len(), corpus.image_count(), corpus.texts.len(), development.pairs.len(), told.len()];
+    let [pairs, images, texts, development_pairs, skipped] = counts;
+    say(
+        ranks,
+        format!(
+            "{pairs} pictures with captions, {images} alone, {texts} texts alone, {development_pairs} for development; \
+             {skipped} records skipped"
+        ),
     );
     Ok((corpus, development))
 }
@@ -172,7 +192,13 @@ pub(super) struct JudgedBy<'a> {
 
 /// Loads everything that the steps of a job need, at the newest of its `existing` checkpoints, and hands it to `work`. Nothing is
 /// written but the feature cache.
-pub(super) fn set_up<R>(job: &TrainingJob, existing: &[PathBuf], work: impl FnOnce(Ready) -> Result<R>) -> Result<R> {
+pub(super) fn set_up<R>(
+    job: &TrainingJob,
+    existing: &[PathBuf],
+    ranks: &dyn Collective,
+    work: impl FnOnce(Ready) -> Result<R>,
+) -> Result<R> {
+    let passes = Passes::of_rank(&job.recipe.batch, ranks)?;
     let device = Device::Cpu;
     let tokenizer = Tokenizer::from_file(&job.tokenizer)?;
     let mut model = initial_model(job, existing.last(), &tokenizer, &device)?;
@@ -186,7 +212,9 @@ pub(super) fn set_up<R>(job: &TrainingJob, existing: &[PathBuf], work: impl FnOn
             bail!("the backbone makes {FEATURES} features of a region, the model takes {}", model.config().region_feature);
         }
     }
-    let (corpus, development) = load_corpus(job, &tokenizer, &vision, model.config())?;
+    // Rank 0 fills the feature cache, and the others find it full.
+    let load = || load_corpus(job, &tokenizer, &vision, model.config(), ranks);
+    let (corpus, development) = parallel::first_rank_first(ranks, load)?;
     if existing.is_empty() && job.init.is_none() {
         let regions = vision.regions(corpus.sampled_records(STATISTICS_PICTURES).collect())?;
         let mut statistics = RegionStatistics::of(model.config().region_feature, regions.into_iter().map(|r| r.values));
@@ -207,7 +235,8 @@ pub(super) fn set_up<R>(job: &TrainingJob, existing: &[PathBuf], work: impl FnOn
             }
             let data = TaskData::new(&of_job.spec, raw.to_vec(), &corpus, &tokenizer, model.config().positions)?;
             if data.without_picture > 0 {
-                eprintln!("{} of {} examples left out: their pictures are not among --images", data.without_picture, raw.len());
+                let (without, all) = (data.without_picture, raw.len());
+                say(ranks, format!("{without} of {all} examples left out: their pictures are not among --images"));
             }
             Ok(Some(data))
         };
@@ -218,6 +247,7 @@ pub(super) fn set_up<R>(job: &TrainingJob, existing: &[PathBuf], work: impl FnOn
     let positions = model.config().positions;
     let writing = job.writing.as_ref().map(|both| both.each_ref().map(|raw| WritingData::new(raw, &tokenizer, positions)));
     let fingerprint = fingerprint(job, model.config(), &corpus)?;
+    parallel::agree(ranks, "model size, tokenizer or data", fingerprint.as_bytes())?;
     let mut optimizer = AdamW::new(job.recipe.optimizer.clone(), model.weights().iter().chain(vision.weights()));
     let mut step = 0;
     if let Some(last) = existing.last() {
@@ -227,7 +257,7 @@ pub(super) fn set_up<R>(job: &TrainingJob, existing: &[PathBuf], work: impl FnOn
         }
         checkpoint::restore_optimizer(last, &mut optimizer, &state)?;
         step = state.step;
-        eprintln!("going on after step {step}");
+        say(ranks, format!("going on after step {step}"));
     }
 
     let texts: Vec<&[u32]> = corpus.pairs.iter().flat_map(|p| p.captions.iter().map(Vec::as_slice)).collect();
@@ -259,7 +289,10 @@ pub(super) fn set_up<R>(job: &TrainingJob, existing: &[PathBuf], work: impl FnOn
         task: job.task.as_ref().map(|task| toml::to_string(&task.spec)).transpose()?,
         training: training_note(job, &corpus)?,
     };
-    let trainer = Loop { job, model, source, fingerprint };
+    let trainer = Loop { job, model, source, fingerprint, ranks, passes };
+    if ranks.ranks() > 1 {
+        parallel::agree(ranks, "checkpoint to go on from or to start from", &trainer.hash_of_weights(&optimizer)?)?;
+    }
     let examples = task.as_ref().and_then(|(_, development)| development.as_ref());
     let to_write = writing.as_ref().map(|[_, development]| development).filter(|data| !data.examples.is_empty());
     let judged_by = JudgedBy { tokenizer: &tokenizer, development: &development, examples, to_write };
