@@ -12,6 +12,7 @@ use std::thread;
 use std::time::Instant;
 
 use anyhow::{Context, Result, bail};
+use candle_core::Device;
 use indicatif::{ProgressBar, ProgressStyle};
 use serde_json::json;
 
@@ -19,6 +20,7 @@ pub use rehearsal::{Rehearsal, rehearse};
 use set_up::{JudgedBy, Ready, set_up};
 
 use crate::checkpoint::{self, RunState};
+use crate::device;
 use crate::evaluation;
 use crate::model::{Dropout, ModelConfig, Unimo};
 use crate::objectives::{Orders, Source, StepBatch};
@@ -78,6 +80,8 @@ pub struct TrainingJob {
     pub data_note: String,
     /// Stops after this many steps of this call, as if interrupted after the next checkpoint.
     pub stop_after: Option<u64>,
+    /// Where the arithmetic is done. The data are read and packed on the CPU.
+    pub device: Device,
 }
 
 /// A downstream task to be learnt: its examples, and those by which it is judged on the way.
@@ -265,6 +269,7 @@ impl Loop<'_> {
             "gradient_norm": report.gradient_norm,
             "skipped": report.skipped,
             "temperature": self.model.temperature()?.to_scalar::<f32>()?,
+            "device_memory": device::memory_in_use(self.model.device()),
             "rows": batch.rows(),
             "operations": batch.operations(&self.model, self.source.vision),
             "pictures": batch.pictures,

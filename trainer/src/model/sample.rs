@@ -1,5 +1,7 @@
 //! Captions drawn at random from the language model, several of each image at once: what self-critical training judges.
 
+use std::sync::Arc;
+
 use candle_core::{Result, Tensor};
 use rand::Rng;
 use rand_chacha::ChaCha8Rng;
@@ -7,7 +9,6 @@ use rayon::prelude::*;
 use unimo::tokenizer::{CLS, SEP};
 
 use super::{ImageCache, Unimo};
-use crate::ops;
 use crate::ops::kernels::{Seen, attend_one};
 
 /// Keys and values of all images in one layer, `[images, heads, rows, depth]` each.
@@ -63,9 +64,9 @@ impl Unimo {
             if open.is_empty() {
                 break;
             }
-            let last: Vec<u32> = open.iter().map(|d| d.ids[position]).collect();
-            let positions = Tensor::full(position as u32, last.len(), &self.device)?;
-            let mut x = self.embed_tokens(&Tensor::new(last, &self.device)?, &positions)?;
+            let last: Arc<[u32]> = open.iter().map(|d| d.ids[position]).collect();
+            let positions = vec![position as u32; last.len()].into();
+            let mut x = self.embed_tokens(&last, &positions)?;
             for (layer, prefix) in prefixes.iter().enumerate() {
                 let qkv = flat(&self.linear(&format!("layers.{layer}.attention.qkv"), &x)?)?;
                 let attended = self.attend(layer, prefix, image_rows, &qkv, &mut open);
@@ -109,7 +110,7 @@ impl Unimo {
     pub(super) fn after_attention(&self, layer: usize, x: &Tensor, attended: &Tensor) -> Result<Tensor> {
         let name = |part: &str| format!("layers.{layer}.{part}");
         let x = self.norm(&name("attention.norm"), &(x + self.linear(&name("attention.output"), attended)?)?)?;
-        let inner = ops::gelu(&self.linear(&name("ffn.up"), &x)?)?;
+        let inner = self.linear_gelu(&name("ffn.up"), &x)?;
         self.norm(&name("ffn.norm"), &(&x + self.linear(&name("ffn.down"), &inner)?)?)
     }
 }

@@ -431,8 +431,8 @@ impl Chunk {
 /// Sums of a step's passes.
 #[derive(Default)]
 struct Learning {
-    total: f64,
-    losses: Vec<(&'static str, f64)>,
+    /// Objective, weight, share and value of every loss. Read at the end, all at once: to read one means to wait for the device.
+    terms: Vec<(&'static str, f64, f64, Tensor)>,
     gradients: Option<GradStore>,
 }
 
@@ -441,12 +441,7 @@ impl Learning {
     fn add(&mut self, terms: Vec<Term>, carried: Option<Tensor>) -> Result<()> {
         let mut sum = carried;
         for Term { name, weight, share, loss } in terms {
-            let value = f64::from(loss.to_scalar::<f32>()?) * share;
-            self.total += weight * value;
-            match self.losses.iter_mut().find(|(known, _)| *known == name) {
-                Some((_, so_far)) => *so_far += value,
-                None => self.losses.push((name, value)),
-            }
+            self.terms.push((name, weight, share, loss.detach()));
             let weighted = loss.affine(weight * share, 0.0)?;
             sum = Some(match sum {
                 Some(sum) => (sum + weighted)?,
@@ -464,7 +459,18 @@ impl Learning {
 
     fn finish(self) -> Result<Learnt> {
         let gradients = self.gradients.context("the step has no objective")?;
-        Ok(Learnt { total: self.total, losses: self.losses, gradients })
+        let values = self.terms.iter().map(|(.., loss)| loss).collect::<Vec<_>>();
+        let values = Tensor::stack(&values, 0)?.to_vec1::<f32>()?;
+        let (mut total, mut losses) = (0.0, Vec::<(&str, f64)>::new());
+        for ((name, weight, share, _), value) in self.terms.iter().zip(values) {
+            let value = f64::from(value) * share;
+            total += weight * value;
+            match losses.iter_mut().find(|(known, _)| known == name) {
+                Some((_, so_far)) => *so_far += value,
+                None => losses.push((name, value)),
+            }
+        }
+        Ok(Learnt { total, losses, gradients })
     }
 }
 

@@ -173,14 +173,14 @@ pub(super) struct JudgedBy<'a> {
 /// Loads everything that the steps of a job need, at the newest of its `existing` checkpoints, and hands it to `work`. Nothing is
 /// written but the feature cache.
 pub(super) fn set_up<R>(job: &TrainingJob, existing: &[PathBuf], work: impl FnOnce(Ready) -> Result<R>) -> Result<R> {
-    let device = Device::Cpu;
+    let device = &job.device;
     let tokenizer = Tokenizer::from_file(&job.tokenizer)?;
-    let mut model = initial_model(job, existing.last(), &tokenizer, &device)?;
+    let mut model = initial_model(job, existing.last(), &tokenizer, device)?;
     check_regions(job, model.config())?;
     let (mut backbone, mut vision) = (None, Vision::detected());
     if !model.config().detects() {
         let file = backbone_file(job, existing.last())?;
-        vision = Vision::new(Backbone::from_bytes(&file)?, job.recipe.trained_blocks, &device)?;
+        vision = Vision::new(Backbone::from_bytes(&file)?, job.recipe.trained_blocks, device)?;
         backbone = Some(file);
         if model.config().region_feature != FEATURES {
             bail!("the backbone makes {FEATURES} features of a region, the model takes {}", model.config().region_feature);
