@@ -346,6 +346,36 @@ mod tests {
         assert_eq!(optimizer.updates(), 0);
     }
 
+    /// Three updates on the CPU alone; or the first one or two of them on the kernels, and the others after the moments were saved
+    /// and restored.
+    #[test]
+    fn moments_move_between_devices() {
+        use crate::ops::cuda::emulation::emulated;
+        let run = |on_kernels: [bool; 3]| {
+            let var = Var::from_vec(vec![1.0f32, -2.0, 0.5], 3, &Device::Cpu).unwrap();
+            let weights = BTreeMap::from([("a.weight".to_owned(), var.clone())]);
+            let mut state = None;
+            for on_kernels in on_kernels {
+                let mut step = || {
+                    let mut optimizer = AdamW::new(OptimizerConfig::default(), &weights);
+                    if let Some((moments, updates)) = &state {
+                        optimizer.restore(moments, *updates).unwrap();
+                    }
+                    let loss = var.as_tensor().powf(3.0).unwrap().sum_all().unwrap();
+                    optimizer.step(&loss.backward().unwrap(), 0.01).unwrap();
+                    state = Some(optimizer.state().unwrap());
+                };
+                if on_kernels { emulated(0, step) } else { step() }
+            }
+            var.as_tensor().to_vec1::<f32>().unwrap()
+        };
+        let expected = run([false; 3]);
+        for on_kernels in [[true; 3], [true, false, false], [false, true, true], [true, true, false]] {
+            let got = run(on_kernels);
+            assert!(got.iter().zip(&expected).all(|(a, b)| (a - b).abs() < 1e-6), "{on_kernels:?}: {got:?} {expected:?}");
+        }
+    }
+
     #[test]
     fn the_rate_warms_up_and_decays() {
         let c = OptimizerConfig { learning_rate: 1.0, warmup_steps: 10, final_share: 0.1, ..Default::default() };

@@ -27,7 +27,7 @@ extern "C" fn not_there() -> c_int {
     NOT_FOUND
 }
 
-/// First name of the first library that was not found.
+/// First name of the library that was not found.
 static MISSING: AtomicPtr<c_char> = AtomicPtr::new(std::ptr::null_mut());
 
 extern "C" fn fill_table() {
@@ -39,8 +39,10 @@ extern "C" fn fill_table() {
                 *library = unsafe { dlopen(name.as_ptr(), NOW_AND_GLOBAL) };
             }
         }
-        if library.is_null() && MISSING.load(Ordering::Relaxed).is_null() {
+        if library.is_null() {
+            // Without one of them the others are of no use, and they are large.
             MISSING.store(names[0].as_ptr().cast_mut(), Ordering::Relaxed);
+            break;
         }
     }
     for (slot, (library, name)) in TABLE.iter().zip(FUNCTIONS) {
