@@ -5,7 +5,7 @@
 //! The linker takes the doors for the libraries' functions, so that the program does not name the libraries. The table is filled
 //! before `main`, ahead of the constructors that CUDA's compiler adds; a function that was not found gives an error.
 
-use std::ffi::{CStr, CString, c_char, c_int, c_void};
+use std::ffi::{CStr, c_char, c_int, c_void};
 use std::sync::atomic::{AtomicPtr, Ordering};
 
 unsafe extern "C" {
@@ -31,7 +31,7 @@ extern "C" fn not_there() -> c_int {
 static MISSING: AtomicPtr<c_char> = AtomicPtr::new(std::ptr::null_mut());
 
 extern "C" fn fill_table() {
-    let mut opened = [std::ptr::null_mut(); LIBRARIES.len()];
+    let mut opened = [std::ptr::null_mut::<c_void>(); LIBRARIES.len()];
     for (library, names) in opened.iter_mut().zip(LIBRARIES) {
         for name in names {
             if library.is_null() {
@@ -47,9 +47,9 @@ extern "C" fn fill_table() {
     }
     for (slot, (library, name)) in TABLE.iter().zip(FUNCTIONS) {
         let mut function = std::ptr::null_mut();
-        if !opened[*library].is_null() {
+        if !opened[library].is_null() {
             // SAFETY: an open library and a C string.
-            function = unsafe { dlsym(opened[*library], name.as_ptr()) };
+            function = unsafe { dlsym(opened[library], name.as_ptr()) };
         }
         if !function.is_null() {
             slot.store(function, Ordering::Relaxed);
