@@ -76,7 +76,7 @@ fn write_doors(out: &Path) {
     for names in &libraries {
         text += &format!("    &[{names}],\n");
     }
-    text += &format!("];\nconst FUNCTIONS: [(usize, &CStr); {}] = [\n", functions.len());
+    text += &format!("];\nstatic FUNCTIONS: [(usize, &CStr); {}] = [\n", functions.len());
     for (library, name) in &functions {
         text += &format!("    ({library}, c\"{name}\"),\n");
     }

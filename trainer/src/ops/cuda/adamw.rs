@@ -86,7 +86,7 @@ impl DeviceAdamW<'_> {
                 Ok(norm.first().map_or(f64::NAN, |norm| f64::from(*norm)))
             }
             #[cfg(test)]
-            Device::Cpu => Ok(f64::from(self.launch(&super::emulation::Emulated::new())?.to_vec(1)[0])),
+            Device::Cpu => Ok(f64::from(self.launch(&super::emulation::Emulated::on_this_thread())?.to_vec(1)[0])),
             other => candle_core::bail!("adamw: no kernels for {other:?}"),
         }
     }

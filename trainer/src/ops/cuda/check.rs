@@ -38,14 +38,17 @@ impl fmt::Display for Outcome {
     }
 }
 
+type Run<'a> = Box<dyn Fn(&[Tensor]) -> candle_core::Result<Tensor> + 'a>;
+type Formula<'a> = Box<dyn Fn(&[Vec<f64>]) -> Vec<f64> + 'a>;
+
 /// An operator, its inputs, and what it should compute.
 struct Case<'a> {
     name: String,
     /// Shape and values of each input.
     inputs: Vec<(Vec<usize>, Vec<f32>)>,
-    run: Box<dyn Fn(&[Tensor]) -> candle_core::Result<Tensor> + 'a>,
+    run: Run<'a>,
     /// The result's values, in f64, of the inputs'.
-    formula: Box<dyn Fn(&[Vec<f64>]) -> Vec<f64> + 'a>,
+    formula: Formula<'a>,
     /// Largest errors of result and gradients.
     tolerance: [f64; 2],
 }

@@ -113,7 +113,7 @@ pub struct Emulated {
 
 impl Emulated {
     /// With the order of threads that this thread has asked for.
-    pub fn new() -> Self {
+    pub fn on_this_thread() -> Self {
         Self { order: ORDER.get().unwrap_or(0) }
     }
 

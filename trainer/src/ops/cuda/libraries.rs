@@ -45,11 +45,11 @@ extern "C" fn fill_table() {
             break;
         }
     }
-    for (slot, (library, name)) in TABLE.iter().zip(FUNCTIONS) {
+    for (slot, (library, name)) in TABLE.iter().zip(&FUNCTIONS) {
         let mut function = std::ptr::null_mut();
-        if !opened[library].is_null() {
+        if !opened[*library].is_null() {
             // SAFETY: an open library and a C string.
-            function = unsafe { dlsym(opened[library], name.as_ptr()) };
+            function = unsafe { dlsym(opened[*library], name.as_ptr()) };
         }
         if !function.is_null() {
             slot.store(function, Ordering::Relaxed);

@@ -83,7 +83,7 @@ impl<O: Operator> OnMachine<O> {
     #[cfg(test)]
     fn cpu(&self, inputs: &[(&CpuStorage, &Layout)]) -> Result<(CpuStorage, Shape)> {
         let inputs = inputs.iter().map(|(s, l)| Emulated::input(O::NAME, s, l)).collect::<Result<Vec<_>>>()?;
-        let (values, shape) = self.0.forward(&Emulated::new(), &inputs)?;
+        let (values, shape) = self.0.forward(&Emulated::on_this_thread(), &inputs)?;
         Ok((CpuStorage::F32(values.to_vec(shape.elem_count())), shape))
     }
 
@@ -119,7 +119,7 @@ impl<O: Operator> OnMachine<O> {
             }
             #[cfg(test)]
             candle_core::Device::Cpu => {
-                let machine = Emulated::new();
+                let machine = Emulated::on_this_thread();
                 let place = |tensor: &Tensor| Emulated::place(O::NAME, tensor);
                 let (all, result, gradient) = (inputs.map(place), place(result)?, place(&gradient)?);
                 let all = all.into_iter().collect::<Result<Vec<_>>>()?;

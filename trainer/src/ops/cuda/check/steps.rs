@@ -94,8 +94,8 @@ impl Steps {
             let got = self.gradients.get(name).map_or(f64::INFINITY, |got| {
                 error(&scaled(got).into_iter().map(|v| v as f32).collect::<Vec<_>>(), &scaled(wanted))
             });
-            // What is not a number is worse than anything.
-            if !(got <= worst) {
+            // What is not a number was made infinite, which is worse than anything.
+            if got > worst {
                 (worst, of) = (got, name.clone());
             }
         }
