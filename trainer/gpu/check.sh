@@ -14,7 +14,9 @@ pack() {
     local program=$1 folder=$2 root
     root=$(cd "$here/../.." && pwd)
     mkdir -p "$folder/target/release" "$folder/trainer/gpu" "$folder/benches/peer"
+    # Compressed, because candle's kernels are large.
     strip -o "$folder/target/release/unimo-train" "$program"
+    gzip -9 --force "$folder/target/release/unimo-train"
     cp -r "$root/trainer/sizes" "$folder/trainer/"
     cp "$here/compare.py" "$folder/trainer/gpu/"
     cp "$root/benches/peer/training_step.py" "$folder/benches/peer/"
@@ -112,6 +114,7 @@ run() {
     local program=$here/target/release/unimo-train work
     work=$(mktemp -d)
     trap 'rm -rf "$work"' EXIT
+    [ -x "$program" ] || { gunzip --keep "$program.gz" && chmod +x "$program"; }
     find_libraries
     command -v nvidia-smi >/dev/null && nvidia-smi --query-gpu=name,driver_version,memory.total --format=csv
     step "kernels against f64, steps against the CPU's" timeout 200 "$program" gpu check
