@@ -49,7 +49,8 @@ fn compile(nvcc: &Path, source: &Path, out: &Path) {
         .output()
         .unwrap_or_else(|error| {
             panic!(
-                "the feature `cuda` needs nvcc of CUDA 12 or 13, and {} does not run ({error}); trainer/gpu/toolchain.sh fetches one",
+                "the feature `cuda` needs nvcc of CUDA 12 or 13, and {} does not run ({error}); trainer/gpu/toolchain.sh \
+                 fetches one",
                 nvcc.display()
             )
         });

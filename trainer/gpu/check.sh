@@ -5,8 +5,8 @@
 #   gpu-check/check.sh                                                  # where the device is: at most ten minutes
 #
 # Prints a line for every kernel, then trains a small model for twenty steps on the device and on the CPU, and, where Python has
-# PyTorch, compares the speed of both. Exits with 0 if everything is right, 1 if not. `check.sh rehearse PROGRAM` does on the CPU what
-# can be done there, to see that the script itself works.
+# PyTorch, compares the speed of both. Exits with 0 if everything is right, 1 if not. `check.sh rehearse PROGRAM` does on the CPU
+# what can be done there, to see that the script itself works.
 set -euo pipefail
 here=$(cd "$(dirname "$0")" && pwd)
 
@@ -98,8 +98,11 @@ train_both() {
         "$program" pretrain --size "$work/size.toml" --recipe "$work/recipe.toml" --tokenizer "$work/tokenizer.json" \
             --pairs "$work/captions-0000.tar" --regions "$work/regions.tsv" --features "$work/features" --precision f32 "$@"
     }
-    write_data "$program" "$work" && train --out "$work/first" --device "$first" && train --out "$work/second" --device "$second" &&
-        train --out "$work/mixed" --device "$first" --stop-after 10 && train --out "$work/mixed" --device "$second" --resume || return 1
+    write_data "$program" "$work" &&
+        train --out "$work/first" --device "$first" &&
+        train --out "$work/second" --device "$second" &&
+        train --out "$work/mixed" --device "$first" --stop-after 10 &&
+        train --out "$work/mixed" --device "$second" --resume || return 1
     python3 - "$work"/{first,second,mixed}/log.jsonl <<'PYTHON'
 import json, sys
 runs = [[json.loads(line)["loss"] for line in open(path)] for path in sys.argv[1:]]

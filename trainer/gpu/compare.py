@@ -5,14 +5,15 @@
     python3 trainer/gpu/compare.py --trainer target/release/unimo-train --sizes edge-s edge-m base
     python3 trainer/gpu/compare.py --trainer target/release/unimo-train --device cpu --sizes pico --images 4 --steps 2
 
-The model, the made-up data, the step and the optimizer are those of benches/peer/training_step.py. PyTorch runs eagerly and through
-`torch.compile`, in f32 (with TF32 products on CUDA) and with bf16 autocast; unimo-train in TF32 and in bf16 (on the CPU: f32).
+The model, the made-up data, the step and the optimizer are those of benches/peer/training_step.py. PyTorch runs eagerly and
+through `torch.compile`, in f32 (with TF32 products on CUDA) and with bf16 autocast; unimo-train in TF32 and in bf16 (on the
+CPU: f32).
 
-unimo-train's time is the median of its log's `seconds`: it draws, packs and uploads its batches beside the steps and may wait for
-them. PyTorch's batch lies ready on the device. Memory is what the device has in use after the steps, less what it had before.
-Utilisation is the step's floating-point operations (unimo-train's log counts them) over time and `--peak`, the device's teraflops in
-dense bf16; known devices need no `--peak`. Sizes that train on a grid are given as many detected regions, so that both get equal
-input without pictures; the arithmetic is the same.
+unimo-train's time is the median of its log's `seconds`: it draws, packs and uploads its batches beside the steps and may wait
+for them. PyTorch's batch lies ready on the device. Memory is what the device has in use after the steps, less what it had
+before. Utilisation is the step's floating-point operations (unimo-train's log counts them) over time and `--peak`, the device's
+teraflops in dense bf16; known devices need no `--peak`. Sizes that train on a grid are given as many detected regions, so that
+both get equal input without pictures; the arithmetic is the same.
 """
 
 import argparse
@@ -32,7 +33,7 @@ import torch
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 # Dense bf16 teraflops, from NVIDIA's data sheets.
 PEAKS = {"H100 PCIe": 756, "H100": 989, "H200": 989, "A100": 312, "L40S": 362, "L4": 121}
-KEYS = dict(hidden="hidden", layers="layers", heads="heads", feed_forward="feed_forward", vocabulary="vocabulary", feature="region_feature")
+KEYS = {key: key for key in ("hidden", "layers", "heads", "feed_forward", "vocabulary")} | {"feature": "region_feature"}
 
 
 def peer_module():
@@ -91,7 +92,7 @@ def torch_step(module, vocabulary, sizes, args, compiled, bf16):
 
 
 def our_step(folder, args, precision):
-    """Seconds of a step, bytes of memory, packed rows, operations of a step."""
+    """Seconds of a step, bytes of memory, packed rows, operations of a step, seconds that it waited for its data."""
     run = folder / f"run-{precision}"
     command = [pathlib.Path(args.trainer).resolve(), "pretrain", "--size", "size.toml", "--recipe", "recipe.toml", "--out", run]
     command += ["--tokenizer", "tokenizer.json", "--pairs", "captions-0000.tar", "--regions", "regions.tsv"]
@@ -106,7 +107,8 @@ def our_step(folder, args, precision):
     if len(timed) != args.steps:
         raise SystemExit(f"unimo-train ran {len(timed)} of {args.steps} steps:\n{done.stderr}")
     median = lambda key: statistics.median(step[key] for step in timed)
-    return median("seconds"), max(step["device_memory"] or 0 for step in timed), timed[0]["rows"], timed[0]["operations"], median("waited")
+    memory = max(step["device_memory"] or 0 for step in timed)
+    return median("seconds"), memory, timed[0]["rows"], timed[0]["operations"], median("waited")
 
 
 def compare(size: str, args, module) -> None:
@@ -121,8 +123,8 @@ def compare(size: str, args, module) -> None:
                 seconds, memory, their_rows = torch_step(module, vocabulary, sizes, args, compiled, bf16)
                 if their_rows != rows:
                     raise SystemExit(f"the steps are not the same: {rows} rows in unimo-train, {their_rows} in PyTorch")
-                what = f"PyTorch {'compiled' if compiled else 'eager'} {'bf16' if bf16 else 'f32' if args.device == 'cpu' else 'tf32'}"
-                lines.append((what, seconds, memory, None))
+                precision = "bf16" if bf16 else "f32" if args.device == "cpu" else "tf32"
+                lines.append((f"PyTorch {'compiled' if compiled else 'eager'} {precision}", seconds, memory, None))
     print(f"\n{size}: {rows} rows and {operations / 1e9:.1f} GFLOP a step of {args.images} pictures, {vocabulary} tokens")
     print("| | samples/s | ms a step | waited for data | memory, GB | utilisation |")
     print("|---|---|---|---|---|---|")

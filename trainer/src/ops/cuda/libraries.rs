@@ -1,9 +1,9 @@
-//! CUDA's libraries, opened when the program starts instead of being demanded by the system's loader: a build with the feature
-//! `cuda` starts on a machine without them, says what is missing if a device is asked for, and trains on its CPU.
+//! CUDA's libraries, opened when the program starts instead of being demanded by the system's loader: a build with the
+//! feature `cuda` starts on a machine without them, says what is missing if a device is asked for, and trains on its CPU.
 //!
-//! Every function of the libraries that this program calls has a door of its name here, an instruction that jumps through a table.
-//! The linker takes the doors for the libraries' functions, so that the program does not name the libraries. The table is filled
-//! before `main`, ahead of the constructors that CUDA's compiler adds; a function that was not found gives an error.
+//! Every function of the libraries that this program may call has a door of its name here, an instruction that jumps through a
+//! table. The linker takes the doors for the libraries' functions, so that the program does not name the libraries. The table
+//! is filled before `main`, ahead of the constructors that CUDA's compiler adds; a function that was not found gives an error.
 
 use std::ffi::{CStr, c_char, c_int, c_void};
 use std::sync::atomic::{AtomicPtr, Ordering};

@@ -1,8 +1,8 @@
 //! The operators as kernels of our own, for CUDA devices.
 //!
-//! [`operator`] makes them candle's; each operator's host side is written once, for any [`machine`]: a device ([`nvidia`]), or in
-//! tests the CPU, which runs the very same kernels compiled as C++ ([`emulation`]). Nothing here depends on the timing of threads:
-//! sums run in a fixed order, and draws are functions of seed and position, the CPU operators' own.
+//! `operator` makes them candle's; each operator's host side is written once, for any `machine`: a device (`nvidia`), or in tests
+//! the CPU, which runs the very same kernels compiled as C++ (`emulation`). Nothing here depends on the timing of threads: sums
+//! run in a fixed order, and draws are functions of seed and position, the CPU operators' own.
 
 mod adamw;
 mod attention;

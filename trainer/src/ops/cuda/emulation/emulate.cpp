@@ -188,7 +188,8 @@ void wait_for_warp() {
 
 // Runs a kernel; 0 for success, else emulation_failure() says why not.
 extern "C" int emulation_launch(
-    const char* name, const unsigned* blocks, unsigned threads, unsigned shared_bytes, void** values, unsigned count, unsigned order
+    const char* name, const unsigned* blocks, unsigned threads, unsigned shared_bytes, void** values, unsigned count,
+    unsigned order
 ) {
     using namespace emulation;
     if (threads == 0 || threads > MOST_THREADS || threads % WARP != 0 || shared_bytes > SHARED_BYTES) {

@@ -1,6 +1,6 @@
 // Attention over packed sequences that never writes its probabilities to memory (FlashAttention, arXiv 2205.14135, and
-// FlashAttention-2, arXiv 2307.08691): keys pass by in tiles under a softmax that is corrected as it goes; the backward pass makes
-// the probabilities anew from the logarithm of each row's sum. `qkv` is [rows, 3, heads, depth].
+// FlashAttention-2, arXiv 2307.08691): keys pass by in tiles under a softmax that is corrected as it goes; the backward pass
+// makes the probabilities anew from the logarithm of each row's sum. `qkv` is [rows, 3, heads, depth].
 //
 // A block has four warps. What stays (queries forward, keys in their own backward pass) is STAYING rows, STAYING / 4 of them a
 // warp's; what passes is a lane's each.
@@ -97,7 +97,9 @@ extern "C" __global__ void attention(
         for (uint32_t j = 0; j < PASSING; j++) {
             for (uint32_t r = 0; r < OF_WARP; r++) {
                 float weight = __shfl_sync(ALL_LANES, score[r], j);
-                for (uint32_t c = 0; c < OF_LANE && lane + c * WARP < depth; c++) out[r][c] += weight * values[j * depth + lane + c * WARP];
+                for (uint32_t c = 0; c < OF_LANE && lane + c * WARP < depth; c++) {
+                    out[r][c] += weight * values[j * depth + lane + c * WARP];
+                }
             }
         }
     }
@@ -122,8 +124,8 @@ extern "C" __global__ void attention_delta(const float* y, const float* dy, floa
 
 // The gradient by the queries, into the first third of dqkv's columns.
 extern "C" __global__ void attention_queries_backward(
-    const float* qkv, const QueryTile* tiles, const float* dy, const float* logarithms, const float* delta, float* dqkv, uint32_t heads,
-    uint32_t depth, uint32_t seed, uint32_t limit, float scale
+    const float* qkv, const QueryTile* tiles, const float* dy, const float* logarithms, const float* delta, float* dqkv,
+    uint32_t heads, uint32_t depth, uint32_t seed, uint32_t limit, float scale
 ) {
     SHARED(float, shared);
     float *queries = shared, *gradients = queries + STAYING * depth;
@@ -176,7 +178,9 @@ extern "C" __global__ void attention_queries_backward(
         for (uint32_t j = 0; j < PASSING; j++) {
             for (uint32_t r = 0; r < OF_WARP; r++) {
                 float weight = __shfl_sync(ALL_LANES, score[r], j);
-                for (uint32_t c = 0; c < OF_LANE && lane + c * WARP < depth; c++) out[r][c] += weight * keys[j * (depth + 1) + lane + c * WARP];
+                for (uint32_t c = 0; c < OF_LANE && lane + c * WARP < depth; c++) {
+                    out[r][c] += weight * keys[j * (depth + 1) + lane + c * WARP];
+                }
             }
         }
     }

@@ -7,13 +7,17 @@ struct Plane {
 
     __device__ __forceinline__ uint32_t out() const { return side / stride; }
     __device__ __forceinline__ int before() const { return stride == 1 ? 1 : 0; }
+    __device__ __forceinline__ size_t at(int row, int column, uint32_t channel) const {
+        return size_t(row * int(side) + column) * channels + channel;
+    }
     __device__ __forceinline__ bool holds(int row, int column) const {
         return row >= 0 && column >= 0 && row < int(side) && column < int(side);
     }
 };
 
 extern "C" __global__ void depthwise_relu6(
-    const float* x, const float* weight, const float* bias, float* y, size_t count, uint32_t side, uint32_t stride, uint32_t channels
+    const float* x, const float* weight, const float* bias, float* y, size_t count, uint32_t side, uint32_t stride,
+    uint32_t channels
 ) {
     Plane plane = {side, stride, channels};
     uint32_t out = plane.out();
@@ -22,8 +26,9 @@ extern "C" __global__ void depthwise_relu6(
         const float* image = x + i / channels / (out * out) * side * side * channels;
         float sum = bias[channel];
         for (int k = 0; k < 9; k++) {
-            int row = int(pixel / out * stride) + k / 3 - plane.before(), column = int(pixel % out * stride) + k % 3 - plane.before();
-            if (plane.holds(row, column)) sum += image[size_t(row * int(side) + column) * channels + channel] * weight[k * channels + channel];
+            int row = int(pixel / out * stride) + k / 3 - plane.before();
+            int column = int(pixel % out * stride) + k % 3 - plane.before();
+            if (plane.holds(row, column)) sum += image[plane.at(row, column, channel)] * weight[k * channels + channel];
         }
         y[i] = fminf(fmaxf(sum, 0.0f), 6.0f);
     }
@@ -44,7 +49,9 @@ extern "C" __global__ void depthwise_relu6_input_backward(
             if (row < 0 || column < 0 || row % int(stride) != 0 || column % int(stride) != 0) continue;
             row /= int(stride);
             column /= int(stride);
-            if (row < out && column < out) sum += image[size_t(row * out + column) * channels + channel] * weight[k * channels + channel];
+            if (row < out && column < out) {
+                sum += image[size_t(row * out + column) * channels + channel] * weight[k * channels + channel];
+            }
         }
         dx[i] = sum;
     }
@@ -71,7 +78,9 @@ extern "C" __global__ void depthwise_relu6_weight_backward(
             }
             int row = int(pixel / out * stride) + int(k / 3) - plane.before();
             int column = int(pixel % out * stride) + int(k % 3) - plane.before();
-            if (plane.holds(row, column)) sum += by_result * x[(size_t(image) * side * side + row * int(side) + column) * channels + channel];
+            if (plane.holds(row, column)) {
+                sum += by_result * x[size_t(image) * side * side * channels + plane.at(row, column, channel)];
+            }
         }
     }
     partial[size_t(blockIdx.y) * 10 * channels + i] = sum;

@@ -2,10 +2,11 @@
 #include "device.cuh"
 
 // A block takes row blockIdx.x of `logits` [rows, classes] (bias not yet added): losses[row] becomes its cross-entropy with
-// targets[row], smoothed over all classes, times weights[row] (1 where null); the logits become the gradient of that times `share`.
+// targets[row], smoothed over all classes, times weights[row] (1 where null); the logits become the gradient of that times
+// `share`.
 extern "C" __global__ void cross_entropy_rows(
-    float* logits, const float* bias, const uint32_t* targets, const float* weights, float* losses, uint32_t classes, float smoothing,
-    float share
+    float* logits, const float* bias, const uint32_t* targets, const float* weights, float* losses, uint32_t classes,
+    float smoothing, float share
 ) {
     SHARED(float, partial);
     float* row = logits + size_t(blockIdx.x) * classes;

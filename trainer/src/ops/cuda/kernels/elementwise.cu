@@ -14,7 +14,9 @@ extern "C" __global__ void gelu(const float* x, const float* bias, float* y, siz
     }
 }
 
-extern "C" __global__ void gelu_backward(const float* x, const float* bias, const float* dy, float* dx, size_t count, uint32_t width) {
+extern "C" __global__ void gelu_backward(
+    const float* x, const float* bias, const float* dy, float* dx, size_t count, uint32_t width
+) {
     FOR_EACH(i, count) {
         float value = x[i] + (bias ? bias[i % width] : 0.0f);
         float density = 0.39894228040143268f * expf(-0.5f * value * value);

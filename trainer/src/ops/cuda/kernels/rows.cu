@@ -18,7 +18,8 @@ extern "C" __global__ void sum_rows(
     uint32_t column = blockIdx.y * WARP + lane;
     float sum = 0;
     if (column < width) {
-        for (uint32_t i = starts[blockIdx.x] + warp; i < starts[blockIdx.x + 1]; i += warps) sum += dy[size_t(order[i]) * width + column];
+        uint32_t end = starts[blockIdx.x + 1];
+        for (uint32_t i = starts[blockIdx.x] + warp; i < end; i += warps) sum += dy[size_t(order[i]) * width + column];
     }
     partial[threadIdx.x] = sum;
     __syncthreads();
