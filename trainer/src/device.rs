@@ -124,9 +124,26 @@ fn open_cuda(number: usize) -> Result<Device, DeviceError> {
     if let Device::Cuda(cuda) = &device {
         // SAFETY: tensors are used on this one stream alone.
         unsafe { cuda.disable_event_tracking() };
+        keep_freed_memory(&context);
         OCCUPIED_BEFORE.store(occupied(cuda).unwrap_or(0), std::sync::atomic::Ordering::Relaxed);
     }
     Ok(device)
+}
+
+/// Lets the driver's memory pool keep what is freed: by default it gives all of that back whenever the host waits for the device,
+/// at least once a step. Where this fails, steps only take longer.
+#[cfg(feature = "cuda")]
+fn keep_freed_memory(context: &candle_core::cuda_backend::cudarc::driver::CudaContext) {
+    use candle_core::cuda_backend::cudarc::driver::sys;
+
+    let (mut pool, mut threshold) = (std::ptr::null_mut(), u64::MAX);
+    let attribute = sys::CUmemPool_attribute_enum::CU_MEMPOOL_ATTR_RELEASE_THRESHOLD;
+    // SAFETY: the device is the context's; the driver writes the pool's handle, and reads eight bytes of this attribute.
+    unsafe {
+        if sys::cuDeviceGetDefaultMemPool(&raw mut pool, context.cu_device()).result().is_ok() {
+            let _ = sys::cuMemPoolSetAttribute(pool, attribute, (&raw mut threshold).cast());
+        }
+    }
 }
 
 /// Bytes of a CUDA device that are in use, by this process and others, beyond those that were when it was opened; nothing for the
