@@ -118,6 +118,7 @@ fn job(folder: &Path, run: &str) -> TrainingJob {
         resume: false,
         data_note: "drawn scenes".into(),
         stop_after: None,
+        device: candle_core::Device::Cpu,
     }
 }
 

@@ -32,7 +32,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-REGIONS, FEATURE, CLASSES, TEXT = 49, 1292, 1000, 48
+TEXT = 48
 RECIPE = """
 steps = 1000
 [batch]
@@ -64,6 +64,7 @@ def write_data(folder: pathlib.Path, args) -> int:
     words = ["".join(rng.choices("abcdefghijklmnopqrstuvwxyz", k=rng.randint(3, 7))) for _ in range(4000)]
     side = np.arange(7) * 32
     corners = [(x, y, x + 32, y + 32) for y in side for x in side]
+    corners = [corners[number % len(corners)] for number in range(args.regions)]
     encode = lambda values: base64.b64encode(np.asarray(values, "<f4").tobytes()).decode()
     with tarfile.open(folder / "captions-0000.tar", "w") as shard, open(folder / "regions.tsv", "w") as table:
         for number in range(4 * args.images):
@@ -72,13 +73,12 @@ def write_data(folder: pathlib.Path, args) -> int:
             about = tarfile.TarInfo(f"{number}.json")
             about.size = len(member)
             shard.addfile(about, io.BytesIO(member))
-            chances = np.full((REGIONS, CLASSES), 1 / CLASSES)
-            columns = [encode(corners), encode(draw.normal(size=(REGIONS, FEATURE))), encode(chances)]
-            print(number, 224, 224, REGIONS, *columns, sep="\t", file=table)
+            chances = np.full((args.regions, args.classes), 1 / args.classes)
+            columns = [encode(corners), encode(draw.normal(size=(args.regions, args.feature))), encode(chances)]
+            print(number, 224, 224, args.regions, *columns, sep="\t", file=table)
     run = [args.trainer, "tokenizer", "--pairs", folder / "captions-0000.tar", "--vocabulary", str(args.vocabulary)]
     subprocess.run([*run, "--out", folder / "tokenizer.json"], check=True, capture_output=True)
-    sizes = dict(feature=FEATURE, classes=CLASSES, regions=REGIONS)
-    sizes |= {key: getattr(args, key) for key in ("hidden", "layers", "heads", "feed_forward")}
+    sizes = {key: getattr(args, key) for key in ("hidden", "layers", "heads", "feed_forward", "regions", "feature", "classes")}
     (folder / "size.toml").write_text(SIZE.format(**sizes))
     (folder / "recipe.toml").write_text(RECIPE.format(images=args.images))
     tokenizer = json.loads((folder / "tokenizer.json").read_text())
@@ -116,22 +116,24 @@ class Layer(nn.Module):
 
 
 class Unimo(nn.Module):
-    def __init__(self, vocabulary, hidden, layers, heads, feed_forward):
+    def __init__(self, vocabulary, args):
         super().__init__()
+        hidden, self.regions = args.hidden, args.regions
         self.token, self.position = nn.Embedding(vocabulary, hidden), nn.Embedding(64, hidden)
         self.text_norm, self.image_norm = nn.LayerNorm(hidden), nn.LayerNorm(hidden)
-        self.feature, self.box = nn.Linear(FEATURE, hidden), nn.Linear(5, hidden)
+        self.feature, self.box = nn.Linear(args.feature, hidden), nn.Linear(5, hidden)
         self.drop = nn.Dropout(0.1)
-        self.layers = nn.ModuleList(Layer(hidden, heads, feed_forward) for _ in range(layers))
+        self.layers = nn.ModuleList(Layer(hidden, args.heads, args.feed_forward) for _ in range(args.layers))
         self.transform, self.lm_norm = nn.Linear(hidden, hidden), nn.LayerNorm(hidden)
         self.lm_bias = nn.Parameter(torch.zeros(vocabulary))
         self.image_space, self.text_space = nn.Linear(hidden, hidden), nn.Linear(hidden, hidden)
         self.temperature = nn.Parameter(torch.tensor(0.07).log())
-        image, rows = 1 + REGIONS, REGIONS + TEXT
+        image, rows = 1 + args.regions, args.regions + TEXT
         # The image sees itself; a caption sees the image and its own past.
-        self.mask = torch.ones(rows, rows, dtype=torch.bool).tril()
-        self.mask[:, :image] = True
-        self.mask[:image, image:] = False
+        mask = torch.ones(rows, rows, dtype=torch.bool).tril()
+        mask[:, :image] = True
+        mask[:image, image:] = False
+        self.register_buffer("mask", mask)
 
     def texts(self, ids):
         return self.text_norm(self.token(ids) + self.position.weight[: ids.shape[1]])
@@ -148,24 +150,25 @@ class Unimo(nn.Module):
 
     def forward(self, features, boxes, captions, alone):
         pairs = self.encode(torch.cat([self.images(features, boxes), self.texts(captions[:, :-1])], 1), self.mask)
-        hidden = self.lm_norm(F.gelu(self.transform(pairs[:, 1 + REGIONS :].flatten(0, 1))))
+        hidden = self.lm_norm(F.gelu(self.transform(pairs[:, 1 + self.regions :].flatten(0, 1))))
         logits = F.linear(hidden, self.token.weight, self.lm_bias)
         written = F.cross_entropy(logits, captions[:, 1:].flatten(), label_smoothing=0.1)
         texts = F.normalize(self.text_space(self.encode(self.texts(alone), None)[:, 0]), dim=1)
         images = F.normalize(self.image_space(pairs[:, 0]), dim=1)
-        scores, own = images @ texts.T / self.temperature.exp(), torch.arange(len(images))
+        scores, own = images @ texts.T / self.temperature.exp(), torch.arange(len(images), device=images.device)
         return written + (F.cross_entropy(scores, own) + F.cross_entropy(scores.T, own)) / 2
 
 
 class Peer:
-    def __init__(self, vocabulary, args):
+    def __init__(self, vocabulary, args, device="cpu"):
         torch.manual_seed(1)
-        self.model = Unimo(vocabulary, args.hidden, args.layers, args.heads, args.feed_forward)
+        self.model = Unimo(vocabulary, args).to(device)
         self.optimizer = torch.optim.AdamW(self.model.parameters(), 1e-4, (0.9, 0.98), 1e-6, 0.01, fused=True)
         ids = lambda: torch.randint(4, vocabulary - 1, (args.images, TEXT))
-        features = torch.randn(args.images, REGIONS, FEATURE)
-        self.batch = features, torch.rand(args.images, 1 + REGIONS, 5), ids(), ids()
-        self.rows = args.images * (REGIONS + TEXT + TEXT)
+        features = torch.randn(args.images, args.regions, args.feature)
+        batch = features, torch.rand(args.images, 1 + args.regions, 5), ids(), ids()
+        self.batch = [tensor.to(device) for tensor in batch]
+        self.rows = args.images * (args.regions + TEXT + TEXT)
 
     def step(self):
         self.optimizer.zero_grad()
@@ -191,6 +194,9 @@ def main():
     parser.add_argument("--heads", type=int, default=4)
     parser.add_argument("--feed-forward", type=int, default=768)
     parser.add_argument("--vocabulary", type=int, default=4096)
+    parser.add_argument("--regions", type=int, default=49)
+    parser.add_argument("--feature", type=int, default=1292)
+    parser.add_argument("--classes", type=int, default=1000)
     args = parser.parse_args()
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as name:

@@ -6,6 +6,7 @@ pub mod backbone;
 pub mod checkpoint;
 pub mod corpus;
 pub mod detections;
+pub mod device;
 pub mod evaluation;
 pub mod features;
 pub mod metrics;

@@ -6,6 +6,7 @@ use clap::Parser;
 mod cli;
 
 use cli::Cli;
+use unimo_train::device::DeviceError;
 
 // A training step frees and takes back hundreds of megabytes: the system's allocator returns them to the kernel each time.
 #[global_allocator]
@@ -23,7 +24,7 @@ fn main() -> ExitCode {
         Ok(code) => code,
         Err(error) => {
             eprintln!("error: {error:#}");
-            ExitCode::from(3)
+            ExitCode::from(error.downcast_ref::<DeviceError>().map_or(3, DeviceError::exit_code))
         }
     }
 }

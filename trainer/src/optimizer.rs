@@ -69,7 +69,58 @@ impl OptimizerConfig {
     }
 }
 
-type Moments = Mutex<(Vec<f32>, Vec<f32>)>;
+/// First and second moment of a variable, where it is worked on.
+enum Moments {
+    Host(Mutex<(Vec<f32>, Vec<f32>)>),
+    /// On a CUDA device; absent before the first update.
+    #[cfg(any(feature = "cuda", test))]
+    Device(Option<(Tensor, Tensor)>),
+}
+
+impl Moments {
+    /// Zeros.
+    fn of(var: &Var) -> Self {
+        #[cfg(any(feature = "cuda", test))]
+        if crate::ops::cuda::works_on(var.device()) {
+            return Self::Device(None);
+        }
+        let n = var.elem_count();
+        Self::Host(Mutex::new((vec![0f32; n], vec![0f32; n])))
+    }
+
+    /// Copies of both, `count` values each.
+    fn read(&self, count: usize) -> Result<[Vec<f32>; 2]> {
+        match self {
+            Self::Host(both) => {
+                let (first, second) = &*both.lock().map_err(|_| anyhow::anyhow!("poisoned moments"))?;
+                debug_assert_eq!(first.len(), count);
+                Ok([first.clone(), second.clone()])
+            }
+            #[cfg(any(feature = "cuda", test))]
+            Self::Device(None) => Ok([vec![0f32; count], vec![0f32; count]]),
+            #[cfg(any(feature = "cuda", test))]
+            Self::Device(Some((first, second))) => {
+                let values = |tensor: &Tensor| -> Result<Vec<f32>> { Ok(tensor.flatten_all()?.to_vec1()?) };
+                debug_assert_eq!(first.elem_count(), count);
+                Ok([values(first)?, values(second)?])
+            }
+        }
+    }
+
+    /// Takes others, of the variable's shape.
+    fn replace(&mut self, [first, second]: [Vec<f32>; 2], var: &Var) -> Result<()> {
+        debug_assert_eq!((first.len(), second.len()), (var.elem_count(), var.elem_count()));
+        match self {
+            Self::Host(both) => *both = Mutex::new((first, second)),
+            #[cfg(any(feature = "cuda", test))]
+            Self::Device(both) => {
+                let tensor = |values| Tensor::from_vec(values, var.shape(), var.device());
+                *both = Some((tensor(first)?, tensor(second)?));
+            }
+        }
+        Ok(())
+    }
+}
 
 /// AdamW over named variables.
 pub struct AdamW {
@@ -79,7 +130,7 @@ pub struct AdamW {
 }
 
 struct Update<'a> {
-    moments: &'a Moments,
+    moments: &'a Mutex<(Vec<f32>, Vec<f32>)>,
     step: AdamWStep,
 }
 
@@ -120,13 +171,7 @@ impl AdamW {
     /// Zero moments for every variable.
     #[must_use]
     pub fn new<'a>(config: OptimizerConfig, weights: impl IntoIterator<Item = (&'a String, &'a Var)>) -> Self {
-        let variables = weights
-            .into_iter()
-            .map(|(name, var)| {
-                let n = var.elem_count();
-                (name.clone(), var.clone(), Mutex::new((vec![0f32; n], vec![0f32; n])))
-            })
-            .collect();
+        let variables = weights.into_iter().map(|(name, var)| (name.clone(), var.clone(), Moments::of(var))).collect();
         Self { config, updates: 0, variables }
     }
 
@@ -141,6 +186,10 @@ impl AdamW {
     /// # Errors
     /// Those of candle.
     pub fn step(&mut self, gradients: &GradStore, rate: f64) -> Result<StepReport> {
+        #[cfg(any(feature = "cuda", test))]
+        if self.variables.iter().any(|(_, _, moments)| matches!(moments, Moments::Device(_))) {
+            return self.step_on_device(gradients, rate);
+        }
         let mut square = 0f64;
         for (_, var, _) in &self.variables {
             if let Some(g) = gradients.get(var) {
@@ -152,24 +201,60 @@ impl AdamW {
             return Ok(StepReport { gradient_norm, skipped: true });
         }
         self.updates += 1;
-        let t = self.updates as i32;
-        let c = &self.config;
-        let gradient_scale = if gradient_norm > c.clip_norm { c.clip_norm / gradient_norm } else { 1.0 };
+        let clip_norm = self.config.clip_norm;
+        let gradient_scale = if gradient_norm > clip_norm { clip_norm / gradient_norm } else { 1.0 };
         for (name, var, moments) in &self.variables {
-            let Some(gradient) = gradients.get(var) else { continue };
-            let step = AdamWStep {
-                rate: if name.starts_with(vision::PREFIX) { (rate * c.backbone_rate) as f32 } else { rate as f32 },
-                decay: if is_decayed(name) { c.weight_decay as f32 } else { 0.0 },
-                beta1: c.beta1 as f32,
-                beta2: c.beta2 as f32,
-                eps: c.eps as f32,
-                correction1: (1.0 / (1.0 - c.beta1.powi(t))) as f32,
-                correction2: (1.0 / (1.0 - c.beta2.powi(t))) as f32,
-                gradient_scale: gradient_scale as f32,
-            };
+            let (Some(gradient), Moments::Host(moments)) = (gradients.get(var), moments) else { continue };
+            let step = AdamWStep { gradient_scale: gradient_scale as f32, ..self.update_of(name, rate, self.updates) };
             var.as_tensor().inplace_op2(&gradient.contiguous()?, &Update { moments, step })?;
         }
         Ok(StepReport { gradient_norm, skipped: false })
+    }
+
+    /// The scalars of variable `name`'s update number `updates` (from 1), without clipping.
+    fn update_of(&self, name: &str, rate: f64, updates: u64) -> AdamWStep {
+        let (c, t) = (&self.config, updates as i32);
+        AdamWStep {
+            rate: if name.starts_with(vision::PREFIX) { (rate * c.backbone_rate) as f32 } else { rate as f32 },
+            decay: if is_decayed(name) { c.weight_decay as f32 } else { 0.0 },
+            beta1: c.beta1 as f32,
+            beta2: c.beta2 as f32,
+            eps: c.eps as f32,
+            correction1: (1.0 / (1.0 - c.beta1.powi(t))) as f32,
+            correction2: (1.0 / (1.0 - c.beta2.powi(t))) as f32,
+            gradient_scale: 1.0,
+        }
+    }
+
+    /// The same on a CUDA device, all variables at once: the norm is found, and clipping decided, there.
+    #[cfg(any(feature = "cuda", test))]
+    fn step_on_device(&mut self, gradients: &GradStore, rate: f64) -> Result<StepReport> {
+        use crate::ops::cuda::{DeviceAdamW, Tuned};
+        let Some(device) = self.variables.first().map(|(_, var, _)| var.device().clone()) else {
+            return Ok(StepReport { gradient_norm: 0.0, skipped: false });
+        };
+        for (_, var, moments) in &mut self.variables {
+            if let Moments::Device(both @ None) = moments {
+                *both = Some((var.as_tensor().zeros_like()?, var.as_tensor().zeros_like()?));
+            }
+        }
+        let mut tuned = Vec::new();
+        for (name, var, moments) in &self.variables {
+            if let (Some(gradient), Moments::Device(Some(both))) = (gradients.get(var), moments) {
+                tuned.push((name, var, gradient.contiguous()?, both));
+            }
+        }
+        let next = self.updates + 1;
+        let step = self.update_of("", rate, next);
+        let tensors = tuned.iter().map(|(name, weights, gradient, (first, second))| {
+            let AdamWStep { rate, decay, .. } = self.update_of(name, rate, next);
+            Tuned { weights, first, second, gradient, rate, decay }
+        });
+        let update = DeviceAdamW { tensors: tensors.collect(), clip_norm: self.config.clip_norm as f32, step };
+        let gradient_norm = update.update(&device)?;
+        let skipped = !gradient_norm.is_finite();
+        self.updates += u64::from(!skipped);
+        Ok(StepReport { gradient_norm, skipped })
     }
 
     /// The moments as tensors `<weight>.first` and `<weight>.second`, and the number of updates.
@@ -179,9 +264,8 @@ impl AdamW {
     pub fn state(&self) -> Result<(HashMap<String, Tensor>, u64)> {
         let mut tensors = HashMap::new();
         for (name, var, moments) in &self.variables {
-            let guard = moments.lock().map_err(|_| anyhow::anyhow!("poisoned moments"))?;
-            for (kind, values) in [("first", &guard.0), ("second", &guard.1)] {
-                tensors.insert(format!("{name}.{kind}"), Tensor::from_slice(values, var.shape(), &candle_core::Device::Cpu)?);
+            for (kind, values) in ["first", "second"].into_iter().zip(moments.read(var.elem_count())?) {
+                tensors.insert(format!("{name}.{kind}"), Tensor::from_vec(values, var.shape(), &candle_core::Device::Cpu)?);
             }
         }
         Ok((tensors, self.updates))
@@ -192,7 +276,7 @@ impl AdamW {
     /// # Errors
     /// A missing or misshapen moment.
     pub fn restore(&mut self, tensors: &HashMap<String, Tensor>, updates: u64) -> Result<()> {
-        for (name, var, moments) in &self.variables {
+        for (name, var, moments) in &mut self.variables {
             let read = |kind: &str| -> Result<Vec<f32>> {
                 let key = format!("{name}.{kind}");
                 let tensor = tensors.get(&key).with_context(|| format!("the optimizer state lacks `{key}`"))?;
@@ -201,7 +285,7 @@ impl AdamW {
                 }
                 Ok(tensor.flatten_all()?.to_vec1()?)
             };
-            *moments.lock().map_err(|_| anyhow::anyhow!("poisoned moments"))? = (read("first")?, read("second")?);
+            moments.replace([read("first")?, read("second")?], var)?;
         }
         self.updates = updates;
         Ok(())
@@ -260,6 +344,36 @@ mod tests {
         assert!(optimizer.step(&loss.backward().unwrap(), 0.1).unwrap().skipped);
         assert_eq!(var.as_tensor().to_vec1::<f32>().unwrap(), [1.0]);
         assert_eq!(optimizer.updates(), 0);
+    }
+
+    /// Three updates on the CPU alone; or the first one or two of them on the kernels, and the others after the moments were saved
+    /// and restored.
+    #[test]
+    fn moments_move_between_devices() {
+        use crate::ops::cuda::emulation::emulated;
+        let run = |on_kernels: [bool; 3]| {
+            let var = Var::from_vec(vec![1.0f32, -2.0, 0.5], 3, &Device::Cpu).unwrap();
+            let weights = BTreeMap::from([("a.weight".to_owned(), var.clone())]);
+            let mut state = None;
+            for on_kernels in on_kernels {
+                let mut step = || {
+                    let mut optimizer = AdamW::new(OptimizerConfig::default(), &weights);
+                    if let Some((moments, updates)) = &state {
+                        optimizer.restore(moments, *updates).unwrap();
+                    }
+                    let loss = var.as_tensor().powf(3.0).unwrap().sum_all().unwrap();
+                    optimizer.step(&loss.backward().unwrap(), 0.01).unwrap();
+                    state = Some(optimizer.state().unwrap());
+                };
+                if on_kernels { emulated(0, step) } else { step() }
+            }
+            var.as_tensor().to_vec1::<f32>().unwrap()
+        };
+        let expected = run([false; 3]);
+        for on_kernels in [[true; 3], [true, false, false], [false, true, true], [true, true, false]] {
+            let got = run(on_kernels);
+            assert!(got.iter().zip(&expected).all(|(a, b)| (a - b).abs() < 1e-6), "{on_kernels:?}: {got:?} {expected:?}");
+        }
     }
 
     #[test]

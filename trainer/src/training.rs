@@ -13,7 +13,7 @@ use std::thread;
 use std::time::Instant;
 
 use anyhow::{Context, Result, bail};
-use candle_core::Tensor;
+use candle_core::{Device, Tensor};
 use indicatif::{ProgressBar, ProgressStyle};
 use serde_json::json;
 use sha2::{Digest, Sha256};
@@ -22,6 +22,7 @@ pub use rehearsal::{Rehearsal, rehearse, rehearse_among};
 use set_up::{JudgedBy, Ready, set_up};
 
 use crate::checkpoint::{self, RunState};
+use crate::device;
 use crate::evaluation;
 use crate::model::{Dropout, ModelConfig, Unimo};
 use crate::objectives::{Orders, Source, StepBatch, Tally};
@@ -82,6 +83,8 @@ pub struct TrainingJob {
     pub data_note: String,
     /// Stops after this many steps of this call, as if interrupted after the next checkpoint.
     pub stop_after: Option<u64>,
+    /// Where the arithmetic is done. The data are read and packed on the CPU.
+    pub device: Device,
 }
 
 /// A downstream task to be learnt: its examples, and those by which it is judged on the way.
@@ -303,6 +306,7 @@ impl Loop<'_> {
             "gradient_norm": report.gradient_norm,
             "skipped": report.skipped,
             "temperature": self.model.temperature()?.to_scalar::<f32>()?,
+            "device_memory": device::memory_in_use(self.model.device()),
             "rows": whole.rows,
             "operations": whole.operations,
             "pictures": batch.pictures,

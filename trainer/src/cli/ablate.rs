@@ -43,7 +43,7 @@ pub fn run(args: &Args) -> Result<ExitCode> {
     if args.data.dry_run || args.data.resume || args.data.stop_after.is_some() {
         bail!("an ablation always goes on with what is there; --dry-run, --resume and --stop-after are for single runs");
     }
-    let job = args.data.job(first, ModelConfig::named(&plan.size)?, None);
+    let job = args.data.job(first, ModelConfig::named(&plan.size)?, None)?;
     print!("{}", ablate(&plan, &job, &args.data.out)?);
     Ok(ExitCode::SUCCESS)
 }

@@ -3,8 +3,10 @@
 pub mod ablate;
 pub mod average;
 pub mod data;
+pub mod device;
 pub mod eval;
 pub mod finetune;
+pub mod gpu;
 pub mod plan;
 pub mod pretrain;
 pub mod report;
@@ -26,7 +28,7 @@ const EXAMPLES: &str = "Examples:
   unimo-train pretrain --size pico --recipe trainer/recipes/pico-scenes.toml --tokenizer tokenizer.json \\
       --backbone mobilenetv2.safetensors --pairs scenes/train --dev scenes/dev --out runs/pico
 
-Exit codes: 0 done, 2 usage, 3 bad input, 130 interrupted.";
+Exit codes: 0 done, 2 usage, 3 bad input, 4 device not there, 5 build or libraries without CUDA, 6 a kernel is wrong, 130 interrupted.";
 
 /// Trains the UNIMO image–text model: data, tokenizer, pretraining, fine-tuning, evaluation.
 #[derive(Debug, Parser)]
@@ -60,6 +62,8 @@ enum Command {
     Report(report::Args),
     /// Score captions, embeddings or a checkpoint
     Eval(eval::EvalArgs),
+    /// Check the kernels on a CUDA device
+    Gpu(gpu::GpuArgs),
 }
 
 /// Runs a parsed command line.
@@ -79,5 +83,6 @@ pub fn run(cli: Cli) -> Result<ExitCode> {
         Command::Plan(args) => plan::run(&args),
         Command::Report(args) => report::run(&args),
         Command::Eval(args) => eval::run(args),
+        Command::Gpu(args) => gpu::run(&args),
     }
 }

@@ -5,6 +5,7 @@ use std::process::ExitCode;
 
 use anyhow::Result;
 
+use super::device::DeviceArgs;
 use unimo_train::model::ModelConfig;
 use unimo_train::parallel::{self, Collective};
 use unimo_train::recipe::Recipe;
@@ -74,6 +75,8 @@ pub struct DataArgs {
     /// Stop after this many steps; --resume goes on
     #[arg(long, value_name = "N")]
     pub stop_after: Option<u64>,
+    #[command(flatten)]
+    pub device: DeviceArgs,
     /// What the data is and under which licence, for the model card
     #[arg(long, default_value = "not stated", value_name = "TEXT")]
     pub data_note: String,
@@ -114,9 +117,11 @@ impl DataArgs {
     }
 
     /// The job that these arguments describe.
-    #[must_use]
-    pub fn job(&self, recipe: Recipe, size: ModelConfig, init: Option<PathBuf>) -> TrainingJob {
-        TrainingJob {
+    ///
+    /// # Errors
+    /// A device that cannot be had.
+    pub fn job(&self, recipe: Recipe, size: ModelConfig, init: Option<PathBuf>) -> Result<TrainingJob> {
+        Ok(TrainingJob {
             recipe,
             size,
             init,
@@ -136,7 +141,8 @@ impl DataArgs {
             resume: self.resume,
             data_note: self.data_note.clone(),
             stop_after: self.stop_after,
-        }
+            device: self.device.open()?,
+        })
     }
 }
 
@@ -146,7 +152,7 @@ impl DataArgs {
 /// Unusable input or failed writes.
 pub fn run(args: &Args) -> Result<ExitCode> {
     parallel::as_launched(|ranks| {
-        let job = args.data.job(Recipe::from_file(&args.recipe)?, ModelConfig::named(&args.size)?, args.init.clone());
+        let job = args.data.job(Recipe::from_file(&args.recipe)?, ModelConfig::named(&args.size)?, args.init.clone())?;
         args.data.run(ranks, &job)
     })
 }
@@ -168,7 +174,7 @@ mod tests {
         let words = "pretrain --size base --recipe r --tokenizer t --pairs p --regions a b --images c --out o";
         let args = Program::parse_from(words.split(' ')).args;
         let recipe = Recipe::from_toml("steps = 1\n[batch]\nimages = 2\ncaptions = 1\n").unwrap();
-        let job = args.data.job(recipe, ModelConfig::named(&args.size).unwrap(), None);
+        let job = args.data.job(recipe, ModelConfig::named(&args.size).unwrap(), None).unwrap();
         assert_eq!((job.regions, job.images), (vec!["a".into(), "b".into()], vec!["c".into()]));
         assert!(job.size.detects() && job.backbone.is_none());
     }

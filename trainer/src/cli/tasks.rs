@@ -3,8 +3,8 @@
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
+use super::device::DeviceArgs;
 use anyhow::{Context, Result, bail};
-use candle_core::Device;
 use clap::ValueEnum;
 use unimo::tokenizer::Tokenizer;
 use unimo_train::checkpoint;
@@ -167,6 +167,8 @@ pub struct TaskArgs {
     /// Where to write what the model says: VQA's result file for questions, else JSON lines
     #[arg(long, value_name = "FILE")]
     predictions: Option<PathBuf>,
+    #[command(flatten)]
+    device: DeviceArgs,
     /// One JSON object instead of text
     #[arg(long)]
     json: bool,
@@ -188,9 +190,10 @@ pub fn run(args: &TaskArgs) -> Result<ExitCode> {
         (None, Some(examples)) => read(&spec.name, examples)?,
         _ => bail!("{} is of the task {}, which has no --questions", folder.display(), spec.name),
     };
-    let model = Unimo::load(&folder, &Device::Cpu)?;
+    let device = args.device.open()?;
+    let model = Unimo::load(&folder, &device)?;
     let tokenizer = Tokenizer::from_file(&folder.join("tokenizer.json"))?;
-    let vision = Vision::of_checkpoint(&folder, model.config(), &Device::Cpu)?;
+    let vision = Vision::of_checkpoint(&folder, model.config(), &device)?;
     let mut corpus = Corpus::default();
     if spec.pictures {
         if model.config().detects() {
@@ -256,6 +259,8 @@ pub struct WrittenArgs {
     /// Where to write what the model says, one text a line
     #[arg(long, value_name = "FILE")]
     predictions: Option<PathBuf>,
+    #[command(flatten)]
+    device: DeviceArgs,
     /// One JSON object instead of text
     #[arg(long)]
     json: bool,
@@ -267,7 +272,7 @@ pub struct WrittenArgs {
 /// An unusable checkpoint or files, failed writes.
 pub fn run_written(args: &WrittenArgs) -> Result<ExitCode> {
     let folder = checkpoint::resolve(&args.checkpoint)?;
-    let model = Unimo::load(&folder, &Device::Cpu)?;
+    let model = Unimo::load(&folder, &args.device.open()?)?;
     let tokenizer = Tokenizer::from_file(&folder.join("tokenizer.json"))?;
     let data = WritingData::new(&generation::read(&args.sources, &args.targets)?, &tokenizer, model.config().positions);
     let written = generation::write(&model, &tokenizer, &data, WRITTEN_TOKENS)?;

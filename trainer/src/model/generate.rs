@@ -112,9 +112,8 @@ impl Unimo {
     /// # Errors
     /// A position outside the model's.
     pub fn decode_step(&self, tokens: &[u32], position: usize, keys: &[Tensor], values: &[Tensor]) -> Result<Step> {
-        let ids = Tensor::new(tokens, &self.device)?;
-        let positions = Tensor::full(position as u32, tokens.len(), &self.device)?;
-        let mut x = self.embed_tokens(&ids, &positions)?.unsqueeze(1)?;
+        let positions = vec![position as u32; tokens.len()].into();
+        let mut x = self.embed_tokens(&tokens.into(), &positions)?.unsqueeze(1)?;
         let (mut new_keys, mut new_values) = (Vec::new(), Vec::new());
         for layer in 0..self.config.layers {
             let (next, k, v) = self.cached_layer(layer, &x, Some((&keys[layer], &values[layer])))?;

@@ -14,8 +14,7 @@ impl Unimo {
     /// # Errors
     /// A row out of range.
     pub fn rows(&self, hidden: &Tensor, rows: &[usize]) -> Result<Tensor> {
-        let rows: Vec<u32> = rows.iter().map(|&r| r as u32).collect();
-        hidden.index_select(&Tensor::new(rows.as_slice(), hidden.device())?, 0)
+        ops::select_rows(hidden, &rows.iter().map(|&row| row as u32).collect())
     }
 
     /// Unified-space embeddings of separately encoded images: hidden states of `[IMG]`, `[n, hidden]` → `[n, embedding]`, unit length.
@@ -54,7 +53,7 @@ impl Unimo {
         if !images.is_empty() {
             pooled = (pooled * self.linear("pool.image", &self.rows(hidden, images)?)?.relu()?)?;
         }
-        self.linear("task.output", &ops::gelu(&self.linear("task.hidden", &pooled)?)?)
+        self.linear("task.output", &self.linear_gelu("task.hidden", &pooled)?)
     }
 
     /// The contrast's temperature τ, a scalar inside [0.001, 0.5].
@@ -66,7 +65,7 @@ impl Unimo {
     }
 
     fn lm_transform(&self, hidden: &Tensor) -> Result<Tensor> {
-        self.norm("lm.norm", &ops::gelu(&self.linear("lm.transform", hidden)?)?)
+        self.norm("lm.norm", &self.linear_gelu("lm.transform", hidden)?)
     }
 
     /// Mean cross-entropy of the language model at the given hidden states `[n, hidden]`.

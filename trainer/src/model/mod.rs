@@ -9,6 +9,7 @@ mod statistics;
 
 use std::collections::{BTreeMap, HashMap};
 use std::path::Path;
+use std::sync::Arc;
 
 use anyhow::{Context, Result, bail};
 use candle_core::{DType, Device, Tensor, Var};
@@ -211,14 +212,24 @@ impl Unimo {
         ops::linear(x, self.weight(&format!("{name}.weight"))?, self.weight(&format!("{name}.bias"))?)
     }
 
+    fn linear_gelu(&self, name: &str, x: &Tensor) -> candle_core::Result<Tensor> {
+        ops::linear_gelu(x, self.weight(&format!("{name}.weight"))?, self.weight(&format!("{name}.bias"))?)
+    }
+
     fn norm(&self, name: &str, x: &Tensor) -> candle_core::Result<Tensor> {
         ops::layer_norm(x, self.weight(&format!("{name}.weight"))?, self.weight(&format!("{name}.bias"))?, LAYER_NORM_EPS)
     }
 
-    /// Embeddings of text rows: `ids` and `positions` are `[rows]` (u32), the result `[rows, hidden]`.
-    fn embed_tokens(&self, ids: &Tensor, positions: &Tensor) -> candle_core::Result<Tensor> {
-        let tokens = self.weight("text.token.weight")?.index_select(ids, 0)?;
-        let places = self.weight("text.position.weight")?.index_select(positions, 0)?;
+    /// Normalised sum of a sublayer's input and what it made of it, with dropout at `site`.
+    fn add_norm(&self, name: &str, both: (&Tensor, &Tensor), dropout: Dropout, site: usize) -> candle_core::Result<Tensor> {
+        let (weight, bias) = (self.weight(&format!("{name}.weight"))?, self.weight(&format!("{name}.bias"))?);
+        ops::dropout_add_layer_norm(both, (dropout.rate, dropout.site(site)), weight, bias, LAYER_NORM_EPS)
+    }
+
+    /// Embeddings of text rows, one for each of `ids` and `positions`, `[rows, hidden]`.
+    fn embed_tokens(&self, ids: &Arc<[u32]>, positions: &Arc<[u32]>) -> candle_core::Result<Tensor> {
+        let tokens = ops::select_rows(self.weight("text.token.weight")?, ids)?;
+        let places = ops::select_rows(self.weight("text.position.weight")?, positions)?;
         self.norm("text.norm", &(tokens + places)?)
     }
 
@@ -235,13 +246,13 @@ impl Unimo {
     /// Ids, positions or pictures out of range, and those of candle.
     pub fn forward(&self, batch: &PackedBatch, pictures: Option<&Tensor>, dropout: Dropout) -> candle_core::Result<Tensor> {
         let mut parts = Vec::new();
-        if batch.ids.elem_count() > 0 {
+        if !batch.ids.is_empty() {
             parts.push(self.embed_tokens(&batch.ids, &batch.positions)?);
         }
         if let (Some(features), Some(boxes)) = (&batch.features, &batch.boxes) {
             parts.push(self.embed_regions(&features.rows(pictures, &self.statistics)?, boxes)?);
         }
-        let mut x = Tensor::cat(&parts, 0)?.index_select(&batch.order, 0)?;
+        let mut x = ops::select_rows(&Tensor::cat(&parts, 0)?, &batch.order)?;
         if dropout.rate > 0.0 {
             x = ops::dropout_add(&x.zeros_like()?, &x, dropout.rate, dropout.site(0))?;
         }
@@ -253,14 +264,14 @@ impl Unimo {
 
     fn layer(&self, layer: usize, x: &Tensor, batch: &PackedBatch, dropout: Dropout) -> candle_core::Result<Tensor> {
         let name = |part: &str| format!("layers.{layer}.{part}");
-        let site = |k: usize| dropout.site(1 + 3 * layer + k);
+        let site = 1 + 3 * layer;
         let qkv = self.linear(&name("attention.qkv"), x)?;
-        let attended = ops::attention(&qkv, &batch.plan, self.config.heads, dropout.rate, site(0))?;
+        let attended = ops::attention(&qkv, &batch.plan, self.config.heads, dropout.rate, dropout.site(site))?;
         let attended = self.linear(&name("attention.output"), &attended)?;
-        let x = self.norm(&name("attention.norm"), &ops::dropout_add(x, &attended, dropout.rate, site(1))?)?;
-        let inner = ops::gelu(&self.linear(&name("ffn.up"), &x)?)?;
+        let x = self.add_norm(&name("attention.norm"), (x, &attended), dropout, site + 1)?;
+        let inner = self.linear_gelu(&name("ffn.up"), &x)?;
         let outer = self.linear(&name("ffn.down"), &inner)?;
-        self.norm(&name("ffn.norm"), &ops::dropout_add(&x, &outer, dropout.rate, site(2))?)
+        self.add_norm(&name("ffn.norm"), (&x, &outer), dropout, site + 2)
     }
 }
 

@@ -1,9 +1,11 @@
 //! Packing images and texts of different lengths into one flat batch, without padding.
 
+use std::sync::Arc;
+
 use candle_core::{Device, Result, Tensor};
 
 use super::{ModelConfig, RegionStatistics, Unimo};
-use crate::ops::{AttentionGroup, AttentionPlan, QueryBlock};
+use crate::ops::{self, AttentionGroup, AttentionPlan, QueryBlock};
 use crate::regions::Record;
 
 /// Where the region features of a packed image come from.
@@ -58,17 +60,17 @@ pub struct ImageRows {
 /// A batch ready for the model.
 pub struct PackedBatch {
     /// Token of each text row, in order of appending.
-    pub(super) ids: Tensor,
+    pub(super) ids: Arc<[u32]>,
     /// Position of each text row inside its text.
-    pub(super) positions: Tensor,
+    pub(super) positions: Arc<[u32]>,
     /// Features of the image rows; absent without images.
     pub(super) features: Option<PackedFeatures>,
     /// `[image rows, 5]`.
     pub(super) boxes: Option<Tensor>,
     /// For each packed row, its place in texts ++ images.
-    pub(super) order: Tensor,
+    pub(super) order: Arc<[u32]>,
     /// Who sees whom.
-    pub(super) plan: std::sync::Arc<AttentionPlan>,
+    pub(super) plan: Arc<AttentionPlan>,
 }
 
 impl PackedBatch {
@@ -81,7 +83,7 @@ impl PackedBatch {
     /// Number of rows that are `[IMG]` or a region.
     #[must_use]
     pub fn image_rows(&self) -> usize {
-        self.rows() - self.ids.elem_count()
+        self.rows() - self.ids.len()
     }
 
     /// Pairs of rows of which one attends to the other, in one layer.
@@ -101,8 +103,8 @@ pub(super) enum PackedFeatures {
     Values(Tensor),
     /// To be taken from the pictures that the forward pass is given.
     Pictures {
-        /// Picture of each image, `[images]`.
-        of: Tensor,
+        /// Picture of each image.
+        of: Arc<[u32]>,
         /// 1 for each region that is seen and 0 for each masked one, `[images, regions, 1]`; absent where all are seen.
         visible: Option<Tensor>,
         /// One divided by the number of visible regions, `[images, 1, 1]`.
@@ -123,7 +125,8 @@ impl PackedFeatures {
         let mean = Tensor::new(statistics.mean.as_slice(), pictures.device())?;
         let deviation = Tensor::new(statistics.deviation.as_slice(), pictures.device())?;
         let standard = pictures.broadcast_sub(&mean)?.broadcast_div(&deviation)?;
-        let mut regions = standard.index_select(of, 0)?;
+        let (_, count, width) = standard.dims3()?;
+        let mut regions = ops::select_rows(&standard.flatten(1, 2)?, of)?.reshape((of.len(), count, width))?;
         if let Some(visible) = visible {
             regions = regions.broadcast_mul(visible)?;
         }
@@ -284,7 +287,7 @@ impl<'a> Packer<'a> {
     /// Images given by value and images given by picture in one batch, and those of candle.
     pub fn finish(self, device: &Device) -> Result<PackedBatch> {
         let texts = self.ids.len() as u32;
-        let order: Vec<u32> = self
+        let order: Arc<[u32]> = self
             .origins
             .iter()
             .map(|origin| match origin {
@@ -302,7 +305,7 @@ impl<'a> Packer<'a> {
                 let seen = self.visible.chunks_exact(count).map(|v| 1.0 / v.iter().sum::<f32>().max(1.0)).collect();
                 let visible = self.visible.contains(&0.0).then(|| Tensor::from_vec(self.visible, (images, count, 1), device));
                 PackedFeatures::Pictures {
-                    of: Tensor::new(self.pictures.as_slice(), device)?,
+                    of: self.pictures.into(),
                     visible: visible.transpose()?,
                     shares: Tensor::from_vec(seen, (images, 1, 1), device)?,
                 }
@@ -312,12 +315,12 @@ impl<'a> Packer<'a> {
             boxes = Some(Tensor::from_vec(self.boxes, (rows, 5), device)?);
         }
         Ok(PackedBatch {
-            ids: Tensor::new(self.ids.as_slice(), device)?,
-            positions: Tensor::new(self.positions.as_slice(), device)?,
+            ids: self.ids.into(),
+            positions: self.positions.into(),
             features,
             boxes,
-            order: Tensor::new(order.as_slice(), device)?,
-            plan: std::sync::Arc::new(self.plan),
+            order,
+            plan: Arc::new(self.plan),
         })
     }
 }

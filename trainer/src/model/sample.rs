@@ -1,5 +1,7 @@
 //! Captions drawn at random from the language model, several of each image at once: what self-critical training judges.
 
+use std::sync::Arc;
+
 use candle_core::{Result, Tensor};
 use rand::Rng;
 use rand_chacha::ChaCha8Rng;
@@ -7,7 +9,6 @@ use rayon::prelude::*;
 use unimo::tokenizer::{CLS, SEP};
 
 use super::{ImageCache, Unimo};
-use crate::ops;
 use crate::ops::kernels::{Seen, attend_one};
 
 /// Keys and values of all images in one layer, `[images, heads, rows, depth]` each.
@@ -45,6 +46,9 @@ impl Unimo {
         if seeds.len() != images {
             candle_core::bail!("{} seeds for {images} images", seeds.len());
         }
+        if !self.device.is_cpu() {
+            return self.sample_on_device(image, each, tokens, temperature, seeds);
+        }
         let flat = |t: &Tensor| t.contiguous()?.flatten_all()?.to_vec1::<f32>();
         let prefixes = (image.keys.iter().zip(&image.values))
             .map(|(keys, values)| Ok(Prefix { keys: flat(keys)?, values: flat(values)? }))
@@ -52,7 +56,7 @@ impl Unimo {
         let layers = self.config.layers;
         let draft = |i: usize| Draft {
             image: i / each,
-            rng: crate::seed::rng(crate::seed::mix(seeds[i / each], (i % each) as u64)),
+            rng: rng_of(seeds, each, i),
             ids: vec![CLS],
             keys: vec![Vec::new(); layers],
             values: vec![Vec::new(); layers],
@@ -63,9 +67,9 @@ impl Unimo {
             if open.is_empty() {
                 break;
             }
-            let last: Vec<u32> = open.iter().map(|d| d.ids[position]).collect();
-            let positions = Tensor::full(position as u32, last.len(), &self.device)?;
-            let mut x = self.embed_tokens(&Tensor::new(last, &self.device)?, &positions)?;
+            let last: Arc<[u32]> = open.iter().map(|d| d.ids[position]).collect();
+            let positions = vec![position as u32; last.len()].into();
+            let mut x = self.embed_tokens(&last, &positions)?;
             for (layer, prefix) in prefixes.iter().enumerate() {
                 let qkv = flat(&self.linear(&format!("layers.{layer}.attention.qkv"), &x)?)?;
                 let attended = self.attend(layer, prefix, image_rows, &qkv, &mut open);
@@ -80,6 +84,43 @@ impl Unimo {
             }
         }
         Ok(drafts.into_iter().map(|d| d.ids).collect())
+    }
+
+    /// The same where the caches lie on a device and grow there: only logits come to the host, where tokens are drawn. Captions
+    /// that have ended are decoded on with the others, and nothing is drawn for them.
+    fn sample_on_device(
+        &self,
+        image: &ImageCache,
+        each: usize,
+        tokens: usize,
+        temperature: f64,
+        seeds: &[u64],
+    ) -> Result<Vec<Vec<u32>>> {
+        let for_each = |caches: &[Tensor]| -> Result<Vec<Tensor>> {
+            let repeated = caches.iter().map(|cache| {
+                let (images, heads, rows, depth) = cache.dims4()?;
+                cache.unsqueeze(1)?.broadcast_as((images, each, heads, rows, depth))?.contiguous()?.flatten(0, 1)
+            });
+            repeated.collect()
+        };
+        let (mut keys, mut values) = (for_each(&image.keys)?, for_each(&image.values)?);
+        let mut drafts: Vec<(Vec<u32>, ChaCha8Rng)> =
+            (0..seeds.len() * each).map(|i| (vec![CLS], rng_of(seeds, each, i))).collect();
+        for position in 0..tokens.min(self.config.positions - 1) {
+            let last: Vec<u32> = drafts.iter().filter_map(|(ids, _)| ids.last().copied()).collect();
+            if last.iter().all(|&token| token == SEP) {
+                break;
+            }
+            let step = self.decode_step(&last, position, &keys, &values)?;
+            (keys, values) = (step.keys, step.values);
+            let logits = step.logits.flatten_all()?.to_vec1::<f32>()?;
+            for ((ids, rng), row) in drafts.iter_mut().zip(logits.chunks_exact(self.config.vocabulary)) {
+                if ids.last() != Some(&SEP) {
+                    ids.push(choose(row, temperature, rng.random()));
+                }
+            }
+        }
+        Ok(drafts.into_iter().map(|(ids, _)| ids).collect())
     }
 
     /// Appends the newest tokens' keys and values (in `qkv`, `[open, 3 · hidden]`) and attends from them, `[open, hidden]`.
@@ -109,9 +150,14 @@ impl Unimo {
     pub(super) fn after_attention(&self, layer: usize, x: &Tensor, attended: &Tensor) -> Result<Tensor> {
         let name = |part: &str| format!("layers.{layer}.{part}");
         let x = self.norm(&name("attention.norm"), &(x + self.linear(&name("attention.output"), attended)?)?)?;
-        let inner = ops::gelu(&self.linear(&name("ffn.up"), &x)?)?;
+        let inner = self.linear_gelu(&name("ffn.up"), &x)?;
         self.norm(&name("ffn.norm"), &(&x + self.linear(&name("ffn.down"), &inner)?)?)
     }
+}
+
+/// Draws of caption `i`, where every image has `each`.
+fn rng_of(seeds: &[u64], each: usize, i: usize) -> ChaCha8Rng {
+    crate::seed::rng(crate::seed::mix(seeds[i / each], (i % each) as u64))
 }
 
 /// The class at share `draw` (in [0, 1)) of the cumulative softmax of `logits / temperature`.
@@ -171,6 +217,9 @@ mod tests {
         let second = model.encode_image(&tensor.narrow(0, 1, 1).unwrap()).unwrap();
         assert_eq!(captions[3..], model.sample_captions(&second, 3, 7, 1.0, &[6]).unwrap());
         assert_eq!(captions.len(), 6);
+        // A device draws the same ones.
+        let encoded = model.encode_image(&tensor).unwrap();
+        assert_eq!(captions, model.sample_on_device(&encoded, 3, 7, 1.0, &[5, 6]).unwrap());
 
         let mut packer = Packer::new(&model);
         let mut rows = Vec::new();

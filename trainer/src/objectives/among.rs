@@ -74,7 +74,8 @@ impl StepBatch {
             let terms = chunk.local_terms(&hidden, model, recipe, source, whole)?;
             learnt.add(terms, carrying.next(encoded)?)?;
         }
-        let (total, losses) = sum_losses(ranks, learnt.total, &learnt.losses)?;
+        let (total, losses) = learnt.losses()?;
+        let (total, losses) = sum_losses(ranks, total, &losses)?;
         // A rank may have nothing to learn from in a step: its gradients are zeros.
         let mut summed = match learnt.gradients {
             Some(gradients) => gradients,

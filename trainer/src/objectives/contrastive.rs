@@ -2,6 +2,7 @@
 
 use candle_core::{D, Result, Tensor};
 
+use crate::ops;
 use crate::ops::reference::log_softmax;
 
 /// Added to a picture's share of its texts, so that its logarithm is finite.
@@ -22,12 +23,11 @@ pub fn contrastive_loss(images: &Tensor, texts: &Tensor, image_of_text: &[usize]
     for (text, &image) in image_of_text.iter().enumerate() {
         own[image * m + text] = 1.0;
     }
-    let described: Vec<u32> = (0..n).filter(|i| image_of_text.contains(i)).map(|i| i as u32).collect();
+    let described = (0..n).filter(|i| image_of_text.contains(i)).map(|i| i as u32).collect();
     let own = Tensor::from_vec(own, (n, m), images.device())?;
-    let described = Tensor::new(described.as_slice(), images.device())?;
 
     let p = log_softmax(&similarity)?.exp()?;
-    let of_image = (p * &own)?.sum(D::Minus1)?.index_select(&described, 0)?;
+    let of_image = ops::select_rows(&(p * &own)?.sum_keepdim(D::Minus1)?, &described)?;
     let image_to_text = (of_image + LEAST_SHARE)?.log()?.mean_all()?.neg()?;
     let log_p = log_softmax(&similarity.t()?.contiguous()?)?;
     let text_to_image = (log_p * own.t()?)?.sum_all()?.neg()?.affine(1.0 / m as f64, 0.0)?;
@@ -69,7 +69,7 @@ pub fn cross_modal_contrast(scores: &Tensor, contrasts: &[Contrast]) -> Result<T
     }
     let shape = (contrasts.len(), width);
     let device = scores.device();
-    let rows = scores.index_select(&Tensor::from_vec(places, contrasts.len() * width, device)?, 0)?.reshape(shape)?;
+    let rows = ops::select_rows(&scores.unsqueeze(1)?, &places.into())?.reshape(shape)?;
     let sum = |mask: Vec<f32>| (&rows + Tensor::from_vec(mask, shape, device)?)?.log_sum_exp(D::Minus1);
     (sum(all)? - sum(own)?)?.mean_all()
 }

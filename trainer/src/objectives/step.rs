@@ -474,8 +474,10 @@ impl Carrying {
 /// Sums of a step's passes.
 #[derive(Default)]
 pub(super) struct Learning {
-    pub(super) total: f64,
-    pub(super) losses: Vec<(&'static str, f64)>,
+    /// Objective, weight, share and value of losses. Read at the end, all at once: to read one means to wait for the device.
+    terms: Vec<(&'static str, f64, f64, Tensor)>,
+    /// Objective, weight and value of those that are numbers already.
+    known: Vec<(&'static str, f64, f64)>,
     pub(super) gradients: Option<GradStore>,
 }
 
@@ -484,8 +486,7 @@ impl Learning {
     pub(super) fn add(&mut self, terms: Vec<Term>, carried: Option<Tensor>) -> Result<()> {
         let mut sum = carried;
         for Term { name, weight, share, loss } in terms {
-            let value = f64::from(loss.to_scalar::<f32>()?) * share;
-            self.note(name, weight, value);
+            self.terms.push((name, weight, share, loss.detach()));
             let weighted = loss.affine(weight * share, 0.0)?;
             sum = Some(match sum {
                 Some(sum) => (sum + weighted)?,
@@ -502,16 +503,33 @@ impl Learning {
     }
 
     pub(super) fn note(&mut self, name: &'static str, weight: f64, value: f64) {
-        self.total += weight * value;
-        match self.losses.iter_mut().find(|(known, _)| *known == name) {
-            Some((_, so_far)) => *so_far += value,
-            None => self.losses.push((name, value)),
+        self.known.push((name, weight, value));
+    }
+
+    /// The weighted sum of the losses, and each objective's.
+    pub(super) fn losses(&self) -> Result<(f64, Vec<(&'static str, f64)>)> {
+        let mut values = self.known.clone();
+        if !self.terms.is_empty() {
+            let tensors = self.terms.iter().map(|(.., loss)| loss).collect::<Vec<_>>();
+            let read = Tensor::stack(&tensors, 0)?.to_vec1::<f32>()?;
+            let terms = self.terms.iter().zip(read);
+            values.extend(terms.map(|(&(name, weight, share, _), value)| (name, weight, f64::from(value) * share)));
         }
+        let (mut total, mut losses) = (0.0, Vec::<(&str, f64)>::new());
+        for (name, weight, value) in values {
+            total += weight * value;
+            match losses.iter_mut().find(|(known, _)| *known == name) {
+                Some((_, so_far)) => *so_far += value,
+                None => losses.push((name, value)),
+            }
+        }
+        Ok((total, losses))
     }
 
     fn finish(self) -> Result<Learnt> {
+        let (total, losses) = self.losses()?;
         let gradients = self.gradients.context("the step has no objective")?;
-        Ok(Learnt { total: self.total, losses: self.losses, gradients })
+        Ok(Learnt { total, losses, gradients })
     }
 }
 

@@ -7,7 +7,7 @@ use candle_core::{CpuStorage, CustomOp1, Error, Layout, Result, Shape, Tensor};
 use rayon::prelude::*;
 
 use super::kernels::{self, Matrix, Product, sgemm};
-use super::{f32_slice, reference, with_values};
+use super::{f32_slice, on_cuda, with_values};
 
 /// Rows that attend alike. Row numbers count from the start of the group.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -275,11 +275,6 @@ pub fn attention(qkv: &Tensor, plan: &Arc<AttentionPlan>, heads: usize, dropout:
         return Err(Error::Msg(format!("attention: {rows}×{width} against a plan of {} rows and {heads} heads", plan.rows())));
     }
     plan.validate()?;
-    if !qkv.device().is_cpu() {
-        if dropout > 0.0 {
-            candle_core::bail!("attention: dropout of probabilities is implemented for the CPU only; set it to 0");
-        }
-        return reference::attention(qkv, plan, heads);
-    }
+    on_cuda!(qkv.device(), super::cuda::attention(qkv, plan, heads, dropout, seed));
     qkv.contiguous()?.apply_op1(Attention { plan: Arc::clone(plan), heads, keep: 1.0 - dropout, seed })
 }

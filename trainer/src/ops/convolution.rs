@@ -5,7 +5,7 @@ use candle_core::{CpuStorage, CustomOp3, Layout, Result, Shape, Tensor};
 use rayon::prelude::*;
 
 use super::kernels::{self, DepthwiseGradient, Plane, add_assign};
-use super::{f32_slice, reference, with_values};
+use super::{f32_slice, on_cuda, with_values};
 
 struct Depthwise {
     plane: Plane,
@@ -94,9 +94,7 @@ pub fn depthwise_relu6(x: &Tensor, weight: &Tensor, bias: &Tensor, stride: usize
     if !fits || weight.dims() != [9, channels] || bias.dims() != [channels] {
         candle_core::bail!("depthwise_relu6: {:?} by {:?} + {:?}, stride {stride}", x.dims(), weight.dims(), bias.dims());
     }
-    if !x.device().is_cpu() {
-        return reference::depthwise_relu6(x, weight, bias, stride);
-    }
+    on_cuda!(x.device(), super::cuda::depthwise_relu6(x, weight, bias, plane));
     x.contiguous()?.apply_op3(weight, bias, Depthwise { plane })
 }
 

@@ -6,7 +6,7 @@ use candle_core::{CpuStorage, CustomOp3, Error, Layout, Result, Shape, Tensor};
 use rayon::prelude::*;
 
 use super::kernels::{Matrix, Product, add_assign, cross_entropy_row, sgemm};
-use super::{f32_slice, linear, reference};
+use super::{f32_slice, linear, on_cuda};
 
 /// Rows of logits that exist at one time; bounds memory to this many times the vocabulary.
 const CHUNK_ROWS: usize = 256;
@@ -139,9 +139,10 @@ pub fn tied_cross_entropy(
     if targets.is_empty() {
         candle_core::bail!("tied_cross_entropy: no rows");
     }
-    if !hidden.device().is_cpu() {
-        return reference::tied_cross_entropy(hidden, weight, bias, &targets, weights.as_deref(), smoothing);
-    }
+    on_cuda!(
+        hidden.device(),
+        super::cuda::tied_cross_entropy([hidden, weight, bias], targets, weights, smoothing, super::precision())
+    );
     let op = TiedCrossEntropy { targets, weights, smoothing, gradients: Mutex::new(None) };
     hidden.contiguous()?.apply_op3(weight, bias, op)
 }

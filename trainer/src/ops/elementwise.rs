@@ -3,7 +3,7 @@
 use candle_core::{CpuStorage, CustomOp1, CustomOp2, CustomOp3, Layout, Result, Shape, Tensor};
 use rayon::prelude::*;
 
-use super::{TASK_VALUES, f32_slice, kernels, reference, rows_per_task, with_values};
+use super::{TASK_VALUES, f32_slice, kernels, on_cuda, rows_per_task, with_values};
 
 struct LayerNorm {
     eps: f32,
@@ -80,9 +80,7 @@ impl CustomOp3 for LayerNorm {
 /// # Errors
 /// Shapes that do not fit, or a dtype other than f32.
 pub fn layer_norm(x: &Tensor, weight: &Tensor, bias: &Tensor, eps: f32) -> Result<Tensor> {
-    if !x.device().is_cpu() {
-        return reference::layer_norm(x, weight, bias, eps);
-    }
+    on_cuda!(x.device(), super::cuda::layer_norm(x, None, weight, bias, eps));
     x.contiguous()?.apply_op3(weight, bias, LayerNorm { eps })
 }
 
@@ -127,9 +125,7 @@ impl CustomOp1 for Elementwise {
 /// # Errors
 /// A dtype other than f32.
 pub fn gelu(x: &Tensor) -> Result<Tensor> {
-    if !x.device().is_cpu() {
-        return x.gelu_erf();
-    }
+    on_cuda!(x.device(), super::cuda::gelu(x));
     let gelu = Elementwise { name: "gelu_erf", forward: kernels::gelu, backward: kernels::gelu_backward };
     x.contiguous()?.apply_op1(gelu)
 }
@@ -139,9 +135,7 @@ pub fn gelu(x: &Tensor) -> Result<Tensor> {
 /// # Errors
 /// A dtype other than f32.
 pub fn relu6(x: &Tensor) -> Result<Tensor> {
-    if !x.device().is_cpu() {
-        return reference::relu6(x);
-    }
+    on_cuda!(x.device(), super::cuda::relu6(x));
     let relu6 = Elementwise { name: "relu6", forward: kernels::relu6, backward: kernels::relu6_backward };
     x.contiguous()?.apply_op1(relu6)
 }
@@ -196,10 +190,21 @@ pub fn dropout_add(residual: &Tensor, x: &Tensor, rate: f32, seed: u32) -> Resul
     if residual.shape() != x.shape() {
         candle_core::bail!("dropout_add: {:?} against {:?}", residual.shape(), x.shape());
     }
-    if !x.device().is_cpu() {
-        let mut mask = vec![1f32; x.elem_count()];
-        kernels::dropout_mask(&mut mask, seed, 0, 1.0 - rate);
-        return residual + x.mul(&Tensor::from_vec(mask, x.shape(), x.device())?)?;
-    }
+    on_cuda!(x.device(), super::cuda::dropout_add(residual, x, rate, seed));
     residual.contiguous()?.apply_op2(&x.contiguous()?, DropoutAdd { seed, keep: 1.0 - rate })
+}
+
+/// [`layer_norm`] of [`dropout_add`]: what follows every sublayer.
+///
+/// # Errors
+/// As those two.
+pub fn dropout_add_layer_norm(
+    (residual, x): (&Tensor, &Tensor),
+    (rate, seed): (f32, u32),
+    weight: &Tensor,
+    bias: &Tensor,
+    eps: f32,
+) -> Result<Tensor> {
+    on_cuda!(x.device(), super::cuda::layer_norm(x, Some((residual, rate, seed)), weight, bias, eps));
+    layer_norm(&dropout_add(residual, x, rate, seed)?, weight, bias, eps)
 }

@@ -257,8 +257,10 @@ pub fn dropout_mask(x: &mut [f32], seed: u32, first: u32, keep: f32) {
     }
 }
 
+/// The largest draw that keeps a value, where `keep` is the share kept.
 #[inline(always)]
-fn keep_limit(keep: f32) -> u32 {
+#[must_use]
+pub fn keep_limit(keep: f32) -> u32 {
     (f64::from(keep) * f64::from(u32::MAX)) as u32
 }
 

@@ -4,7 +4,7 @@ use candle_core::{CpuStorage, CustomOp3, Layout, Result, Shape, Tensor};
 use rayon::prelude::*;
 
 use super::kernels::{Matrix, Product, add_assign, sgemm};
-use super::{f32_slice, reference, rows_per_task, with_values};
+use super::{f32_slice, on_cuda, rows_per_task, with_values};
 
 struct Linear;
 
@@ -99,8 +99,15 @@ pub(super) fn column_sums(values: &[f32], width: usize) -> Vec<f32> {
 /// # Errors
 /// Shapes that do not fit, or a dtype other than f32.
 pub fn linear(x: &Tensor, weight: &Tensor, bias: &Tensor) -> Result<Tensor> {
-    if !x.device().is_cpu() {
-        return reference::linear(x, weight, bias);
-    }
+    on_cuda!(x.device(), super::cuda::linear(x, weight, bias, super::precision()));
     x.contiguous()?.apply_op3(weight, bias, Linear)
+}
+
+/// [`gelu`](super::gelu) of [`linear`].
+///
+/// # Errors
+/// As [`linear`].
+pub fn linear_gelu(x: &Tensor, weight: &Tensor, bias: &Tensor) -> Result<Tensor> {
+    on_cuda!(x.device(), super::cuda::linear_gelu(x, weight, bias, super::precision()));
+    super::gelu(&linear(x, weight, bias)?)
 }

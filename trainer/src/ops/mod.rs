@@ -1,24 +1,42 @@
-//! Differentiable operators with hand-written backward passes, fused for the CPU.
+//! Differentiable operators with hand-written backward passes, fused for the CPU and, in builds with the feature `cuda`, as
+//! kernels for CUDA devices.
 //!
 //! candle 0.11's own `layer_norm` and `softmax_last_dim` cut the gradient without a word, and its differentiable forms cost
 //! several times as much as these. Every operator here is checked against finite differences and against a composition of
-//! candle's differentiable operators ([`reference`](mod@reference)), which also serves devices other than the CPU.
+//! candle's differentiable operators ([`reference`](mod@reference)).
 
 mod attention;
 mod convolution;
 mod cross_entropy;
+#[cfg(any(feature = "cuda", test))]
+pub mod cuda;
 mod elementwise;
 pub mod kernels;
 mod linear;
+mod precision;
 pub mod reference;
+mod rows;
 
 pub use attention::{AttentionGroup, AttentionPlan, QueryBlock, attention};
 pub use convolution::{depthwise_relu6, pointwise_relu6};
 pub use cross_entropy::tied_cross_entropy;
-pub use elementwise::{dropout_add, gelu, layer_norm, relu6};
-pub use linear::linear;
+pub use elementwise::{dropout_add, dropout_add_layer_norm, gelu, layer_norm, relu6};
+pub use linear::{linear, linear_gelu};
+pub use precision::{Precision, precision, set_precision};
+pub use rows::select_rows;
 
 use candle_core::{CpuStorage, Error, Layout, Result, Storage, Tensor};
+
+/// Gives what the kernels make where the device is theirs.
+macro_rules! on_cuda {
+    ($device:expr, $made:expr) => {
+        #[cfg(any(feature = "cuda", test))]
+        if $crate::ops::cuda::works_on($device) {
+            return $made;
+        }
+    };
+}
+use on_cuda;
 
 /// Work per rayon task, in values: small enough to balance, large enough to amortise the hand-over.
 const TASK_VALUES: usize = 1 << 16;

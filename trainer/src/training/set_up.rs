@@ -199,14 +199,14 @@ pub(super) fn set_up<R>(
     work: impl FnOnce(Ready) -> Result<R>,
 ) -> Result<R> {
     let passes = Passes::of_rank(&job.recipe.batch, ranks)?;
-    let device = Device::Cpu;
+    let device = &job.device;
     let tokenizer = Tokenizer::from_file(&job.tokenizer)?;
-    let mut model = initial_model(job, existing.last(), &tokenizer, &device)?;
+    let mut model = initial_model(job, existing.last(), &tokenizer, device)?;
     check_regions(job, model.config())?;
     let (mut backbone, mut vision) = (None, Vision::detected());
     if !model.config().detects() {
         let file = backbone_file(job, existing.last())?;
-        vision = Vision::new(Backbone::from_bytes(&file)?, job.recipe.trained_blocks, &device)?;
+        vision = Vision::new(Backbone::from_bytes(&file)?, job.recipe.trained_blocks, device)?;
         backbone = Some(file);
         if model.config().region_feature != FEATURES {
             bail!("the backbone makes {FEATURES} features of a region, the model takes {}", model.config().region_feature);

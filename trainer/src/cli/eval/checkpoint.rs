@@ -3,8 +3,8 @@
 use std::path::PathBuf;
 use std::process::ExitCode;
 
+use super::super::device::DeviceArgs;
 use anyhow::{Result, bail};
-use candle_core::Device;
 use clap::Args;
 use unimo::tokenizer::Tokenizer;
 use unimo_train::corpus::Corpus;
@@ -38,6 +38,8 @@ pub struct CheckpointArgs {
     /// Pictures evaluated
     #[arg(long, default_value_t = usize::MAX, hide_default_value = true, value_name = "N")]
     limit: usize,
+    #[command(flatten)]
+    device: DeviceArgs,
     /// One JSON object instead of text
     #[arg(long)]
     json: bool,
@@ -49,9 +51,10 @@ pub struct CheckpointArgs {
 /// Unusable checkpoint or shards.
 pub fn run(args: &CheckpointArgs) -> Result<ExitCode> {
     let folder = checkpoint::resolve(&args.checkpoint)?;
-    let model = Unimo::load(&folder, &Device::Cpu)?;
+    let device = args.device.open()?;
+    let model = Unimo::load(&folder, &device)?;
     let tokenizer = Tokenizer::from_file(&folder.join("tokenizer.json"))?;
-    let (config, vision) = (model.config(), Vision::of_checkpoint(&folder, model.config(), &Device::Cpu)?);
+    let (config, vision) = (model.config(), Vision::of_checkpoint(&folder, model.config(), &device)?);
     let mut corpus = Corpus::default();
     if config.detects() {
         let cache = DetectionCache { folder: &args.features, shapes: config.region_shapes() };

@@ -1,0 +1,146 @@
+#!/usr/bin/env bash
+# Proves a build of unimo-train on a machine with a CUDA device: no Rust and no network needed there. One command:
+#
+#   trainer/gpu/check.sh pack target/release/unimo-train gpu-check      # where it was built: a folder of at most 64 MiB
+#   gpu-check/check.sh                                                  # where the device is: at most ten minutes
+#
+# Prints a line for every kernel, then trains a small model for twenty steps on the device and on the CPU, and, where Python has
+# PyTorch, compares the speed of both. Exits with 0 if everything is right, 1 if not. `check.sh rehearse PROGRAM` does on the CPU
+# what can be done there, to see that the script itself works.
+set -euo pipefail
+here=$(cd "$(dirname "$0")" && pwd)
+
+pack() {
+    local program=$1 folder=$2 root
+    root=$(cd "$here/../.." && pwd)
+    mkdir -p "$folder/target/release" "$folder/trainer/gpu" "$folder/benches/peer"
+    # Compressed, because candle's kernels are large.
+    strip -o "$folder/target/release/unimo-train" "$program"
+    gzip -9 --force "$folder/target/release/unimo-train"
+    cp -r "$root/trainer/sizes" "$folder/trainer/"
+    cp "$here/compare.py" "$folder/trainer/gpu/"
+    cp "$root/benches/peer/training_step.py" "$folder/benches/peer/"
+    cp "$0" "$folder/check.sh"
+    local size
+    size=$(du -sm "$folder" | cut -f1)
+    echo "$folder: $size MiB"
+    [ "$size" -le 64 ] || { echo "more than the 64 MiB that can be carried" >&2; exit 1; }
+}
+
+# CUDA's libraries: the system's, or those that came with PyTorch.
+find_libraries() {
+    local folders="/usr/local/cuda/lib64:/usr/local/cuda/targets/x86_64-linux/lib" packages
+    for packages in $(python3 -c 'import site, sys; print(*site.getsitepackages(), *sys.path, sep="\n")' 2>/dev/null | sort -u); do
+        for folder in "$packages"/nvidia/*/lib; do
+            [ -d "$folder" ] && folders+=":$folder"
+        done
+    done
+    export LD_LIBRARY_PATH="$folders:${LD_LIBRARY_PATH:-}"
+}
+
+failed=0
+step() {
+    printf '\n== %s\n' "$1"
+    shift
+    "$@" || { echo "FAILED ($?): $*"; failed=1; }
+}
+
+# Pictures of nine random regions with random captions, a tokenizer, a size and a recipe with most objectives.
+write_data() {
+    local program=$1 work=$2
+    python3 - "$work" <<'PYTHON'
+import array, base64, io, json, pathlib, random, sys, tarfile
+folder, rng = pathlib.Path(sys.argv[1]), random.Random(1)
+words = ["".join(rng.choices("abcdefghij", k=rng.randint(2, 6))) for _ in range(60)]
+encode = lambda values: base64.b64encode(array.array("f", values).tobytes()).decode()
+with tarfile.open(folder / "captions-0000.tar", "w") as shard, open(folder / "regions.tsv", "w") as table:
+    for number in range(64):
+        member = json.dumps({"captions": [" ".join(rng.choices(words, k=rng.randint(3, 9))) for _ in range(2)]}).encode()
+        about = tarfile.TarInfo(f"{number}.json")
+        about.size = len(member)
+        shard.addfile(about, io.BytesIO(member))
+        boxes = [edge for i in range(9) for edge in (i % 3 * 50, i // 3 * 50, i % 3 * 50 + 50, i // 3 * 50 + 50)]
+        features, chances = [rng.gauss(0, 1) for _ in range(9 * 24)], [1 / 11] * (9 * 11)
+        print(number, 150, 150, 9, encode(boxes), encode(features), encode(chances), sep="\t", file=table)
+(folder / "size.toml").write_text("""name = "check"
+hidden = 64
+layers = 2
+heads = 2
+feed_forward = 128
+vocabulary = 6
+positions = 48
+embedding = 64
+region_feature = 24
+region_classes = 11
+detected_regions = 9
+dropout = 0.1
+""")
+(folder / "recipe.toml").write_text("""steps = 20
+checkpoint_every = 10
+[batch]
+images = 16
+captions = 2
+contrast_captions = 1
+match_images = 4
+masked_pairs = 4
+[optimizer]
+learning_rate = 1e-3
+warmup_steps = 5
+""")
+PYTHON
+    "$program" tokenizer --pairs "$work/captions-0000.tar" --vocabulary 300 --out "$work/tokenizer.json"
+}
+
+# Equal data, draws and masks on the device and on the CPU: the losses stay together. A run that the device began, the CPU ends.
+train_both() {
+    local program=$1 work=$2 first=$3 second=$4
+    train() {
+        "$program" pretrain --size "$work/size.toml" --recipe "$work/recipe.toml" --tokenizer "$work/tokenizer.json" \
+            --pairs "$work/captions-0000.tar" --regions "$work/regions.tsv" --features "$work/features" --precision f32 "$@"
+    }
+    write_data "$program" "$work" &&
+        train --out "$work/first" --device "$first" &&
+        train --out "$work/second" --device "$second" &&
+        train --out "$work/mixed" --device "$first" --stop-after 10 &&
+        train --out "$work/mixed" --device "$second" --resume || return 1
+    python3 - "$work"/{first,second,mixed}/log.jsonl <<'PYTHON'
+import json, sys
+runs = [[json.loads(line)["loss"] for line in open(path)] for path in sys.argv[1:]]
+apart = [max(losses) / min(losses) - 1 for losses in zip(*runs, strict=True)]
+print(f"losses of {len(apart)} steps: apart by {apart[0]:.1e} in the first, {max(apart):.1e} at most")
+# Rounding differs, and training carries it on.
+sys.exit(len(apart) != 20 or apart[0] > 1e-4 or max(apart) > 2e-2)
+PYTHON
+}
+
+run() {
+    local program=$here/target/release/unimo-train work
+    work=$(mktemp -d)
+    trap 'rm -rf "$work"' EXIT
+    [ -x "$program" ] || { gunzip --keep "$program.gz" && chmod +x "$program"; }
+    find_libraries
+    command -v nvidia-smi >/dev/null && nvidia-smi --query-gpu=name,driver_version,memory.total --format=csv
+    step "kernels against f64, steps against the CPU's" timeout 200 "$program" gpu check
+    step "training on the device and on the CPU" train_both "$program" "$work" cpu cuda
+    if python3 -c 'import torch, numpy' 2>/dev/null; then
+        step "PyTorch and unimo-train" timeout 330 python3 "$here/trainer/gpu/compare.py" --trainer "$program"
+    else
+        printf '\n== PyTorch and unimo-train\nleft out: this Python has no torch and numpy\n'
+    fi
+    [ "$failed" = 0 ] && echo "all right" || { echo "something is wrong"; exit 1; }
+}
+
+rehearse() {
+    local program=$1 work
+    work=$(mktemp -d)
+    trap 'rm -rf "$work"' EXIT
+    step "training twice on the CPU" train_both "$program" "$work" cpu cpu
+    exit "$failed"
+}
+
+case ${1:-} in
+    rehearse) rehearse "$(realpath "${2:?which program}")" ;;
+    pack) pack "${2:?which program}" "${3:?into which folder}" ;;
+    '') run ;;
+    *) echo "usage: check.sh pack PROGRAM FOLDER, check.sh rehearse PROGRAM, or check.sh" >&2; exit 2 ;;
+esac

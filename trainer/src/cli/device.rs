@@ -1,0 +1,52 @@
+//! `--device` and `--precision`, which every command that computes takes.
+
+use anyhow::Result;
+use candle_core::Device;
+use clap::{Args, ValueEnum};
+use unimo_train::device::DeviceChoice;
+use unimo_train::ops::{self, Precision};
+
+/// What matrix products are computed in.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum PrecisionChoice {
+    /// Nothing rounded
+    F32,
+    /// Factors rounded to 11 bits
+    Tf32,
+    /// Factors rounded to 8 bits; weights, activations and gradients stay f32
+    Bf16,
+}
+
+/// Where to compute, and how exactly.
+#[derive(Debug, Clone, Copy, Args)]
+pub struct DeviceArgs {
+    /// Where to compute: auto, cpu, cuda or cuda:N; auto is a CUDA device if this build can use one and there is one, else the CPU
+    #[arg(long, default_value = "auto", value_name = "DEVICE")]
+    device: DeviceChoice,
+    /// What matrix products are computed in on a CUDA device [default: tf32]; the CPU knows f32 only
+    #[arg(long, value_name = "PRECISION")]
+    precision: Option<PrecisionChoice>,
+}
+
+impl DeviceArgs {
+    /// Opens the device, and says which it is unless that is the CPU of a build that knows no other.
+    ///
+    /// # Errors
+    /// A device that cannot be had, or a precision that it does not have.
+    pub fn open(&self) -> Result<Device> {
+        let device = self.device.open()?;
+        let precision = match (self.precision, device.is_cpu()) {
+            (None | Some(PrecisionChoice::F32), true) | (Some(PrecisionChoice::F32), false) => Precision::F32,
+            (Some(_), true) => anyhow::bail!("the CPU computes in f32; --precision tf32 and bf16 are for CUDA devices"),
+            (None | Some(PrecisionChoice::Tf32), false) => Precision::Tf32,
+            (Some(PrecisionChoice::Bf16), false) => Precision::Bf16,
+        };
+        ops::set_precision(precision);
+        if let candle_core::DeviceLocation::Cuda { gpu_id } = device.location() {
+            eprintln!("computing on CUDA device {gpu_id}, matrix products in {precision:?}");
+        } else if cfg!(feature = "cuda") {
+            eprintln!("computing on the CPU");
+        }
+        Ok(device)
+    }
+}

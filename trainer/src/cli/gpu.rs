@@ -1,0 +1,66 @@
+//! `unimo-train gpu check`
+
+use std::process::ExitCode;
+
+use anyhow::Result;
+use clap::{Args, Subcommand};
+use unimo_train::device::DeviceChoice;
+
+const EXAMPLES: &str = "Example:
+  unimo-train gpu check
+
+A line each: what was checked, its error and the largest error that is right. Exit codes: 0 all right, 4 no device, 5 this build or
+this machine has no CUDA, 6 something is wrong.";
+
+/// Arguments of `unimo-train gpu`.
+#[derive(Debug, Args)]
+pub struct GpuArgs {
+    #[command(subcommand)]
+    command: GpuCommand,
+}
+
+#[derive(Debug, Subcommand)]
+enum GpuCommand {
+    /// Compare every kernel with an f64 computation, and steps of training with the CPU's
+    Check(CheckArgs),
+}
+
+#[derive(Debug, Args)]
+#[command(after_help = EXAMPLES)]
+struct CheckArgs {
+    /// Which CUDA device: cuda or cuda:N
+    #[arg(long, default_value = "cuda", value_name = "DEVICE")]
+    device: DeviceChoice,
+}
+
+/// Runs `unimo-train gpu …`.
+///
+/// # Errors
+/// A device that cannot be had, a kernel that does not run.
+pub fn run(args: &GpuArgs) -> Result<ExitCode> {
+    let GpuCommand::Check(CheckArgs { device }) = args.command;
+    anyhow::ensure!(device != DeviceChoice::Cpu, "the CPU has no kernels to check; the tests do that by emulation");
+    let device = match device {
+        DeviceChoice::Auto => DeviceChoice::Cuda(0),
+        named => named,
+    };
+    check(device.open()?)
+}
+
+#[cfg(feature = "cuda")]
+fn check(device: candle_core::Device) -> Result<ExitCode> {
+    use unimo_train::ops::cuda::check;
+
+    let mut outcomes = check::operators(&device, |outcome| println!("{outcome}"))?;
+    let steps = check::first_steps(&device)?.compare(&check::first_steps(&candle_core::Device::Cpu)?);
+    steps.iter().for_each(|outcome| println!("{outcome}"));
+    outcomes.extend(steps);
+    let wrong = outcomes.iter().filter(|outcome| !outcome.holds()).count();
+    println!("{} checked, {wrong} wrong", outcomes.len());
+    Ok(if wrong == 0 { ExitCode::SUCCESS } else { ExitCode::from(6) })
+}
+
+#[cfg(not(feature = "cuda"))]
+fn check(_device: candle_core::Device) -> Result<ExitCode> {
+    Err(unimo_train::device::DeviceError::NotBuilt.into())
+}

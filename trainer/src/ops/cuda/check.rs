@@ -1,0 +1,160 @@
+//! What proves the kernels: every operator, forward and backward, against a plain f64 computation, and training steps against the
+//! CPU's. `unimo-train gpu` runs it on a device, the tests on the emulation.
+
+mod cases;
+mod formulas;
+mod steps;
+
+use std::fmt;
+
+use anyhow::Result;
+use candle_core::{Device, Tensor, Var};
+
+pub use steps::{Steps, first_steps};
+
+/// How far something was from what it should have been.
+#[derive(Debug, Clone)]
+pub struct Outcome {
+    /// What was checked.
+    pub name: String,
+    /// Largest difference, in units of the largest value that was expected (of 1, if that is smaller).
+    pub error: f64,
+    /// Largest error that is right.
+    pub tolerance: f64,
+}
+
+impl Outcome {
+    /// Whether it is right. What is not a number is not.
+    #[must_use]
+    pub fn holds(&self) -> bool {
+        self.error <= self.tolerance
+    }
+}
+
+impl fmt::Display for Outcome {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let verdict = if self.holds() { "ok" } else { "WRONG" };
+        write!(f, "{verdict:5}  {:44} error {:.1e} of {:.1e}", self.name, self.error, self.tolerance)
+    }
+}
+
+type Run<'a> = Box<dyn Fn(&[Tensor]) -> candle_core::Result<Tensor> + 'a>;
+type Formula<'a> = Box<dyn Fn(&[Vec<f64>]) -> Vec<f64> + 'a>;
+
+/// An operator, its inputs, and what it should compute.
+struct Case<'a> {
+    name: String,
+    /// Shape and values of each input.
+    inputs: Vec<(Vec<usize>, Vec<f32>)>,
+    run: Run<'a>,
+    /// The result's values, in f64, of the inputs'.
+    formula: Formula<'a>,
+    /// Largest errors of result and gradients.
+    tolerance: [f64; 2],
+}
+
+/// Values in [−1, 1] that repeat from run to run.
+fn values(seed: u32, count: usize) -> Vec<f32> {
+    let draw = |i: u32| f64::from(crate::seed::mix(u64::from(seed), u64::from(i)) as u32) / f64::from(u32::MAX);
+    (0..count as u32).map(|i| (2.0 * draw(i) - 1.0) as f32).collect()
+}
+
+/// Largest difference, as [`Outcome::error`] has it; infinite where a value is not finite.
+fn error(got: &[f32], expected: &[f64]) -> f64 {
+    let largest = expected.iter().fold(1f64, |most, value| most.max(value.abs()));
+    let differences = got.iter().zip(expected).map(|(got, expected)| (f64::from(*got) - expected).abs());
+    match got.len() == expected.len() && got.iter().all(|value| value.is_finite()) {
+        true => differences.fold(0f64, f64::max) / largest,
+        false => f64::INFINITY,
+    }
+}
+
+fn read(tensor: &Tensor) -> Result<Vec<f32>> {
+    Ok(tensor.flatten_all()?.to_vec1()?)
+}
+
+impl Case<'_> {
+    /// Compares the result with the formula, and the gradients with the formula's differences.
+    fn check(&self, device: &Device) -> Result<Vec<Outcome>> {
+        /// Values of an input whose gradient is compared, spread over it; the last one is always among them.
+        const COMPARED: usize = 120;
+        let vars = self.inputs.iter().map(|(shape, values)| Var::from_slice(values, shape.as_slice(), device));
+        let vars = vars.collect::<candle_core::Result<Vec<_>>>()?;
+        let tensors: Vec<Tensor> = vars.iter().map(|var| var.as_tensor().clone()).collect();
+        let y = (self.run)(&tensors)?;
+        let wide: Vec<Vec<f64>> = self.inputs.iter().map(|(_, values)| values.iter().map(|v| f64::from(*v)).collect()).collect();
+        let expected = (self.formula)(&wide);
+        let mut outcomes =
+            vec![Outcome { name: self.name.clone(), error: error(&read(&y)?, &expected), tolerance: self.tolerance[0] }];
+        // A sum that weighs every result differently.
+        let shares = values(99, expected.len());
+        let loss = (&y * Tensor::from_slice(&shares, y.shape(), device)?)?.sum_all()?;
+        let gradients = loss.backward()?;
+        let weighed = |inputs: &[Vec<f64>]| -> f64 {
+            (self.formula)(inputs).iter().zip(&shares).map(|(y, share)| y * f64::from(*share)).sum()
+        };
+        for (i, var) in vars.iter().enumerate() {
+            let name = format!("{}, gradient {}", self.name, i + 1);
+            let Some(gradient) = gradients.get(var) else { anyhow::bail!("{name} is missing") };
+            let (all, count) = (read(gradient)?, var.elem_count());
+            let step = (count / COMPARED).max(1) | 1;
+            let places: Vec<usize> = (0..count).step_by(step).chain([count - 1]).collect();
+            let slope = |place: usize| {
+                let at = |delta: f64| {
+                    let mut moved = wide.clone();
+                    moved[i][place] += delta;
+                    weighed(&moved)
+                };
+                (at(1e-5) - at(-1e-5)) / 2e-5
+            };
+            let slopes: Vec<f64> = places.iter().map(|&place| slope(place)).collect();
+            let got: Vec<f32> = places.iter().map(|&place| all[place]).collect();
+            let mut error = error(&got, &slopes);
+            if all.iter().any(|value| !value.is_finite()) {
+                error = f64::INFINITY;
+            }
+            outcomes.push(Outcome { name, error, tolerance: self.tolerance[1] });
+        }
+        Ok(outcomes)
+    }
+}
+
+/// Checks every operator on a device; each outcome is told as soon as it is there.
+///
+/// # Errors
+/// Those of candle: a kernel that does not run at all.
+pub fn operators(device: &Device, mut tell: impl FnMut(&Outcome)) -> Result<Vec<Outcome>> {
+    let mut outcomes = Vec::new();
+    for case in cases::all() {
+        outcomes.extend(case.check(device)?.into_iter().inspect(&mut tell));
+    }
+    for made in [cases::draws(device)?, cases::updates(device)?] {
+        outcomes.extend(made.into_iter().inspect(&mut tell));
+    }
+    Ok(outcomes)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::emulation::emulated;
+    use super::*;
+
+    /// In three orders of a block's threads: what depends on the order lacks a barrier.
+    #[test]
+    fn every_kernel_agrees_with_its_formula() {
+        for order in 0..3 {
+            let outcomes = emulated(order, || operators(&Device::Cpu, |_| ())).unwrap();
+            let wrong: Vec<String> = outcomes.iter().filter(|outcome| !outcome.holds()).map(ToString::to_string).collect();
+            assert!(wrong.is_empty(), "order {order}:\n{}", wrong.join("\n"));
+        }
+    }
+
+    #[test]
+    fn steps_of_training_on_the_kernels_are_those_on_the_cpu() {
+        let expected = first_steps(&Device::Cpu).unwrap();
+        let got = emulated(2, || first_steps(&Device::Cpu)).unwrap();
+        let wrong: Vec<String> =
+            got.compare(&expected).iter().filter(|outcome| !outcome.holds()).map(ToString::to_string).collect();
+        assert!(wrong.is_empty(), "{}", wrong.join("\n"));
+    }
+}

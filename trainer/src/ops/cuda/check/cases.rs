@@ -1,0 +1,272 @@
+//! The operators' cases: shapes that leave tiles, warps and pieces partly filled.
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+
+use anyhow::Result;
+use candle_core::{Device, Tensor, Var};
+
+use super::super::{layer_norm, linear, linear_gelu, tied_cross_entropy_in_chunks};
+use super::{Case, Outcome, error, formulas, read, values};
+use crate::ops::kernels::{self, Plane};
+use crate::ops::{self, AttentionGroup, AttentionPlan, Precision, QueryBlock};
+use crate::optimizer::{AdamW, OptimizerConfig};
+
+/// Of sums of up to a few hundred products of order 1 in f32, in another order.
+const F32: [f64; 2] = [2e-5, 5e-5];
+/// Of the same with factors rounded to eight bits of mantissa, each off by up to 1/512.
+const BF16: [f64; 2] = [1e-2, 2e-2];
+
+fn input(seed: u32, shape: &[usize], factor: f32) -> (Vec<usize>, Vec<f32>) {
+    (shape.to_vec(), values(seed, shape.iter().product()).into_iter().map(|v| v * factor).collect())
+}
+
+fn plus(a: &[f64], b: &[f64]) -> Vec<f64> {
+    a.iter().zip(b).map(|(a, b)| a + b).collect()
+}
+
+fn times(a: &[f64], b: &[f64]) -> Vec<f64> {
+    a.iter().zip(b).map(|(a, b)| a * b).collect()
+}
+
+/// Every case.
+pub fn all() -> Vec<Case<'static>> {
+    let mut cases = Vec::new();
+    cases.extend(norms());
+    cases.extend(alone());
+    cases.extend(products());
+    cases.extend(losses());
+    cases.extend(attentions());
+    cases.extend(convolutions());
+    cases
+}
+
+fn norms() -> Vec<Case<'static>> {
+    const EPS: f32 = 1e-5;
+    let eps = f64::from(EPS);
+    let alone = |rows: usize, width: usize| Case {
+        name: format!("LayerNorm of {rows} rows of {width}"),
+        inputs: vec![input(1, &[rows, width], 2.0), input(2, &[width], 1.0), input(3, &[width], 1.0)],
+        run: Box::new(|t| ops::layer_norm(&t[0], &t[1], &t[2], EPS)),
+        formula: Box::new(move |v| formulas::layer_norm(&v[0], &v[1], &v[2], eps)),
+        tolerance: F32,
+    };
+    let (rows, width, rate, seed) = (9, 52, 0.3, 77);
+    let sum = Case {
+        name: "LayerNorm of a residual sum with dropout".to_owned(),
+        inputs: vec![
+            input(4, &[rows, width], 2.0),
+            input(5, &[rows, width], 2.0),
+            input(6, &[width], 1.0),
+            input(7, &[width], 1.0),
+        ],
+        run: Box::new(move |t| layer_norm(&t[1], Some((&t[0], rate, seed)), &t[2], &t[3], EPS)),
+        formula: Box::new(move |v| {
+            let dropped = times(&v[1], &formulas::mask(v[1].len(), seed, 1.0 - rate));
+            formulas::layer_norm(&plus(&v[0], &dropped), &v[2], &v[3], eps)
+        }),
+        tolerance: F32,
+    };
+    // More rows than a block of the backward pass takes; rows so wide that a block has one warp.
+    vec![alone(70, 20), alone(3, 1600), sum]
+}
+
+fn alone() -> Vec<Case<'static>> {
+    let (rate, seed) = (0.25, 5);
+    let ids: Arc<[u32]> = [4, 1, 4, 0, 4, 1, 6].into();
+    let chosen = Arc::clone(&ids);
+    vec![
+        Case {
+            name: "GELU".to_owned(),
+            inputs: vec![input(8, &[9, 37], 4.0)],
+            run: Box::new(|t| ops::gelu(&t[0])),
+            formula: Box::new(|v| formulas::gelu(&v[0])),
+            tolerance: F32,
+        },
+        Case {
+            name: "ReLU6".to_owned(),
+            inputs: vec![input(9, &[5, 41], 9.0)],
+            run: Box::new(|t| ops::relu6(&t[0])),
+            formula: Box::new(|v| formulas::relu6(&v[0])),
+            tolerance: F32,
+        },
+        Case {
+            name: "dropout and residual".to_owned(),
+            inputs: vec![input(10, &[7, 45], 1.0), input(11, &[7, 45], 1.0)],
+            run: Box::new(move |t| ops::dropout_add(&t[0], &t[1], rate, seed)),
+            formula: Box::new(move |v| plus(&v[0], &times(&v[1], &formulas::mask(v[1].len(), seed, 1.0 - rate)))),
+            tolerance: F32,
+        },
+        Case {
+            name: "embeddings (rows chosen repeatedly)".to_owned(),
+            inputs: vec![input(12, &[8, 70], 1.0)],
+            run: Box::new(move |t| ops::select_rows(&t[0], &chosen)),
+            formula: Box::new(move |v| ids.iter().flat_map(|&id| v[0][id as usize * 70..][..70].to_vec()).collect()),
+            tolerance: F32,
+        },
+    ]
+}
+
+fn products() -> Vec<Case<'static>> {
+    let inputs = || vec![input(13, &[150, 36], 1.0), input(14, &[24, 36], 1.0), input(15, &[24], 1.0)];
+    let of = |precision: Precision, name: &str, tolerance| {
+        [
+            Case {
+                name: format!("linear in {name}"),
+                inputs: inputs(),
+                run: Box::new(move |t| linear(&t[0], &t[1], &t[2], precision)),
+                formula: Box::new(|v| formulas::linear(&v[0], &v[1], &v[2])),
+                tolerance,
+            },
+            Case {
+                name: format!("linear, bias and GELU in {name}"),
+                inputs: inputs(),
+                run: Box::new(move |t| linear_gelu(&t[0], &t[1], &t[2], precision)),
+                formula: Box::new(|v| formulas::gelu(&formulas::linear(&v[0], &v[1], &v[2]))),
+                tolerance,
+            },
+        ]
+    };
+    of(Precision::F32, "f32", F32).into_iter().chain(of(Precision::Bf16, "bf16", BF16)).collect()
+}
+
+fn losses() -> Vec<Case<'static>> {
+    let of = |name: &'static str, classes: usize, weighted: bool, smoothing: f32, precision: Precision, tolerance| {
+        let rows = 11;
+        let targets: Vec<u32> = (0..rows as u32).map(|row| row * 29 % classes as u32).collect();
+        let weights = weighted.then(|| values(20, rows));
+        let (asked, factors) = (targets.clone(), weights.clone());
+        Case {
+            name: format!("cross-entropy, {name}"),
+            inputs: vec![input(16, &[rows, 18], 1.0), input(17, &[classes, 18], 1.0), input(18, &[classes], 1.0)],
+            // Chunks of four rows: three of them, the last one smaller.
+            run: Box::new(move |t| {
+                let inputs = [&t[0], &t[1], &t[2]];
+                tied_cross_entropy_in_chunks(inputs, asked.clone(), factors.clone(), smoothing, precision, 4)
+            }),
+            formula: Box::new(move |v| {
+                let logits = formulas::linear(&v[0], &v[1], &v[2]);
+                vec![formulas::cross_entropy(&logits, &targets, weights.as_deref(), f64::from(smoothing))]
+            }),
+            tolerance,
+        }
+    };
+    vec![
+        of("smoothed", 301, false, 0.1, Precision::F32, F32),
+        of("weighted", 40, true, 0.0, Precision::F32, F32),
+        of("smoothed, in bf16", 301, false, 0.1, Precision::Bf16, BF16),
+    ]
+}
+
+/// An image of 35 regions with captions that read it, a source with its target, a bidirectional text, a causal text, a single row.
+fn plan() -> Arc<AttentionPlan> {
+    let block = |rows, context, causal| QueryBlock { rows, context, causal };
+    let groups = vec![
+        (73, vec![block(0..35, 0..0, false), block(35..53, 0..35, true), block(53..73, 0..35, true)]),
+        (12, vec![block(0..7, 0..0, false), block(7..12, 2..5, true)]),
+        (33, vec![block(0..33, 0..0, false)]),
+        (40, vec![block(0..40, 0..0, true)]),
+        (1, vec![block(0..1, 0..0, false)]),
+    ];
+    let mut start = 0;
+    let groups = groups.into_iter().map(|(len, blocks)| {
+        start += len;
+        AttentionGroup { start: start - len, len, blocks }
+    });
+    Arc::new(AttentionPlan { groups: groups.collect() })
+}
+
+fn attentions() -> Vec<Case<'static>> {
+    let of = |name: &str, depth: usize, rate: f32| {
+        let (plan, heads, seed) = (plan(), 2, 31);
+        let asked = Arc::clone(&plan);
+        Case {
+            name: format!("attention{name}, heads of {depth}"),
+            inputs: vec![input(21, &[plan.rows(), 3 * heads * depth], 1.5)],
+            run: Box::new(move |t| ops::attention(&t[0], &asked, heads, rate, seed)),
+            formula: Box::new(move |v| formulas::attention(&v[0], &plan, heads, 1.0 - rate, seed)),
+            tolerance: F32,
+        }
+    };
+    vec![of("", 20, 0.0), of(" with dropout", 20, 0.2), of(" with dropout", 72, 0.1)]
+}
+
+fn convolutions() -> Vec<Case<'static>> {
+    let of = |stride: usize| {
+        let plane = Plane { side: 6, stride, channels: 10 };
+        Case {
+            name: format!("depthwise convolution with ReLU6, stride {stride}"),
+            inputs: vec![input(22, &[5, 36, 10], 2.0), input(23, &[9, 10], 1.0), input(24, &[10], 1.0)],
+            run: Box::new(move |t| ops::depthwise_relu6(&t[0], &t[1], &t[2], stride)),
+            formula: Box::new(move |v| formulas::depthwise_relu6(&v[0], &v[1], &v[2], plane)),
+            tolerance: F32,
+        }
+    };
+    vec![of(1), of(2)]
+}
+
+/// Draws are the CPU's, bit by bit.
+pub fn draws(device: &Device) -> Result<Vec<Outcome>> {
+    let (count, seed, rate) = (70_001, 0x1234_5678, 0.1);
+    let x = Tensor::from_vec(values(25, count), count, device)?;
+    let got = read(&ops::dropout_add(&x.zeros_like()?, &x, rate, seed)?)?;
+    let mut expected = values(25, count);
+    kernels::dropout_mask(&mut expected, seed, 0, 1.0 - rate);
+    let differing = got.iter().zip(&expected).filter(|(got, expected)| got != expected).count();
+    Ok(vec![Outcome { name: format!("draws: {count} like the CPU's"), error: differing as f64, tolerance: 0.0 }])
+}
+
+/// Three AdamW updates of tensors of several sizes by the gradient of Σ w³, clipped in all but the first; then one that is not
+/// finite.
+pub fn updates(device: &Device) -> Result<Vec<Outcome>> {
+    let sizes = [("a.weight", 3), ("b.bias", 1), ("c.weight", 40_000)];
+    let first: Vec<Vec<f32>> = (0..3).map(|i| values(26 + i, sizes[i as usize].1)).collect();
+    let mut vars = BTreeMap::new();
+    for ((name, count), values) in sizes.iter().zip(&first) {
+        vars.insert((*name).to_owned(), Var::from_slice(values, *count, device)?);
+    }
+    let config = OptimizerConfig { weight_decay: 0.1, clip_norm: 100.0, ..Default::default() };
+    let mut optimizer = AdamW::new(config.clone(), &vars);
+    let mut wide: Vec<[Vec<f64>; 3]> = first
+        .iter()
+        .map(|values| [values.iter().map(|v| f64::from(*v)).collect(), vec![0.0; values.len()], vec![0.0; values.len()]])
+        .collect();
+    let mut outcomes = Vec::new();
+    for (step, scale) in [(1, 0.1), (2, 1.0), (3, 1.0)] {
+        let loss = |var: &Var| (var.as_tensor() * var.as_tensor().sqr()?)?.sum_all()?.affine(scale, 0.0);
+        let losses = vars.values().map(loss).collect::<candle_core::Result<Vec<_>>>()?;
+        let report = optimizer.step(&Tensor::stack(&losses, 0)?.sum_all()?.backward()?, 0.01)?;
+        let gradients: Vec<Vec<f64>> = wide.iter().map(|[w, ..]| w.iter().map(|w| 3.0 * scale * w * w).collect()).collect();
+        let norm = gradients.iter().flatten().map(|g| g * g).sum::<f64>().sqrt();
+        outcomes.push(Outcome {
+            name: format!("gradient norm of update {step}"),
+            error: (report.gradient_norm - norm).abs() / norm,
+            tolerance: 1e-5,
+        });
+        let clip = (config.clip_norm / norm).min(1.0);
+        for (([w, m, v], gradient), (name, _)) in wide.iter_mut().zip(&gradients).zip(sizes) {
+            let decay = if name.ends_with("weight") { config.weight_decay } else { 0.0 };
+            for i in 0..w.len() {
+                let g = gradient[i] * clip;
+                m[i] = config.beta1 * m[i] + (1.0 - config.beta1) * g;
+                v[i] = config.beta2 * v[i] + (1.0 - config.beta2) * g * g;
+                let (m, v) = (m[i] / (1.0 - config.beta1.powi(step)), v[i] / (1.0 - config.beta2.powi(step)));
+                w[i] = w[i] * (1.0 - 0.01 * decay) - 0.01 * m / (v.sqrt() + config.eps);
+            }
+        }
+    }
+    let expected: Vec<f64> = wide.iter().flat_map(|[w, ..]| w).copied().collect();
+    let weights =
+        || -> Result<Vec<f32>> { Ok(vars.values().map(|var| read(var.as_tensor())).collect::<Result<Vec<_>>>()?.concat()) };
+    outcomes.push(Outcome { name: "three AdamW updates".to_owned(), error: error(&weights()?, &expected), tolerance: 1e-5 });
+    let before = weights()?;
+    let infinite = (vars["b.bias"].as_tensor() * f64::INFINITY)?.sum_all()?;
+    let skipped = optimizer.step(&infinite.backward()?, 0.01)?.skipped && optimizer.updates() == 3;
+    let changed = weights()?.iter().zip(&before).filter(|(after, before)| after != before).count();
+    outcomes.push(Outcome {
+        name: "a gradient that is not finite changes nothing".to_owned(),
+        error: changed as f64 + f64::from(u8::from(!skipped)),
+        tolerance: 0.0,
+    });
+    Ok(outcomes)
+}

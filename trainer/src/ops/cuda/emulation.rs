@@ -1,0 +1,229 @@
+//! The kernels on the CPU, for tests: compiled as C++ and run a block after another (see `emulation/`). Memory starts as NaN and
+//! has guards, so that reading what was never written, and writing outside, show.
+
+use std::cell::Cell;
+use std::ffi::{CStr, CString, c_char, c_int, c_void};
+use std::path::Path;
+use std::process::Command;
+use std::sync::{Mutex, OnceLock};
+
+use candle_core::{CpuStorage, Error, Layout, Result, Storage, Tensor};
+use libloading::Library;
+
+use super::Precision;
+use super::machine::{Address, Argument, Grid, Kernel, Machine, Product};
+use super::operator::Input;
+use crate::ops::f32_slice;
+
+thread_local! {
+    static ORDER: Cell<Option<u32>> = const { Cell::new(None) };
+}
+
+/// Whether this thread's CPU tensors are worked on by the kernels.
+pub fn is_on() -> bool {
+    ORDER.get().is_some()
+}
+
+/// Runs `f` with the kernels at work on this thread's CPU tensors, a block's threads taking turns in `order`: 0 forwards, 1
+/// backwards, else mixed up.
+pub fn emulated<R>(order: u32, f: impl FnOnce() -> R) -> R {
+    let before = ORDER.replace(Some(order));
+    let result = f();
+    ORDER.set(before);
+    result
+}
+
+type Launch = unsafe extern "C" fn(*const c_char, *const u32, u32, u32, *mut *mut c_void, u32, u32) -> c_int;
+type Failure = unsafe extern "C" fn() -> *const c_char;
+
+struct Program {
+    launch: Launch,
+    failure: Failure,
+    /// One kernel at a time: the emulation's state is global.
+    turn: Mutex<()>,
+    _library: Library,
+}
+
+fn program() -> &'static Program {
+    static PROGRAM: OnceLock<Program> = OnceLock::new();
+    PROGRAM.get_or_init(|| {
+        let folder = tempfile::tempdir().unwrap();
+        let (source, library) =
+            (Path::new(env!("CARGO_MANIFEST_DIR")).join("src/ops/cuda/emulation/emulate.cpp"), folder.path().join("kernels.so"));
+        let compiler = std::env::var("CXX").unwrap_or_else(|_| "c++".to_owned());
+        // Fibers leave functions by longjmp, which fortified builds take for a mistake.
+        let mut compile = Command::new(&compiler);
+        compile.args(["-std=c++17", "-O2", "-ffp-contract=off", "-U_FORTIFY_SOURCE", "-DUNIMO_EMULATED", "-shared", "-fPIC"]);
+        let done = compile.arg("-o").args([&library, &source]).output();
+        let done =
+            done.unwrap_or_else(|error| panic!("the kernels' tests need a C++ compiler, and {compiler} does not run: {error}"));
+        assert!(done.status.success(), "{}", String::from_utf8_lossy(&done.stderr));
+        // SAFETY: the library was compiled from our own source, and the two functions have these types there.
+        unsafe {
+            let library = Library::new(&library).unwrap();
+            let launch = *library.get::<Launch>(b"emulation_launch\0").unwrap();
+            let failure = *library.get::<Failure>(b"emulation_failure\0").unwrap();
+            Program { launch, failure, turn: Mutex::new(()), _library: library }
+        }
+    })
+}
+
+/// Words in front of and behind an allocation that no kernel may touch.
+const GUARD: usize = 64;
+const UNTOUCHED: u32 = 0x7fc0_dead;
+
+/// Memory of the emulated device, aligned to eight bytes as tables of pointers need.
+pub struct Values {
+    words: Vec<u64>,
+    count: usize,
+}
+
+impl Values {
+    fn new(count: usize, fill: u32) -> Self {
+        let mut words = vec![u64::from(UNTOUCHED) << 32 | u64::from(UNTOUCHED); GUARD + count.div_ceil(2)];
+        let fill = u64::from(fill) << 32 | u64::from(fill);
+        words[GUARD / 2..GUARD / 2 + count.div_ceil(2)].fill(fill);
+        Self { words, count }
+    }
+
+    fn address(&self) -> Address {
+        Address(self.words.as_ptr() as u64 + 4 * GUARD as u64)
+    }
+
+    /// The first `count` values.
+    pub fn to_vec(&self, count: usize) -> Vec<f32> {
+        assert!(count <= self.count);
+        let word = |i: usize| (self.words[GUARD / 2 + i / 2] >> (32 * (i % 2))) as u32;
+        (0..count).map(|i| f32::from_bits(word(i))).collect()
+    }
+}
+
+impl Drop for Values {
+    fn drop(&mut self) {
+        let guards = self.words[..GUARD / 2].iter().chain(&self.words[GUARD / 2 + self.count.div_ceil(2)..]);
+        let whole = guards.copied().all(|word| word == (u64::from(UNTOUCHED) << 32 | u64::from(UNTOUCHED)));
+        assert!(whole || std::thread::panicking(), "a kernel wrote outside its memory");
+    }
+}
+
+/// The emulated device.
+pub struct Emulated {
+    order: u32,
+}
+
+impl Emulated {
+    /// With the order of threads that this thread has asked for.
+    pub fn on_this_thread() -> Self {
+        Self { order: ORDER.get().unwrap_or(0) }
+    }
+
+    /// Where a CPU tensor lies.
+    pub fn input(operator: &'static str, storage: &CpuStorage, layout: &Layout) -> Result<Input> {
+        let at = Address(f32_slice(operator, storage, layout)?.as_ptr() as u64);
+        Ok(Input { at, shape: layout.shape().clone(), wanted: true })
+    }
+
+    /// The same of a whole tensor.
+    pub fn place(operator: &'static str, tensor: &Tensor) -> Result<Input> {
+        let (storage, layout) = tensor.storage_and_layout();
+        match &*storage {
+            Storage::Cpu(cpu) => Ok(Input { wanted: tensor.track_op(), ..Self::input(operator, cpu, layout)? }),
+            _ => candle_core::bail!("{operator}: expected a CPU tensor"),
+        }
+    }
+}
+
+impl Machine for Emulated {
+    type Values = Values;
+    type Words = Values;
+
+    fn allocate(&self, count: usize) -> Result<Values> {
+        Ok(Values::new(count, f32::NAN.to_bits()))
+    }
+
+    fn zeros(&self, count: usize) -> Result<Values> {
+        Ok(Values::new(count, 0))
+    }
+
+    fn upload(&self, words: &[u32]) -> Result<Values> {
+        let mut memory = Values::new(words.len(), 0);
+        for (to, pair) in memory.words[GUARD / 2..].iter_mut().zip(words.chunks(2)) {
+            *to = u64::from(pair[0]) | u64::from(pair.get(1).copied().unwrap_or(0)) << 32;
+        }
+        Ok(memory)
+    }
+
+    fn at(&self, values: &Values) -> Address {
+        values.address()
+    }
+
+    fn words_at(&self, words: &Values) -> Address {
+        words.address()
+    }
+
+    fn launch(&self, Kernel(file, name): Kernel, grid: Grid, arguments: &[Argument]) -> Result<()> {
+        let mut pointers: Vec<*mut c_void> = arguments
+            .iter()
+            .map(|argument| match argument {
+                Argument::Address(Address(pointer)) => std::ptr::from_ref(pointer).cast_mut().cast(),
+                Argument::Size(size) => std::ptr::from_ref(size).cast_mut().cast(),
+                Argument::Word(word) => std::ptr::from_ref(word).cast_mut().cast(),
+                Argument::Float(value) => std::ptr::from_ref(value).cast_mut().cast(),
+            })
+            .collect();
+        let (program, blocks) = (program(), grid.blocks.map(|blocks| blocks as u32));
+        let called = CString::new(name).map_err(Error::wrap)?;
+        let _turn = program.turn.lock().unwrap();
+        // SAFETY: the pointers hold for the call, and the kernel reads as many of them as it has parameters, which it checks.
+        let failed = unsafe {
+            (program.launch)(
+                called.as_ptr(),
+                blocks.as_ptr(),
+                grid.threads as u32,
+                4 * grid.shared as u32,
+                pointers.as_mut_ptr(),
+                pointers.len() as u32,
+                self.order,
+            )
+        };
+        if failed != 0 {
+            // SAFETY: a string of the library's, which lives on.
+            let why = unsafe { CStr::from_ptr((program.failure)()) }.to_string_lossy();
+            candle_core::bail!("{name} of {file}.cu: {why}");
+        }
+        Ok(())
+    }
+
+    fn multiply(&self, product: &Product) -> Result<()> {
+        let call = product.column_major();
+        let ([rows, columns, inner], [first, second, stride]) = (call.sizes, call.strides);
+        let read = |address: Address, i: usize| -> f64 {
+            // SAFETY: inside the caller's memory, as a device would have it.
+            unsafe {
+                match product.precision {
+                    Precision::Bf16 => half::bf16::from_bits(*(address.0 as *const u16).add(i)).to_f64(),
+                    _ => f64::from(*(address.0 as *const f32).add(i)),
+                }
+            }
+        };
+        let place = |transposed: bool, stride: usize, row: usize, column: usize| match transposed {
+            true => row * stride + column,
+            false => column * stride + row,
+        };
+        for column in 0..columns {
+            for row in 0..rows {
+                let term = |k: usize| {
+                    read(product.b.address, place(call.transposed[0], first, row, k))
+                        * read(product.a.address, place(call.transposed[1], second, k, column))
+                };
+                let sum: f64 = (0..inner).map(term).sum();
+                // SAFETY: as above.
+                unsafe {
+                    let to = (product.c.0 as *mut f32).add(column * stride + row);
+                    *to = if product.accumulate { *to + sum as f32 } else { sum as f32 };
+                }
+            }
+        }
+        Ok(())
+    }
+}

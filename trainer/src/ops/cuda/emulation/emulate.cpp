@@ -1,0 +1,223 @@
+// Runs the kernels on the CPU; see cuda.h. Compiled and loaded by emulation.rs.
+#include <csetjmp>
+#include <cstdio>
+#include <limits>
+#include <memory>
+#include <string>
+#include <ucontext.h>
+#include <utility>
+#include <vector>
+
+#include "../kernels/adamw.cu"
+#include "../kernels/attention.cu"
+#include "../kernels/convolution.cu"
+#include "../kernels/cross_entropy.cu"
+#include "../kernels/elementwise.cu"
+#include "../kernels/layer_norm.cu"
+#include "../kernels/rows.cu"
+
+namespace emulation {
+namespace {
+
+constexpr unsigned MOST_THREADS = 1024;
+constexpr size_t STACK_BYTES = 64 << 10, SHARED_BYTES = 160 << 10;
+
+enum class At { running, warp_barrier, block_barrier, end };
+
+struct Fiber {
+    ucontext_t start;
+    jmp_buf state;
+    bool started = false;
+    At at = At::end;
+    std::unique_ptr<char[]> stack;
+};
+
+Fiber fibers[MOST_THREADS];
+jmp_buf scheduler;
+unsigned running;
+Index block, block_threads, grid;
+uint32_t words[MOST_THREADS];
+alignas(16) unsigned char dynamic[SHARED_BYTES];
+std::string failure;
+
+using Entry = void (*)(void**);
+Entry entry;
+void** arguments;
+
+// setjmp and longjmp instead of swapcontext: the latter calls the kernel each time.
+void back_to_scheduler() {
+    if (!_setjmp(fibers[running].state)) _longjmp(scheduler, 1);
+}
+
+void fiber_main() {
+    for (;;) {
+        entry(arguments);
+        fibers[running].at = At::end;
+        back_to_scheduler();
+    }
+}
+
+void resume(unsigned thread) {
+    running = thread;
+    Fiber& fiber = fibers[thread];
+    fiber.at = At::running;
+    if (_setjmp(scheduler)) return;
+    if (fiber.started) _longjmp(fiber.state, 1);
+    fiber.started = true;
+    fiber.stack.reset(new char[STACK_BYTES]);
+    getcontext(&fiber.start);
+    fiber.start.uc_stack.ss_sp = fiber.stack.get();
+    fiber.start.uc_stack.ss_size = STACK_BYTES;
+    fiber.start.uc_link = nullptr;
+    makecontext(&fiber.start, fiber_main, 0);
+    setcontext(&fiber.start);
+}
+
+// Threads run in an order of the caller's choice: what depends on it lacks a barrier.
+bool run_block(unsigned threads, unsigned order) {
+    for (unsigned i = 0; i < SHARED_BYTES / sizeof(float); i++) {
+        reinterpret_cast<float*>(dynamic)[i] = std::numeric_limits<float>::quiet_NaN();
+    }
+    auto pick = [&](unsigned i) { return order == 0 ? i : order == 1 ? threads - 1 - i : (i * 17 + order) % threads; };
+    std::vector<bool> ready(threads, true);
+    for (unsigned left = threads; left > 0;) {
+        bool moved = false;
+        for (unsigned i = 0; i < threads; i++) {
+            unsigned thread = pick(i);
+            if (!ready[thread]) continue;
+            resume(thread);
+            ready[thread] = false;
+            moved = true;
+            if (fibers[thread].at == At::end) left--;
+        }
+        if (!moved) {
+            failure = "threads wait for each other at different barriers";
+            return false;
+        }
+        unsigned at_block = 0;
+        for (unsigned warp = 0; warp < threads; warp += WARP) {
+            unsigned at_warp = 0, ended = 0;
+            for (unsigned thread = warp; thread < warp + WARP; thread++) {
+                at_warp += fibers[thread].at == At::warp_barrier;
+                at_block += fibers[thread].at == At::block_barrier;
+                ended += fibers[thread].at == At::end;
+            }
+            if (at_warp > 0 && ended > 0) {
+                failure = "a warp's shuffle lacks threads that have ended";
+                return false;
+            }
+            for (unsigned thread = warp; at_warp == WARP && thread < warp + WARP; thread++) ready[thread] = true;
+        }
+        for (unsigned thread = 0; at_block > 0 && at_block == left && thread < threads; thread++) {
+            if (fibers[thread].at == At::block_barrier) ready[thread] = true;
+        }
+    }
+    return true;
+}
+
+template <typename... Parameters, size_t... Places>
+void call(void (*kernel)(Parameters...), void** values, std::index_sequence<Places...>) {
+    kernel(*static_cast<Parameters*>(values[Places])...);
+}
+
+template <typename... Parameters>
+void call(void (*kernel)(Parameters...), void** values) {
+    call(kernel, values, std::index_sequence_for<Parameters...>());
+}
+
+template <typename... Parameters>
+constexpr unsigned parameters(void (*)(Parameters...)) {
+    return sizeof...(Parameters);
+}
+
+struct Kernel {
+    const char* name;
+    Entry entry;
+    unsigned parameters;
+};
+
+#define KERNEL(name) Kernel{#name, [](void** values) { call(name, values); }, parameters(name)}
+const Kernel kernels[] = {
+    KERNEL(adamw),
+    KERNEL(attention),
+    KERNEL(attention_delta),
+    KERNEL(attention_keys_backward),
+    KERNEL(attention_queries_backward),
+    KERNEL(column_sums),
+    KERNEL(cross_entropy_rows),
+    KERNEL(depthwise_relu6),
+    KERNEL(depthwise_relu6_input_backward),
+    KERNEL(depthwise_relu6_weight_backward),
+    KERNEL(dropout_add),
+    KERNEL(fill_rows),
+    KERNEL(gelu),
+    KERNEL(gelu_backward),
+    KERNEL(layer_norm),
+    KERNEL(layer_norm_backward),
+    KERNEL(relu6),
+    KERNEL(relu6_backward),
+    KERNEL(root_of_sum),
+    KERNEL(scale_by),
+    KERNEL(select_rows),
+    KERNEL(square_sums),
+    KERNEL(sum_rows),
+    KERNEL(to_bf16),
+    KERNEL(total),
+};
+
+}  // namespace
+
+Index& block_index() { return block; }
+Index& block_size() { return block_threads; }
+Index& grid_size() { return grid; }
+unsigned thread_number() { return running; }
+void* dynamic_shared() { return dynamic; }
+uint32_t& shown(unsigned thread) { return words[thread]; }
+
+void wait_for_block() {
+    fibers[running].at = At::block_barrier;
+    back_to_scheduler();
+}
+
+void wait_for_warp() {
+    fibers[running].at = At::warp_barrier;
+    back_to_scheduler();
+}
+
+}  // namespace emulation
+
+// Runs a kernel; 0 for success, else emulation_failure() says why not.
+extern "C" int emulation_launch(
+    const char* name, const unsigned* blocks, unsigned threads, unsigned shared_bytes, void** values, unsigned count,
+    unsigned order
+) {
+    using namespace emulation;
+    if (threads == 0 || threads > MOST_THREADS || threads % WARP != 0 || shared_bytes > SHARED_BYTES) {
+        failure = "a block of that size does not run on a device";
+        return 1;
+    }
+    for (const Kernel& kernel : kernels) {
+        if (std::string(kernel.name) != name) continue;
+        if (kernel.parameters != count) {
+            failure = std::to_string(count) + " arguments for " + std::to_string(kernel.parameters) + " parameters";
+            return 1;
+        }
+        entry = kernel.entry;
+        arguments = values;
+        grid = {blocks[0], blocks[1], blocks[2]};
+        block_threads = {threads, 1, 1};
+        for (block.z = 0; block.z < grid.z; block.z++)
+            for (block.y = 0; block.y < grid.y; block.y++)
+                for (block.x = 0; block.x < grid.x; block.x++)
+                    if (!run_block(threads, order)) {
+                        // Fibers that hang in the middle of a kernel start anew.
+                        for (Fiber& fiber : fibers) fiber.started = false;
+                        return 1;
+                    }
+        return 0;
+    }
+    failure = "there is no such kernel";
+    return 1;
+}
+
+extern "C" const char* emulation_failure() { return emulation::failure.c_str(); }

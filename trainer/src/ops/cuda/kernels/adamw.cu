@@ -1,0 +1,46 @@
+// AdamW over all tensors at once, with clipping by the global norm that never leaves the device.
+#include "device.cuh"
+
+// A piece of one tensor: blockIdx.x is its number.
+struct Piece {
+    float *weights, *first, *second;
+    const float* gradient;
+    uint32_t count;
+    float rate, decay;
+    uint32_t unused;
+};
+
+// sums[piece] = Σ gradient²
+extern "C" __global__ void square_sums(const Piece* pieces, float* sums) {
+    SHARED(float, partial);
+    Piece piece = pieces[blockIdx.x];
+    float sum = 0;
+    for (uint32_t i = threadIdx.x; i < piece.count; i += blockDim.x) sum += piece.gradient[i] * piece.gradient[i];
+    sum = block_sum(sum, partial);
+    if (threadIdx.x == 0) sums[blockIdx.x] = sum;
+}
+
+// norm[0] = √ Σ sums, in one block.
+extern "C" __global__ void root_of_sum(const float* sums, float* norm, uint32_t count) {
+    SHARED(float, partial);
+    float sum = 0;
+    for (uint32_t i = threadIdx.x; i < count; i += blockDim.x) sum += sums[i];
+    sum = block_sum(sum, partial);
+    if (threadIdx.x == 0) norm[0] = sqrtf(sum);
+}
+
+// One update. A norm that is not finite changes nothing; one above `clip` scales the gradient down to it.
+extern "C" __global__ void adamw(
+    const Piece* pieces, const float* norm, float clip, float beta1, float beta2, float eps, float correction1, float correction2
+) {
+    if (!isfinite(norm[0])) return;
+    Piece piece = pieces[blockIdx.x];
+    float scale = norm[0] > clip ? clip / norm[0] : 1.0f;
+    for (uint32_t i = threadIdx.x; i < piece.count; i += blockDim.x) {
+        float gradient = piece.gradient[i] * scale;
+        float first = piece.first[i] = beta1 * piece.first[i] + (1.0f - beta1) * gradient;
+        float second = piece.second[i] = beta2 * piece.second[i] + (1.0f - beta2) * gradient * gradient;
+        piece.weights[i] = piece.weights[i] * (1.0f - piece.rate * piece.decay)
+            - piece.rate * (first * correction1) / (sqrtf(second * correction2) + eps);
+    }
+}

@@ -1,0 +1,49 @@
+// Rows of a matrix: chosen, summed up. Sums run in a fixed order, so that a run repeats bit by bit.
+#include "device.cuh"
+
+// y[i] = table[ids[i]], rows of `width` values.
+extern "C" __global__ void select_rows(const float* table, const uint32_t* ids, float* y, size_t count, uint32_t width) {
+    for (size_t i = blockIdx.x * size_t(blockDim.x) + threadIdx.x; i < count; i += size_t(gridDim.x) * blockDim.x) {
+        y[i] = table[size_t(ids[i / width]) * width + i % width];
+    }
+}
+
+// The backward pass: dtable[sources[s]] is the sum of the rows of dy that `order` lists from starts[s] to starts[s + 1]. Rows
+// that nobody chose are left alone. A block has eight warps and makes 32 columns of one row: blockIdx.x is s.
+extern "C" __global__ void sum_rows(
+    const float* dy, const uint32_t* order, const uint32_t* starts, const uint32_t* sources, float* dtable, uint32_t width
+) {
+    SHARED(float, partial);  // [warps, 32]
+    uint32_t lane = threadIdx.x % WARP, warp = threadIdx.x / WARP, warps = blockDim.x / WARP;
+    uint32_t column = blockIdx.y * WARP + lane;
+    float sum = 0;
+    if (column < width) {
+        uint32_t end = starts[blockIdx.x + 1];
+        for (uint32_t i = starts[blockIdx.x] + warp; i < end; i += warps) sum += dy[size_t(order[i]) * width + column];
+    }
+    partial[threadIdx.x] = sum;
+    __syncthreads();
+    if (warp == 0 && column < width) {
+        for (uint32_t other = 1; other < warps; other++) sum += partial[other * WARP + lane];
+        dtable[size_t(sources[blockIdx.x]) * width + column] = sum;
+    }
+}
+
+// sums[blockIdx.y] is the sum of rows [blockIdx.y · rows_each, …) of values [rows, width].
+extern "C" __global__ void column_sums(const float* values, float* sums, uint32_t rows, uint32_t width, uint32_t rows_each) {
+    uint32_t column = blockIdx.x * blockDim.x + threadIdx.x;
+    if (column >= width) return;
+    uint32_t first = blockIdx.y * rows_each, end = min(first + rows_each, rows);
+    float sum = 0;
+    for (uint32_t row = first; row < end; row++) sum += values[size_t(row) * width + column];
+    sums[size_t(blockIdx.y) * width + column] = sum;
+}
+
+// result[0] = factor · Σ values, in one block.
+extern "C" __global__ void total(const float* values, float* result, uint32_t count, float factor) {
+    SHARED(float, partial);
+    float sum = 0;
+    for (uint32_t i = threadIdx.x; i < count; i += blockDim.x) sum += values[i];
+    sum = block_sum(sum, partial);
+    if (threadIdx.x == 0) result[0] = factor * sum;
+}

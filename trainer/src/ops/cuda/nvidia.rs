@@ -1,0 +1,164 @@
+//! The kernels on a CUDA device: on candle's stream, so in order with candle's own.
+
+use candle_core::backend::BackendStorage;
+use candle_core::cuda_backend::cudarc::cublas::{result as cublas, sys};
+use candle_core::cuda_backend::cudarc::driver::{CudaSlice, DevicePtr, LaunchConfig, PushKernelArg};
+use candle_core::cuda_backend::{CudaDType, WrapErr};
+use candle_core::op::BackpropOp;
+use candle_core::{CudaDevice, CudaStorage, Error, Layout, Result, Shape, Storage, Tensor};
+
+use super::Precision;
+use super::machine::{Address, Argument, Grid, Kernel, Machine, Product};
+use super::operator::Input;
+
+/// A CUDA device.
+pub struct Nvidia {
+    device: CudaDevice,
+}
+
+impl Nvidia {
+    pub fn new(device: &CudaDevice) -> Self {
+        Self { device: device.clone() }
+    }
+
+    pub fn input(&self, operator: &'static str, storage: &CudaStorage, layout: &Layout) -> Result<Input> {
+        let Some((start, _)) = layout.contiguous_offsets() else {
+            return Err(Error::RequiresContiguous { op: operator });
+        };
+        if storage.dtype() != candle_core::DType::F32 {
+            candle_core::bail!("{operator}: expected f32, got {:?}", storage.dtype());
+        }
+        let at = self.address(f32::as_cuda_slice(storage)?).after(start);
+        Ok(Input { at, shape: layout.shape().clone(), wanted: true })
+    }
+
+    pub fn place(&self, operator: &'static str, tensor: &Tensor) -> Result<Input> {
+        let (storage, layout) = tensor.storage_and_layout();
+        let Storage::Cuda(storage) = &*storage else {
+            candle_core::bail!("{operator}: expected a tensor on the CUDA device");
+        };
+        Ok(Input { wanted: tensor.track_op(), ..self.input(operator, storage, layout)? })
+    }
+
+    pub fn storage(&self, values: CudaSlice<f32>) -> CudaStorage {
+        f32::wrap_cuda_slice(values, self.device.clone())
+    }
+
+    pub fn tensor(&self, values: CudaSlice<f32>, shape: &Shape) -> Tensor {
+        Tensor::from_storage(Storage::Cuda(self.storage(values)), shape, BackpropOp::none(), false)
+    }
+
+    fn address<T>(&self, slice: &CudaSlice<T>) -> Address {
+        let stream = self.device.cuda_stream();
+        let (pointer, _order) = slice.device_ptr(&stream);
+        Address(pointer)
+    }
+}
+
+/// What nvcc made of a file of `kernels/`.
+fn ptx(file: &str) -> Result<&'static str> {
+    macro_rules! embedded {
+        ($($name:literal),*) => {
+            match file {
+                $($name => include_str!(concat!(env!("OUT_DIR"), "/", $name, ".ptx")),)*
+                _ => candle_core::bail!("there are no kernels named {file}"),
+            }
+        };
+    }
+    Ok(embedded!("adamw", "attention", "convolution", "cross_entropy", "elementwise", "layer_norm", "rows"))
+}
+
+impl Machine for Nvidia {
+    type Values = CudaSlice<f32>;
+    type Words = CudaSlice<u32>;
+
+    fn allocate(&self, count: usize) -> Result<CudaSlice<f32>> {
+        // SAFETY: any bits are f32 values, and every operator writes what it allocates before it reads it.
+        unsafe { self.device.alloc::<f32>(count.max(1)) }
+    }
+
+    fn zeros(&self, count: usize) -> Result<CudaSlice<f32>> {
+        self.device.alloc_zeros::<f32>(count.max(1))
+    }
+
+    fn upload(&self, words: &[u32]) -> Result<CudaSlice<u32>> {
+        if words.is_empty() {
+            return self.device.alloc_zeros::<u32>(1);
+        }
+        self.device.clone_htod(words)
+    }
+
+    fn at(&self, values: &CudaSlice<f32>) -> Address {
+        self.address(values)
+    }
+
+    fn words_at(&self, words: &CudaSlice<u32>) -> Address {
+        self.address(words)
+    }
+
+    fn launch(&self, Kernel(file, name): Kernel, grid: Grid, arguments: &[Argument]) -> Result<()> {
+        let function = self.device.get_or_load_custom_func(name, file, ptx(file)?)?;
+        let mut call = function.builder();
+        for argument in arguments {
+            match argument {
+                Argument::Address(Address(pointer)) => call.arg(pointer),
+                Argument::Size(size) => call.arg(size),
+                Argument::Word(word) => call.arg(word),
+                Argument::Float(value) => call.arg(value),
+            };
+        }
+        let [x, y, z] = grid.blocks.map(|blocks| blocks as u32);
+        let shape = LaunchConfig {
+            grid_dim: (x, y, z),
+            block_dim: (grid.threads as u32, 1, 1),
+            shared_mem_bytes: 4 * grid.shared as u32,
+        };
+        // SAFETY: number and widths of the arguments are those of the kernel (tests run the same calls on the emulation, which
+        // checks them), and the caller answers for the addresses.
+        unsafe { call.launch(shape) }.w()?;
+        Ok(())
+    }
+
+    fn multiply(&self, product: &Product) -> Result<()> {
+        let call = product.column_major();
+        let [transpose_first, transpose_second] = call.transposed.map(|transposed| match transposed {
+            true => sys::cublasOperation_t::CUBLAS_OP_T,
+            false => sys::cublasOperation_t::CUBLAS_OP_N,
+        });
+        let [rows, columns, inner] = call.sizes.map(|size| size as i32);
+        let [first, second, result] = call.strides.map(|stride| stride as i32);
+        let (of_factors, compute) = match product.precision {
+            Precision::Bf16 => (sys::cudaDataType::CUDA_R_16BF, sys::cublasComputeType_t::CUBLAS_COMPUTE_32F),
+            Precision::F32 => (sys::cudaDataType::CUDA_R_32F, sys::cublasComputeType_t::CUBLAS_COMPUTE_32F),
+            Precision::Tf32 => (sys::cudaDataType::CUDA_R_32F, sys::cublasComputeType_t::CUBLAS_COMPUTE_32F_FAST_TF32),
+        };
+        let (alpha, beta) = (1f32, if product.accumulate { 1f32 } else { 0f32 });
+        let blas = self.device.cublas_handle();
+        // SAFETY: sizes and strides describe matrices inside the caller's memory; the scalars live until the call returns, and
+        // cuBLAS reads them on the host before that.
+        unsafe {
+            cublas::gemm_ex(
+                *blas.handle(),
+                transpose_first,
+                transpose_second,
+                rows,
+                columns,
+                inner,
+                (&raw const alpha).cast(),
+                product.b.address.0 as *const _,
+                of_factors,
+                first,
+                product.a.address.0 as *const _,
+                of_factors,
+                second,
+                (&raw const beta).cast(),
+                product.c.0 as *mut _,
+                sys::cudaDataType::CUDA_R_32F,
+                result,
+                compute,
+                sys::cublasGemmAlgo_t::CUBLAS_GEMM_DEFAULT,
+            )
+        }
+        .map_err(|error| Error::Msg(format!("matrix product of {:?}: {error}", call.sizes)))
+    }
+}

@@ -1,0 +1,35 @@
+//! What matrix products are computed in on CUDA devices; on the CPU that is f32.
+
+use std::sync::atomic::{AtomicU8, Ordering};
+
+/// What the factors of matrix products are rounded to. Weights, activations, sums and gradients are f32 whatever it is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum Precision {
+    /// 24 bits of mantissa: nothing is rounded.
+    #[default]
+    F32,
+    /// 11 bits.
+    Tf32,
+    /// 8 bits.
+    Bf16,
+}
+
+static PRECISION: AtomicU8 = AtomicU8::new(0);
+
+/// What products are computed in from now on, in the whole process.
+pub fn set_precision(precision: Precision) {
+    PRECISION.store(precision as u8, Ordering::Relaxed);
+    // candle's own products, the few that are none of ours, have no other choice than this one.
+    #[cfg(feature = "cuda")]
+    candle_core::cuda_backend::set_gemm_reduced_precision_f32(precision != Precision::F32);
+}
+
+/// What products are computed in.
+#[must_use]
+pub fn precision() -> Precision {
+    match PRECISION.load(Ordering::Relaxed) {
+        0 => Precision::F32,
+        1 => Precision::Tf32,
+        _ => Precision::Bf16,
+    }
+}
