@@ -4,8 +4,8 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 use ::image::RgbImage;
 
-use crate::bundle::manifest::{Manifest, Precision, Sizes};
-use crate::bundle::{Bundle, BundleError, BundleSource};
+use crate::bundle::manifest::{Form, Manifest, Precision, Sizes};
+use crate::bundle::{Bundle, BundleError, BundleFault, BundleSource};
 use crate::captioning::{Branch, Caption, DecodeOptions, KvPool, LanguageModel, beam_search};
 use crate::engine::{self, Engine, EngineError, EngineOptions, Graph, GraphSource, Tensor};
 use crate::tokenizer::{CLS, PAD, SEP, Tokenizer};
@@ -81,6 +81,7 @@ pub struct Model {
     engine: Box<dyn Engine>,
     options: EngineOptions,
     precision: Precision,
+    form: Form,
     tokenizer: Tokenizer,
     graphs: [Mutex<Vec<Loaded>>; 4],
 }
@@ -89,14 +90,20 @@ impl Model {
     /// Opens a bundle.
     ///
     /// # Errors
-    /// Where the bundle is refused, holds no weights of the precision asked for, or the engine is not there.
+    /// Where the bundle is refused, holds nothing of the precision and form asked for, or the engine is not there or does not run
+    /// that form.
     pub fn open(source: &BundleSource, options: &EngineOptions) -> Result<Self, ModelError> {
         let engine = engine::open(options)?;
         let bundle = Bundle::open(source)?;
         let precision = bundle.precision(options.precision)?;
+        let present = bundle.manifest().forms(precision);
+        let form = engine::preferred_form(options, &present)?;
+        if !present.contains(&form) {
+            return Err(bundle.error(BundleFault::Form { form, precision, present }).into());
+        }
         let tokenizer = bundle.tokenizer()?;
         let graphs = Default::default();
-        Ok(Self { bundle, engine, options: options.clone(), precision, tokenizer, graphs })
+        Ok(Self { bundle, engine, options: options.clone(), precision, form, tokenizer, graphs })
     }
 
     /// SHA-256 of the bundle's manifest, in hex: embeddings of different bundles cannot be compared.
@@ -127,6 +134,12 @@ impl Model {
     #[must_use]
     pub fn precision(&self) -> Precision {
         self.precision
+    }
+
+    /// The form of the graphs that run.
+    #[must_use]
+    pub fn form(&self) -> Form {
+        self.form
     }
 
     /// The bundle's tokenizer.
@@ -274,7 +287,7 @@ impl Model {
         let signature = self.manifest().graphs.iter().find(|graph| graph.name == name);
         let signature = signature
             .ok_or_else(|| EngineError::Load { graph: name.to_owned(), reason: "the manifest does not list it".to_owned() })?;
-        let onnx = self.bundle.read(&Manifest::graph_file(self.precision, name))?;
+        let onnx = self.bundle.read(&Manifest::form_file(self.precision, self.form, name))?;
         // The weights are hashed here, before the engine sees them, so that a damaged file is called by its name.
         let folder = format!("{}/", self.precision);
         for file in self.manifest().files.keys() {
@@ -282,7 +295,7 @@ impl Model {
                 self.bundle.read(file)?;
             }
         }
-        let external = |location: &str| self.bundle.read(&format!("{folder}{location}")).ok();
+        let external = |location: &str| self.bundle.share(&format!("{folder}{location}")).ok();
         Ok(self.engine.load(&GraphSource { signature: &signature.fixed(sizes), sizes, onnx, external: &external })?)
     }
 }
@@ -351,7 +364,7 @@ mod tests {
 
     use super::*;
     use crate::bundle::manifest::{self, GraphSignature};
-    use crate::bundle::{BundleFault, MANIFEST, sha256_hex};
+    use crate::bundle::{MANIFEST, sha256_hex};
     use crate::engine::toy;
     use crate::tokenizer;
 

@@ -16,9 +16,9 @@ use std::time::Instant;
 use anyhow::{Context, bail, ensure};
 use clap::Args;
 use serde::Serialize;
-use unimo::bundle::manifest::Precision;
+use unimo::bundle::manifest::{Form, Precision};
 use unimo::bundle::{Bundle, BundleSource};
-use unimo::engine::{EngineKind, EngineOptions, Provider};
+use unimo::engine::{EngineKind, EngineOptions, Provider, preferred_form};
 use unimo::image::{DecodeLimits, decode};
 
 use self::ledger::{Ledger, Machine, Run};
@@ -60,6 +60,9 @@ pub struct BenchArgs {
     /// Weights to run: f32, f16, i8 [default: all of the bundle]
     #[arg(long, value_delimiter = ',', value_name = "NAMES")]
     precision: Vec<Precision>,
+    /// Forms of the graphs: expanded, dynamic, static [default: what each engine is fastest with here, and expanded]
+    #[arg(long, value_delimiter = ',', value_name = "NAMES")]
+    form: Vec<Form>,
     /// Processor threads of one caption
     #[arg(long, value_name = "N", default_value = "1")]
     threads: NonZeroUsize,
@@ -108,6 +111,18 @@ struct Combination {
     provider: Provider,
     #[serde(serialize_with = "by_name")]
     precision: Precision,
+    #[serde(serialize_with = "by_name")]
+    form: Form,
+}
+
+impl Combination {
+    /// Its precision, with the form where that is another than the expanded one.
+    fn weights(&self) -> String {
+        match self.form {
+            Form::Expanded => self.precision.to_string(),
+            form => format!("{} {form}", self.precision),
+        }
+    }
 }
 
 fn by_name<S: serde::Serializer>(value: &impl ToString, serializer: S) -> Result<S::Ok, S::Error> {
@@ -134,14 +149,17 @@ fn compare(args: &BenchArgs) -> anyhow::Result<ExitCode> {
     let mut combinations = Vec::new();
     for engine in engines(args)? {
         let provider = if engine == EngineKind::Tract { Provider::Cpu } else { args.provider };
-        combinations.extend(precisions.iter().map(|&precision| Combination { engine, provider, precision }));
+        for &precision in &precisions {
+            let forms = forms(args, &bundle, engine, provider, precision)?;
+            combinations.extend(forms.into_iter().map(|form| Combination { engine, provider, precision, form }));
+        }
     }
     let output = Output::new(combinations.len() * args.rounds as usize);
     let mut runs: Vec<Vec<(f64, First, Measured)>> = combinations.iter().map(|_| Vec::new()).collect();
     for _ in 0..args.rounds {
         for (combination, runs) in combinations.iter().zip(&mut runs) {
             let run = round(args, combination);
-            runs.push(run.with_context(|| format!("{} in {}", combination.engine, combination.precision))?);
+            runs.push(run.with_context(|| format!("{} in {}", combination.engine, combination.weights()))?);
             output.advance();
         }
     }
@@ -168,8 +186,8 @@ fn compare(args: &BenchArgs) -> anyhow::Result<ExitCode> {
     }
     let slow = |row: &&Row| args.assert_p90_ms.is_some_and(|limit| row.ms.p90 > limit);
     if let (Some(row), Some(limit)) = (rows.iter().find(slow), args.assert_p90_ms) {
-        let Combination { engine, precision, .. } = row.combination;
-        eprintln!("error: nine of ten captions of {engine} in {precision} come within {:.1} ms, not within {limit}", row.ms.p90);
+        let (engine, weights) = (row.combination.engine, row.combination.weights());
+        eprintln!("error: nine of ten captions of {engine} in {weights} come within {:.1} ms, not within {limit}", row.ms.p90);
         return Ok(ExitCode::from(exit::BUDGET_MISSED));
     }
     Ok(output.finish())
@@ -196,11 +214,34 @@ fn engines(args: &BenchArgs) -> anyhow::Result<Vec<EngineKind>> {
     Ok(usable.into_iter().flatten().collect())
 }
 
+/// The forms to measure: those asked for that the engine runs, or else the one that it takes by itself, and the expanded one.
+fn forms(
+    args: &BenchArgs,
+    bundle: &Bundle,
+    engine: EngineKind,
+    provider: Provider,
+    precision: Precision,
+) -> anyhow::Result<Vec<Form>> {
+    let present = bundle.manifest().forms(precision);
+    if args.form.is_empty() {
+        let own = preferred_form(&EngineOptions { engine, provider, ..EngineOptions::default() }, &present)?;
+        return Ok(if own == Form::Expanded { vec![own] } else { vec![own, Form::Expanded] });
+    }
+    let runs = |form: &Form| present.contains(form) && (engine == EngineKind::Ort || *form == Form::Expanded);
+    let forms: Vec<Form> = args.form.iter().copied().filter(runs).collect();
+    for form in args.form.iter().filter(|form| !runs(form)) {
+        let why = if present.contains(form) { "does not run it" } else { "has no such graphs in this bundle" };
+        eprintln!("{engine} in {precision}: the {form} form is left out, {engine} {why}");
+    }
+    Ok(forms)
+}
+
 /// Starts a worker; gives the milliseconds to its first caption and what it measured.
 fn round(args: &BenchArgs, combination: &Combination) -> anyhow::Result<(f64, First, Measured)> {
     let mut command = Command::new(std::env::current_exe().context("this program cannot find itself")?);
     command.args(["bench", "--worker", "--engine", combination.engine.name(), "--provider", combination.provider.name()]);
-    command.args(["--precision", combination.precision.name(), "--threads", &args.threads.to_string()]);
+    command.args(["--precision", combination.precision.name(), "--form", combination.form.name()]);
+    command.args(["--threads", &args.threads.to_string()]);
     command.args(["--duration", &args.duration.to_string(), "--rounds", &args.rounds.to_string()]);
     command.args(args.spin.then_some("--spin"));
     for (option, path) in [("--bundle", &args.bundle), ("--ort-lib", &args.ort_lib)] {

@@ -44,8 +44,8 @@ pub fn row(bundle: &Bundle, combination: Combination, runs: &[(f64, First, Measu
     let of = |part: fn(&Sample) -> f64| percentiles(samples.iter().map(part).collect());
     let median = |values| percentiles(values).map(|of| of.p50);
     let manifest = bundle.manifest();
-    let precision = combination.precision;
-    let graphs = manifest.graphs.iter().map(|graph| Manifest::graph_file(precision, &graph.name));
+    let (precision, form) = (combination.precision, combination.form);
+    let graphs = manifest.graphs.iter().map(|graph| Manifest::form_file(precision, form, &graph.name));
     let weights = manifest.files.keys().filter(|file| file.starts_with(&format!("{precision}/")) && !file.ends_with(".onnx"));
     let tokens: usize = samples.iter().map(|sample| sample.tokens).sum();
     Some(Row {
@@ -61,7 +61,7 @@ pub fn row(bundle: &Bundle, combination: Combination, runs: &[(f64, First, Measu
         load_ms: median(runs.iter().map(|run| run.1.load_ms).collect())?,
         peak_memory: runs.iter().filter_map(|run| run.2.peak_memory).max(),
         model_bytes: graphs.chain(weights.cloned()).filter_map(|file| bundle.length(&file)).sum(),
-        cider: manifest.quality.get(precision.name()).and_then(|figures| figures.get("cider")).copied(),
+        cider: manifest.figures(precision, form).and_then(|figures| figures.get("cider")).copied(),
     })
 }
 
@@ -77,10 +77,10 @@ pub fn table(rows: &[Row]) -> Vec<String> {
     let head = "engine precision captions p50_ms p90_ms p99_ms image vision text ms/token first_ms cpu_ms peak_MB model_MB CIDEr";
     let mut cells: Vec<Vec<String>> = vec![head.split(' ').map(|name| name.replace('_', " ")).collect()];
     for row in rows {
-        let Combination { engine, provider, precision } = row.combination;
+        let Combination { engine, provider, .. } = row.combination;
         let engine = if provider == Provider::Cpu { engine.to_string() } else { format!("{engine} {provider}") };
         let or_dash = |value: Option<String>| value.unwrap_or_else(|| "-".to_owned());
-        let mut line = vec![engine, precision.to_string(), row.captions.to_string()];
+        let mut line = vec![engine, row.combination.weights(), row.captions.to_string()];
         let Percentiles { p50, p90, p99 } = row.ms;
         let parts = [row.decode_image_ms.p50, row.vision_ms.p50, row.text_ms.p50];
         line.extend([p50, p90, p99].into_iter().chain(parts).map(|ms| format!("{ms:.1}")));
@@ -106,7 +106,7 @@ pub fn table(rows: &[Row]) -> Vec<String> {
 
 #[cfg(test)]
 mod tests {
-    use unimo::bundle::manifest::Precision;
+    use unimo::bundle::manifest::{Form, Precision};
     use unimo::engine::EngineKind;
 
     use super::*;
@@ -125,7 +125,12 @@ mod tests {
     fn the_table_is_aligned() {
         let p = Percentiles { p50: 12.34, p90: 100.0, p99: 101.0 };
         let row = Row {
-            combination: Combination { engine: EngineKind::Ort, provider: Provider::Cuda, precision: Precision::I8 },
+            combination: Combination {
+                engine: EngineKind::Ort,
+                provider: Provider::Cuda,
+                precision: Precision::I8,
+                form: Form::Dynamic,
+            },
             captions: 9,
             ms: p,
             decode_image_ms: p,
@@ -143,8 +148,23 @@ mod tests {
         assert_eq!(lines.len(), 3);
         assert!(lines.iter().all(|line| line.len() == lines[0].len()), "{lines:#?}");
         let cells: Vec<&str> = lines[2].trim_matches('|').split('|').map(str::trim).collect();
-        let expected =
-            ["ort cuda", "i8", "9", "12.3", "100.0", "101.0", "12.3", "12.3", "12.3", "1.24", "250", "-", "100", "8.1", "0.482"];
+        let expected = [
+            "ort cuda",
+            "i8 dynamic",
+            "9",
+            "12.3",
+            "100.0",
+            "101.0",
+            "12.3",
+            "12.3",
+            "12.3",
+            "1.24",
+            "250",
+            "-",
+            "100",
+            "8.1",
+            "0.482",
+        ];
         assert_eq!(cells, expected);
     }
 }

@@ -50,7 +50,7 @@ pub struct Measured {
 
 /// Measures the one combination that the arguments name.
 pub fn work(args: &BenchArgs) -> anyhow::Result<ExitCode> {
-    let (&[engine], &[precision]) = (args.engine.as_slice(), args.precision.as_slice()) else {
+    let (&[engine], &[precision], &[form]) = (args.engine.as_slice(), args.precision.as_slice(), args.form.as_slice()) else {
         return Err(UsageError("a worker measures one combination".to_owned()).into());
     };
     let encoded = encoded_pictures(&args.sources)?;
@@ -58,9 +58,11 @@ pub fn work(args: &BenchArgs) -> anyhow::Result<ExitCode> {
         engine,
         provider: args.provider,
         precision: Some(precision),
+        form: Some(form),
         threads: args.threads.get(),
         spinning: args.spin,
         library: args.ort_lib.clone(),
+        ..EngineOptions::default()
     };
     let output = Output::new(0);
     let start = Instant::now();
