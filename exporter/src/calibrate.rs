@@ -19,7 +19,8 @@ use crate::walk::{self, Loaded, walk};
 /// Which magnitude becomes the largest level; larger ones are clipped.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub enum Range {
-    /// The largest that occurred.
+    /// The largest that occurred. Of the shipped model no output errs more with it than with the others.
+    #[default]
     MinMax,
     /// One that 99.99 % of all values stay below.
     Percentile,
@@ -27,7 +28,6 @@ pub enum Range {
     /// TensorRT", GTC 2017).
     Entropy,
     /// The one of least squared error.
-    #[default]
     Mse,
 }
 

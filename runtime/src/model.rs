@@ -166,6 +166,20 @@ impl Model {
         })
     }
 
+    /// What one run of a graph takes at least; of `decode`, with the bundle's own beam.
+    ///
+    /// # Errors
+    /// Those of [`Self::load`].
+    #[cfg(feature = "tract")]
+    pub fn cost(&self, name: GraphName) -> Result<engine::GraphCost, ModelError> {
+        let sizes = match name {
+            GraphName::Decode => self.decoder_sizes(self.manifest().decoding.beam),
+            _ => Sizes { hypotheses: 1, slots: 1 },
+        };
+        // Forms differ in how they compute, not in what.
+        self.with_source(name.name(), Form::Expanded, sizes, |source| engine::graph_cost(source))
+    }
+
     /// Loads the `decode` graph for so many hypotheses at once. Every beam has one of its own.
     ///
     /// # Errors
@@ -284,10 +298,21 @@ impl Model {
     }
 
     fn load_graph(&self, name: &str, sizes: Sizes) -> Result<Box<dyn Graph>, ModelError> {
+        self.with_source(name, self.form, sizes, |source| self.engine.load(source))
+    }
+
+    /// Finds a graph and its weights in the bundle, and hashes them.
+    fn with_source<T>(
+        &self,
+        name: &str,
+        form: Form,
+        sizes: Sizes,
+        work: impl FnOnce(&GraphSource<'_>) -> Result<T, EngineError>,
+    ) -> Result<T, ModelError> {
         let signature = self.manifest().graphs.iter().find(|graph| graph.name == name);
         let signature = signature
             .ok_or_else(|| EngineError::Load { graph: name.to_owned(), reason: "the manifest does not list it".to_owned() })?;
-        let onnx = self.bundle.read(&Manifest::form_file(self.precision, self.form, name))?;
+        let onnx = self.bundle.read(&Manifest::form_file(self.precision, form, name))?;
         // The weights are hashed here, before the engine sees them, so that a damaged file is called by its name.
         let folder = format!("{}/", self.precision);
         for file in self.manifest().files.keys() {
@@ -296,7 +321,7 @@ impl Model {
             }
         }
         let external = |location: &str| self.bundle.share(&format!("{folder}{location}")).ok();
-        Ok(self.engine.load(&GraphSource { signature: &signature.fixed(sizes), sizes, onnx, external: &external })?)
+        Ok(work(&GraphSource { signature: &signature.fixed(sizes), sizes, onnx, external: &external })?)
     }
 }
 

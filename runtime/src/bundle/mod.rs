@@ -395,6 +395,23 @@ mod tests {
     }
 
     #[test]
+    fn shared_bytes_outlive_the_bundle() {
+        let (folder, out) = (folder(), tempfile::tempdir().unwrap());
+        let tar = out.path().join("bundle.tar");
+        pack::write_archive(&open(folder.path()).unwrap(), &tar).unwrap();
+        for path in [folder.path(), &tar] {
+            let bundle = open(path).unwrap();
+            let shared = bundle.share("f16/text.onnx").unwrap();
+            // The same bytes, not others alike.
+            assert_eq!(shared.as_ptr(), bundle.read("f16/text.onnx").unwrap().as_ptr());
+            drop(bundle);
+            assert_eq!(&*shared, b"f16/text.onnx");
+        }
+        fs::write(folder.path().join("f16/text.onnx"), "f16/text.onnY").unwrap();
+        assert!(open(folder.path()).unwrap().share("f16/text.onnx").unwrap_err().to_string().contains("is damaged"));
+    }
+
+    #[test]
     fn refusals() {
         let missing = tempfile::tempdir().unwrap();
         let message = |path: &Path| open(path).unwrap_err().to_string();

@@ -3,6 +3,8 @@
 //! An engine loads ONNX graphs and runs them on host tensors; nothing outside this module knows which one it is. tract is
 //! compiled in with the feature `tract`, ONNX Runtime is loaded at run time with the feature `ort`.
 
+#[cfg(feature = "tract")]
+mod cost;
 mod form;
 #[cfg(feature = "tract")]
 mod fusion;
@@ -22,6 +24,8 @@ use std::fmt;
 use std::path::PathBuf;
 use std::str::FromStr;
 
+#[cfg(feature = "tract")]
+pub use self::cost::{GraphCost, graph_cost};
 pub use self::form::preferred_form;
 #[cfg(feature = "ort")]
 pub use self::ort::{OrtLibrary, ort_library};

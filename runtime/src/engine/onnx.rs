@@ -31,6 +31,15 @@ pub(super) struct Constant<'a> {
 /// Parses a graph, fetches its weights, folds the operators that only prepare them, and takes out or fuses what our own kernels
 /// compute. The backbone, where there is one, is not in the graph any more.
 pub(super) fn parse(source: &GraphSource<'_>) -> Result<(ModelProto, Option<Backbone>), EngineError> {
+    parsed(source, kernels::available())
+}
+
+/// Like [`parse`], but leaves to tract what our kernels could compute.
+pub(super) fn parse_plain(source: &GraphSource<'_>) -> Result<ModelProto, EngineError> {
+    Ok(parsed(source, false)?.0)
+}
+
+fn parsed(source: &GraphSource<'_>, fuse: bool) -> Result<(ModelProto, Option<Backbone>), EngineError> {
     let load = |reason: String| EngineError::Load { graph: source.signature.name.clone(), reason };
     let mut model = ModelProto::decode(source.onnx).map_err(|error| load(error.to_string()))?;
     let graph = model.graph.as_mut().ok_or_else(|| load("the file holds no graph".to_owned()))?;
@@ -51,7 +60,7 @@ pub(super) fn parse(source: &GraphSource<'_>) -> Result<(ModelProto, Option<Back
         }
     }
     let mut backbone = None;
-    if kernels::available() {
+    if fuse {
         fusion::fuse_levels(graph, &mut constants);
         fold(graph, &mut constants);
         backbone = network::take_backbone(graph, &constants);

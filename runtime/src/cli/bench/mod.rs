@@ -5,6 +5,8 @@
 
 mod ledger;
 mod report;
+#[cfg(feature = "tract")]
+mod roofline;
 mod worker;
 
 use std::io::{BufRead, BufReader};
@@ -32,12 +34,19 @@ Examples:
   unimo bench photo.jpg                           the default bundle on the engines that are here
   unimo bench --bundle all.tar holidays/          every precision of a bundle
   unimo bench --engine tract --assert-p90-ms 900 photo.jpg
+  unimo bench --roofline photo.jpg
   unimo bench --duration 60s --ledger ledger.jsonl photo.jpg       adds a line for each row
 
 The whole way is timed, from the encoded picture in memory to the text, with the bundle's own decoding. `first` is the wall time
 from the start of the process to its first caption, `cpu` the processor time until then (both the median of the rounds), `peak MB`
 the most memory held.
 A line of the ledger is a JSON object: a row of --json with the date, the machine, and the versions of program and model.
+--roofline counts the operations (two for each pair of factors) of matrix products and convolutions, and the bytes of weights as
+they are stored, inputs and outputs, of one run of the graphs: `prefill` reads a picture, `decode` reads one word of every hypothesis. The
+limit is the time that they take at this machine's peaks, the larger of arithmetic (our own 32-bit kernel on matrices in the cache) and
+memory (a block of 256 MB read), both measured with one thread. Achieved is the limit as a share of the measured time: `vision` for
+prefill; for decode the text part for each token, beam search included. Products of bytes may pass the peak of floats, and weights that
+stay in the cache that of the memory.
 Exit code 6: a p90 is above --assert-p90-ms.
 ";
 
@@ -84,6 +93,10 @@ pub struct BenchArgs {
     /// Add a line for each row to this file
     #[arg(long, value_name = "FILE")]
     ledger: Option<PathBuf>,
+    /// Measure this machine's peaks too, and say what share of them each row achieves
+    #[cfg(feature = "tract")]
+    #[arg(long)]
+    roofline: bool,
     /// Print one JSON document
     #[arg(long)]
     json: bool,
@@ -163,8 +176,20 @@ fn compare(args: &BenchArgs) -> anyhow::Result<ExitCode> {
             output.advance();
         }
     }
-    let rows: Vec<Row> =
+    #[cfg_attr(not(feature = "tract"), allow(unused_mut))]
+    let mut rows: Vec<Row> =
         combinations.into_iter().zip(runs).filter_map(|(combination, runs)| row(&bundle, combination, &runs)).collect();
+    #[cfg(feature = "tract")]
+    let peaks = match args.roofline {
+        true => {
+            let (roof, peaks) = roofline::roof();
+            roofline::add(&mut rows, &source(args), &roof)?;
+            Some(peaks)
+        }
+        false => None,
+    };
+    #[cfg(not(feature = "tract"))]
+    let peaks: Option<()> = None;
     if let Some(ledger) = &mut ledger {
         let run = Run {
             date: ledger::now(),
@@ -178,11 +203,19 @@ fn compare(args: &BenchArgs) -> anyhow::Result<ExitCode> {
         ledger.add(&run, &rows)?;
     }
     if args.json {
-        output.json(&serde_json::json!({
+        let mut document = serde_json::json!({
             "schema": SCHEMA, "bundle": bundle.id(), "threads": args.threads, "rounds": args.rounds, "results": rows,
-        }))?;
+        });
+        if let Some(peaks) = peaks {
+            document["peaks"] = serde_json::json!(peaks);
+        }
+        output.json(&document)?;
     } else {
         table(&rows).iter().try_for_each(|line| output.line(line))?;
+        #[cfg(feature = "tract")]
+        if let Some(peaks) = &peaks {
+            roofline::table(&rows, peaks).iter().try_for_each(|line| output.line(line))?;
+        }
     }
     let slow = |row: &&Row| args.assert_p90_ms.is_some_and(|limit| row.ms.p90 > limit);
     if let (Some(row), Some(limit)) = (rows.iter().find(slow), args.assert_p90_ms) {

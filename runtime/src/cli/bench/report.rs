@@ -36,6 +36,10 @@ pub struct Row {
     pub model_bytes: usize,
     /// CIDEr-D from the manifest, where the exporter measured it.
     pub cider: Option<f64>,
+    /// How near it comes to what the machine can do, where that was asked for.
+    #[cfg(feature = "tract")]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub roofline: Option<super::roofline::Shares>,
 }
 
 /// The row of a combination; nothing where nothing was measured.
@@ -62,6 +66,8 @@ pub fn row(bundle: &Bundle, combination: Combination, runs: &[(f64, First, Measu
         peak_memory: runs.iter().filter_map(|run| run.2.peak_memory).max(),
         model_bytes: graphs.chain(weights.cloned()).filter_map(|file| bundle.length(&file)).sum(),
         cider: manifest.figures(precision, form).and_then(|figures| figures.get("cider")).copied(),
+        #[cfg(feature = "tract")]
+        roofline: None,
     })
 }
 
@@ -92,6 +98,11 @@ pub fn table(rows: &[Row]) -> Vec<String> {
         line.push(or_dash(row.cider.map(|cider| format!("{cider:.3}"))));
         cells.push(line);
     }
+    aligned(&cells)
+}
+
+/// Cells as a Markdown table, the first line its head.
+pub fn aligned(cells: &[Vec<String>]) -> Vec<String> {
     let widths: Vec<usize> =
         (0..cells[0].len()).map(|column| cells.iter().map(|line| line[column].len()).max().unwrap_or(0)).collect();
     let line = |cells: &Vec<String>| {
@@ -143,6 +154,8 @@ mod tests {
             peak_memory: Some(99_600_000),
             model_bytes: 8_140_000,
             cider: Some(0.4821),
+            #[cfg(feature = "tract")]
+            roofline: None,
         };
         let lines = table(&[row]);
         assert_eq!(lines.len(), 3);
