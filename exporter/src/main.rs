@@ -1,7 +1,7 @@
 //! `unimo-export`; see `unimo-export --help`.
 
 use std::io::IsTerminal;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::sync::Arc;
 
@@ -43,7 +43,7 @@ struct Cli {
     #[command(subcommand)]
     command: Option<Command>,
     #[command(flatten)]
-    export: Option<ExportArgs>,
+    export: ExportArgs,
 }
 
 #[derive(Debug, Subcommand)]
@@ -135,10 +135,10 @@ impl MeasureArgs {
 struct ExportArgs {
     /// Checkpoint folder, or a run's folder (its newest checkpoint)
     #[arg(long, value_name = "FOLDER")]
-    checkpoint: PathBuf,
+    checkpoint: Option<PathBuf>,
     /// Where to write: a name that ends in .tar, or a folder
     #[arg(long, value_name = "PATH")]
-    out: PathBuf,
+    out: Option<PathBuf>,
     /// Precisions of the stored weights, the default one first
     #[arg(long, value_delimiter = ',', default_value = "f16", value_name = "LIST")]
     precision: Vec<Precision>,
@@ -220,7 +220,7 @@ fn print_figures(figures: Option<&Figures>) {
     }
 }
 
-fn run(cli: &ExportArgs) -> Result<()> {
+fn run(cli: &ExportArgs, checkpoint: &Path, out: &Path) -> Result<()> {
     let mut options = ExportOptions {
         precisions: cli.precision.clone(),
         keep_f16: cli.keep_f16.clone(),
@@ -236,22 +236,22 @@ fn run(cli: &ExportArgs) -> Result<()> {
     options.gate = cli.measure.gate()?;
     options.forms = cli.forms.options()?;
     let samples = samples(cli)?;
-    for one in with_progress(|progress| export(&cli.checkpoint, &cli.out, &options, &samples, progress))? {
+    for one in with_progress(|progress| export(checkpoint, out, &options, &samples, progress))? {
         println!("{}\n{}", one.precision, one.parity);
         print_figures(one.figures.as_ref());
         one.forms.iter().for_each(|form| print_form(&Manifest::quality_name(one.precision, form.form), form));
     }
-    println!("{}", cli.out.display());
+    println!("{}", out.display());
     Ok(())
 }
 
 fn dispatch(cli: Cli) -> Result<()> {
-    match (cli.command, cli.export) {
-        (Some(Command::Backbone { bundle, out }), _) => {
+    match cli.command {
+        Some(Command::Backbone { bundle, out }) => {
             let bytes = unimo_export::backbone_file::extract(&Bundle::open(&BundleSource::Path(bundle))?)?;
             std::fs::write(&out, bytes).with_context(|| format!("cannot write {}", out.display()))
         }
-        (Some(Command::Upgrade { bundle, out, forms, measure, force }), _) => {
+        Some(Command::Upgrade { bundle, out, forms, measure, force }) => {
             let options = UpgradeOptions { force, forms: forms.options()?, gate: measure.gate()? };
             let (report, forms) = with_progress(|progress| upgrade(&bundle, &out, &options, &drawn_samples(3), progress))?;
             println!("{report}");
@@ -259,10 +259,12 @@ fn dispatch(cli: Cli) -> Result<()> {
             println!("{}", out.display());
             Ok(())
         }
-        (None, Some(args)) => run(&args),
-        (None, None) => {
-            let message = "give --checkpoint and --out, or a subcommand";
-            Cli::command().error(clap::error::ErrorKind::MissingRequiredArgument, message).exit()
+        None => {
+            let (Some(checkpoint), Some(out)) = (&cli.export.checkpoint, &cli.export.out) else {
+                let message = "give --checkpoint and --out, or a subcommand";
+                Cli::command().error(clap::error::ErrorKind::MissingRequiredArgument, message).exit()
+            };
+            run(&cli.export, checkpoint, out)
         }
     }
 }
