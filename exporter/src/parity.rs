@@ -60,12 +60,17 @@ impl ParityReport {
     }
 
     pub(crate) fn note(&mut self, graph: &str, output: &str, got: &[f32], expected: &[f32]) {
+        self.note_against(graph, output, got, expected, 1e-6);
+    }
+
+    /// Like [`Self::note`], an output's largest magnitude taken for no less than `least`.
+    pub(crate) fn note_against(&mut self, graph: &str, output: &str, got: &[f32], expected: &[f32], least: f64) {
         let max = |values: &mut dyn Iterator<Item = f64>| values.fold(0.0, f64::max);
         let mut error = max(&mut got.iter().zip(expected).map(|(g, e)| f64::from((g - e).abs())));
         if got.len() != expected.len() || got.iter().chain(expected).any(|v| !v.is_finite()) {
             error = f64::INFINITY;
         }
-        let relative = error / max(&mut expected.iter().map(|v| f64::from(v.abs()))).max(1e-6);
+        let relative = error / max(&mut expected.iter().map(|v| f64::from(v.abs()))).max(least);
         match self.outputs.iter_mut().find(|o| o.graph == graph && o.output == output) {
             Some(entry) => {
                 entry.values += expected.len();

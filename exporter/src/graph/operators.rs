@@ -105,8 +105,10 @@ impl GraphBuilder<'_> {
     /// # Errors
     /// Missing weights or shapes that do not fit.
     pub fn linear(&mut self, name: &str, x: &Value) -> Built {
+        let weight = format!("{name}.weight");
+        self.element(&weight)?;
         let bias = self.weight(&format!("{name}.bias"))?;
-        let product = self.product(x, &format!("{name}.weight"), false)?;
+        let product = self.product(x, &weight, false)?;
         self.add(&product, &bias)
     }
 

@@ -30,7 +30,8 @@ pub enum Products<'a> {
 pub const OBSERVED: &str = "observed/";
 
 impl GraphBuilder<'_> {
-    fn element(&self, weight: &str) -> Result<Element, GraphError> {
+    /// How a weight is stored.
+    pub(super) fn element(&self, weight: &str) -> Result<Element, GraphError> {
         Ok(self.weights.get(weight).ok_or_else(|| GraphError::MissingWeight(weight.to_owned()))?.element)
     }
 
