@@ -259,8 +259,10 @@ impl Model {
         let sizes = self.decoder_sizes(options.beam);
         let graph = self.sized_graph(GraphName::Decode, sizes)?;
         let pool = KvPool::new(&self.manifest().model, sizes);
-        let best = beam_search(&mut Writer { model: self, vision, graph, sizes, pool }, options)?;
-        Ok(Caption { text: self.tokenizer.decode(&best.tokens), tokens: best.tokens, score: best.score })
+        let mut writer = Writer { model: self, vision, graph, sizes, pool, steps: 0 };
+        let best = beam_search(&mut writer, options)?;
+        let text = self.tokenizer.decode(&best.tokens);
+        Ok(Caption { text, tokens: best.tokens, score: best.score, steps: writer.steps })
     }
 
     /// `ids` and `mask` of a text: `[CLS] w1 … wn [SEP] [PAD] …`.
@@ -332,12 +334,14 @@ struct Writer<'a> {
     graph: Arc<dyn Graph>,
     sizes: Sizes,
     pool: KvPool,
+    steps: usize,
 }
 
 impl LanguageModel for Writer<'_> {
     type Error = ModelError;
 
     fn read(&mut self, branches: &[Branch]) -> Result<Vec<f32>, ModelError> {
+        self.steps += 1;
         self.pool.branch(branches.iter().map(|branch| branch.parent));
         // The graph reads as many hypotheses as the beam is wide, also where fewer are open; what it makes of the rest is left.
         let ids = branches.iter().map(|branch| i64::from(branch.id)).chain(std::iter::repeat(i64::from(PAD)));
@@ -429,6 +433,8 @@ mod tests {
             for beam in [1, 4] {
                 let caption = model.caption(&vision, &options(beam)).unwrap();
                 assert_eq!(caption.tokens, [first, first + 1, first + 2], "level {level}, beam {beam}");
+                // Three words and `[SEP]`; a wider beam may look further.
+                assert!(if beam == 1 { caption.steps == 4 } else { (4..=6).contains(&caption.steps) }, "{}", caption.steps);
                 assert_eq!(caption.text, model.tokenizer().decode(&caption.tokens));
             }
             let short = DecodeOptions { max_words: 2, ..options(1) };

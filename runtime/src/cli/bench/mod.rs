@@ -45,7 +45,7 @@ A line of the ledger is a JSON object: a row of --json with the date, the machin
 they are stored, inputs and outputs, of one run of the graphs: `prefill` reads a picture, `decode` reads one word of every hypothesis. The
 limit is the time that they take at this machine's peaks, the larger of arithmetic (our own 32-bit kernel on matrices in the cache) and
 memory (a block of 256 MB read), both measured with one thread. Achieved is the limit as a share of the measured time: `vision` for
-prefill; for decode the text part for each token, beam search included. Products of bytes may pass the peak of floats, and weights that
+prefill; for decode the text part for each run of the graph, beam search included. Products of bytes may pass the peak of floats, and weights that
 stay in the cache that of the memory.
 Exit code 6: a p90 is above --assert-p90-ms.
 ";

@@ -28,6 +28,8 @@ pub struct Row {
     pub text_ms: Percentiles,
     /// Mean time of the text part for each token of the captions written.
     pub token_ms: f64,
+    /// Mean time of the text part for each run of the `decode` graph, beam search included.
+    pub step_ms: f64,
     pub first_ms: f64,
     pub first_cpu_ms: Option<f64>,
     pub load_ms: f64,
@@ -51,7 +53,8 @@ pub fn row(bundle: &Bundle, combination: Combination, runs: &[(f64, First, Measu
     let (precision, form) = (combination.precision, combination.form);
     let graphs = manifest.graphs.iter().map(|graph| Manifest::form_file(precision, form, &graph.name));
     let weights = manifest.files.keys().filter(|file| file.starts_with(&format!("{precision}/")) && !file.ends_with(".onnx"));
-    let tokens: usize = samples.iter().map(|sample| sample.tokens).sum();
+    let (tokens, steps) = samples.iter().fold((0, 0), |(tokens, steps), s| (tokens + s.tokens, steps + s.steps));
+    let text_ms: f64 = samples.iter().map(|sample| sample.text).sum();
     Some(Row {
         combination,
         captions: samples.len(),
@@ -59,7 +62,8 @@ pub fn row(bundle: &Bundle, combination: Combination, runs: &[(f64, First, Measu
         decode_image_ms: of(|s| s.decode_image)?,
         vision_ms: of(|s| s.vision)?,
         text_ms: of(|s| s.text)?,
-        token_ms: samples.iter().map(|s| s.text).sum::<f64>() / tokens.max(1) as f64,
+        token_ms: text_ms / tokens.max(1) as f64,
+        step_ms: text_ms / steps.max(1) as f64,
         first_ms: median(runs.iter().map(|run| run.0).collect())?,
         first_cpu_ms: median(runs.iter().filter_map(|run| run.1.cpu_ms).collect()),
         load_ms: median(runs.iter().map(|run| run.1.load_ms).collect())?,
@@ -148,6 +152,7 @@ mod tests {
             vision_ms: p,
             text_ms: p,
             token_ms: 1.239,
+            step_ms: 1.0,
             first_ms: 250.4,
             first_cpu_ms: None,
             load_ms: 1.0,

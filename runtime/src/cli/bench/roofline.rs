@@ -40,7 +40,7 @@ pub struct Share {
 pub struct Shares {
     /// The `vision` graph: the picture read once.
     pub prefill: Share,
-    /// A run of the `decode` graph, against the mean time of the text part for each token, beam search included.
+    /// A run of the `decode` graph, against the mean time of the text part for each, beam search included.
     pub decode: Share,
 }
 
@@ -58,7 +58,7 @@ pub fn add(rows: &mut [Row], source: &BundleSource, roof: &Roof) -> anyhow::Resu
         let share = |graph, measured_ms| -> anyhow::Result<Share> { Ok(share(model.cost(graph)?, measured_ms, roof)) };
         row.roofline = Some(Shares {
             prefill: share(GraphName::Vision, row.vision_ms.p50)?,
-            decode: share(GraphName::Decode, row.token_ms)?,
+            decode: share(GraphName::Decode, row.step_ms)?,
         });
     }
     Ok(())

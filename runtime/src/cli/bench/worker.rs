@@ -36,6 +36,8 @@ pub struct Sample {
     pub text: f64,
     pub total: f64,
     pub tokens: usize,
+    /// Runs of the `decode` graph.
+    pub steps: usize,
 }
 
 /// Last line of a worker.
@@ -112,6 +114,7 @@ fn sample(model: &Model, encoded: &[u8]) -> anyhow::Result<Sample> {
         text: milliseconds(done - seen),
         total: milliseconds(done - start),
         tokens: caption.tokens.len(),
+        steps: caption.steps,
     })
 }
 
