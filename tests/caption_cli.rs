@@ -403,7 +403,7 @@ fn captioning_is_measured() {
         let achieved = number(&share["limit_ms"]) / number(measured);
         assert!(achieved > 0.0 && (number(&share["achieved"]) - achieved).abs() < 1e-9 * achieved, "{part}: {row}");
     }
-    assert!(number(&row["step_ms"]) > 0.0 && number(&row["step_ms"]) < number(&row["token_ms"]), "{row}");
+    assert!(number(&row["step_ms"]) > 0.0 && number(&row["step_ms"]) <= number(&row["token_ms"]), "{row}");
     // MobileNetV2 1.0 on 224 by 224 has 300 million pairs of factors (Sandler et al., CVPR 2018, table 4), its classifier's included.
     let operations = row["roofline"]["prefill"]["operations"].as_u64().unwrap();
     assert!((580_000_000..680_000_000).contains(&operations), "{operations}");
