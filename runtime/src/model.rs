@@ -177,7 +177,7 @@ impl Model {
             _ => Sizes { hypotheses: 1, slots: 1 },
         };
         // Forms differ in how they compute, not in what.
-        self.with_source(name.name(), Form::Expanded, sizes, |source| engine::graph_cost(source))
+        self.with_source(name.name(), Form::Expanded, sizes, engine::graph_cost)
     }
 
     /// Loads the `decode` graph for so many hypotheses at once. Every beam has one of its own.
