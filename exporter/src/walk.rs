@@ -68,13 +68,16 @@ impl Loaded {
 /// What a run read, by name.
 pub(crate) type Inputs<'a> = &'a [(&'a str, &'a Tensor)];
 
-/// Runs the graphs on a sample; `visit` is told of each run: the graph, what it read and what it gave.
+/// Is told of a run: the graph, what it read and what it gave.
+pub(crate) type Visit<'v> = dyn FnMut(&GraphSignature, Inputs<'_>, &[Tensor]) -> Result<()> + 'v;
+
+/// Runs the graphs on a sample; `visit` is told of each run.
 pub(crate) fn walk(
     graphs: &Loaded,
     manifest: &Manifest,
     tokenizer: &Tokenizer,
     sample: &Sample,
-    visit: &mut dyn FnMut(&GraphSignature, Inputs<'_>, &[Tensor]) -> Result<()>,
+    visit: &mut Visit<'_>,
 ) -> Result<()> {
     let (image, room) = (&manifest.image, manifest.model.max_text);
     let mut run = |graph: &str, inputs: Inputs<'_>| -> Result<Vec<Tensor>> {
