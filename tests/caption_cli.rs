@@ -397,6 +397,20 @@ fn captioning_is_measured() {
     let weights = fs::metadata(BUNDLE.as_str()).unwrap().len();
     assert!((weights / 2..weights).contains(&row["model_bytes"].as_u64().unwrap()), "{row}");
 
+    let [report] = bench(&["--json", "--roofline"]).json_lines().try_into().unwrap();
+    let number = |value: &serde_json::Value| value.as_f64().unwrap();
+    assert!(number(&report["peaks"]["gflops"]) > 0.1 && number(&report["peaks"]["gigabytes"]) > 0.01, "{report}");
+    let row = &report["results"][0];
+    for (part, measured) in [("prefill", &row["vision_ms"]["p50"]), ("decode", &row["step_ms"])] {
+        let share = &row["roofline"][part];
+        let achieved = number(&share["limit_ms"]) / number(measured);
+        assert!(achieved > 0.0 && (number(&share["achieved"]) - achieved).abs() < 1e-9 * achieved, "{part}: {row}");
+    }
+    assert!(number(&row["step_ms"]) > 0.0 && number(&row["step_ms"]) <= number(&row["token_ms"]), "{row}");
+    // MobileNetV2 1.0 on 224 by 224 has 300 million pairs of factors (Sandler et al., CVPR 2018, table 4), its classifier's included.
+    let operations = row["roofline"]["prefill"]["operations"].as_u64().unwrap();
+    assert!((580_000_000..680_000_000).contains(&operations), "{operations}");
+
     let slow = bench(&["--assert-p90-ms", "0.001"]);
     assert!(slow.code == 6 && slow.stdout.lines().count() >= 3 && slow.stderr.contains("not within 0.001"), "{slow:?}");
 

@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 use std::sync::LazyLock;
 
 use unimo::bundle::BundleSource;
-use unimo::bundle::manifest::Precision;
+use unimo::bundle::manifest::{Form, Precision};
 use unimo::engine::{EngineKind, EngineOptions, ort_library};
 use unimo::model::Model;
 use unimo_export::export::{ExportOptions, export};
@@ -38,7 +38,9 @@ static BUNDLE: LazyLock<PathBuf> = LazyLock::new(|| {
 });
 
 fn open(source: BundleSource, engine: EngineKind, precision: Option<Precision>) -> Model {
-    Model::open(&source, &EngineOptions { engine, precision, ..EngineOptions::default() }).unwrap()
+    // The form that both engines run; others have tests of their own.
+    let form = Some(Form::Expanded);
+    Model::open(&source, &EngineOptions { engine, precision, form, ..EngineOptions::default() }).unwrap()
 }
 
 fn largest_difference(a: &[f32], b: &[f32]) -> f32 {

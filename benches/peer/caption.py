@@ -6,6 +6,7 @@
 
 Both sides get one thread, the same encoded pictures in memory, the same graphs, weights and decoding; rounds take turns. The
 table gives the median milliseconds of a whole caption and of its parts, and the ratio of each to `unimo` on the same library.
+A bundle's forms are compared one by one (tract runs the expanded one only).
 Pillow resamples a little differently, and ONNX Runtime is left with its defaults here: the program says which captions differ.
 """
 
@@ -36,8 +37,12 @@ FILTERS = {
 EMPTY = np.float32(-1e4)
 
 
+def file_of(graph: str, form: str) -> str:
+    return f"{graph}.onnx" if form == "expanded" else f"{graph}.{form}.onnx"
+
+
 class Captioner:
-    def __init__(self, bundle: pathlib.Path, precision: str):
+    def __init__(self, bundle: pathlib.Path, precision: str, form: str):
         self.manifest = tomllib.loads((bundle / "manifest.toml").read_text())
         self.tokenizer = Tokenizer.from_file(str(bundle / "tokenizer.json"))
         options = onnxruntime.SessionOptions()
@@ -46,7 +51,7 @@ class Captioner:
         options.add_free_dimension_override_by_name("hypotheses", beam)
         options.add_free_dimension_override_by_name("slots", beam * self.manifest["model"]["max_text"])
         session = lambda name: onnxruntime.InferenceSession(
-            str(bundle / precision / f"{name}.onnx"), options, providers=["CPUExecutionProvider"]
+            str(bundle / precision / file_of(name, form)), options, providers=["CPUExecutionProvider"]
         )
         self.vision, self.decode = session("vision"), session("decode")
         self.cls, self.sep = (self.tokenizer.token_to_id(token) for token in ("[CLS]", "[SEP]"))
@@ -147,15 +152,16 @@ def unpacked(bundle: pathlib.Path, folder: str) -> pathlib.Path:
     return pathlib.Path(folder)
 
 
-def captions_of(unimo, bundle, precision, library, pictures, engine):
-    command = [unimo, "caption", "--jsonl", "--bundle", bundle, "--precision", precision, "--engine", engine, "--threads", "1"]
+def captions_of(unimo, bundle, precision, form, library, pictures, engine):
+    command = [unimo, "caption", "--jsonl", "--bundle", bundle, "--precision", precision, "--form", form, "--engine", engine]
+    command += ["--threads", "1"]
     command += ["--ort-lib", library] * (engine == "ort") + pictures
     lines = subprocess.run(list(map(str, command)), check=True, capture_output=True, text=True).stdout.splitlines()
     return [json.loads(line)["caption"] for line in lines]
 
 
-def bench(unimo, bundle, precision, library, pictures, engine, seconds):
-    command = [unimo, "bench", "--json", "--bundle", bundle, "--precision", precision, "--engine", engine]
+def bench(unimo, bundle, precision, form, library, pictures, engine, seconds):
+    command = [unimo, "bench", "--json", "--bundle", bundle, "--precision", precision, "--form", form, "--engine", engine]
     command += ["--duration", max(1, round(seconds)), "--rounds", 1] + ["--ort-lib", library] * (engine == "ort") + pictures
     output = subprocess.run(list(map(str, command)), check=True, capture_output=True, text=True).stdout
     (row,) = json.loads(output)["results"]
@@ -167,6 +173,7 @@ def main():
     parser.add_argument("pictures", nargs="+", type=pathlib.Path)
     parser.add_argument("--bundle", required=True, type=pathlib.Path)
     parser.add_argument("--precision", default=None, help="default: all of the bundle")
+    parser.add_argument("--form", default=None, help="expanded, dynamic or static; default: the first two, where they are there")
     parser.add_argument("--unimo", default="target/release/unimo", type=pathlib.Path)
     parser.add_argument("--seconds", default=4.0, type=float, help="of each side in each round")
     parser.add_argument("--rounds", default=5, type=int)
@@ -176,28 +183,33 @@ def main():
     with tempfile.TemporaryDirectory() as folder:
         bundle = unpacked(options.bundle, folder)
         precisions = tomllib.loads((bundle / "manifest.toml").read_text())["precisions"]
-        print("| precision | program | whole ms | decode | vision | text | ratio to unimo on ort |")
-        print("|---|---|---|---|---|---|---|")
-        for precision in [options.precision] if options.precision else precisions:
-            captioner = Captioner(bundle, precision)
+        print("| precision | form | program | whole ms | decode | vision | text | ratio to unimo on ort |")
+        print("|---|---|---|---|---|---|---|---|")
+        precisions = [options.precision] if options.precision else precisions
+        forms = [options.form] if options.form else ["expanded", "dynamic"]
+        combinations = [(precision, form) for precision in precisions for form in forms]
+        there = lambda precision, form: (bundle / precision / file_of("decode", form)).exists()
+        for precision, form in filter(lambda both: there(*both), combinations):
+            captioner = Captioner(bundle, precision, form)
             written = [captioner.caption(picture)[0] for picture in encoded]
-            expected = captions_of(options.unimo, bundle, precision, library, options.pictures, "ort")
+            expected = captions_of(options.unimo, bundle, precision, form, library, options.pictures, "ort")
             for path, ours, theirs in zip(options.pictures, expected, written, strict=True):
                 if ours != theirs:
                     print(f"{path}: unimo writes {ours!r}, this program {theirs!r}", file=sys.stderr)
-            times = {"python": [], "unimo ort": [], "unimo tract": []}
+            engines = ["ort", "tract"] if form == "expanded" else ["ort"]
+            times = {"python": []} | {f"unimo {engine}": [] for engine in engines}
             for _ in range(options.rounds):
                 samples, deadline = [], time.perf_counter() + options.seconds
                 while not samples or time.perf_counter() < deadline:
                     samples += [captioner.caption(picture)[1] for picture in encoded]
                 times["python"].append([statistics.median(part) for part in zip(*samples)])
-                for engine in ("ort", "tract"):
-                    arguments = (options.unimo, bundle, precision, library, options.pictures, engine, options.seconds)
+                for engine in engines:
+                    arguments = (options.unimo, bundle, precision, form, library, options.pictures, engine, options.seconds)
                     times[f"unimo {engine}"].append(bench(*arguments))
             medians = {name: [statistics.median(part) for part in zip(*rounds)] for name, rounds in times.items()}
             for name, parts in medians.items():
                 ratio = statistics.median(own[0] / ort[0] for own, ort in zip(times[name], times["unimo ort"]))
-                print(f"| {precision} | {name} | " + " | ".join(f"{ms:.1f}" for ms in parts) + f" | {ratio:.2f} |", flush=True)
+                print(f"| {precision} | {form} | {name} | " + " | ".join(f"{ms:.1f}" for ms in parts) + f" | {ratio:.2f} |", flush=True)
 
 
 if __name__ == "__main__":

@@ -25,7 +25,7 @@ pub fn load(
 ) -> anyhow::Result<Box<dyn Peer>> {
     let engine = open(&EngineOptions { engine, library: library.cloned(), ..EngineOptions::default() })?;
     let onnx = bundle.read(&Manifest::graph_file(precision, &signature.name))?;
-    let external = |location: &str| bundle.read(&format!("{precision}/{location}")).ok();
+    let external = |location: &str| bundle.share(&format!("{precision}/{location}")).ok();
     let graph = engine.load(&GraphSource { signature, sizes, onnx, external: &external })?;
     let tensor = |input: &Input| {
         let tensor = match &input.values {

@@ -1,19 +1,23 @@
 //! `unimo-export`; see `unimo-export --help`.
 
 use std::io::IsTerminal;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::sync::Arc;
 
 use anyhow::{Context, Result, bail};
 use clap::{CommandFactory, Parser, Subcommand};
 use indicatif::{ProgressBar, ProgressStyle};
-use unimo::bundle::manifest::{DecodingDefaults, Precision};
+use unimo::bundle::manifest::{DecodingDefaults, Form, Manifest, Precision};
 use unimo::bundle::{Bundle, BundleSource};
-use unimo_export::export::{ExportOptions, Gate, export};
+use unimo_export::calibrate::Range;
+use unimo_export::export::{ExportOptions, export};
+use unimo_export::forms::{FormOptions, WrittenForm};
+use unimo_export::gate::Gate;
 use unimo_export::parity::Sample;
-use unimo_export::quality::{Development, MaxDrop};
+use unimo_export::quality::{Development, Figures, MaxDrop};
 use unimo_export::sample::drawn_samples;
+use unimo_export::upgrade::{UpgradeOptions, upgrade};
 
 const EXAMPLES: &str = "Examples:
   unimo-export --checkpoint runs/edge-s-caption --out edge-s.tar --verify flickr8k/dev-0000.tar
@@ -21,11 +25,15 @@ const EXAMPLES: &str = "Examples:
   unimo-export --checkpoint runs/pico --out pico-bundle --precision f32,f16,i8
   unimo-export --checkpoint runs/edge-s-caption --out edge-s.tar --precision i8 --keep-f16 backbone.,image.feature
   unimo-export backbone --bundle runtime/bundle/default.tar --out mobilenetv2.safetensors
+  unimo-export --checkpoint runs/pico --out pico.tar --precision i8 --form dynamic,static --calibrate flickr8k/train-0000.tar
   unimo-export upgrade --bundle old.tar --out new.tar
+  unimo-export upgrade --bundle old.tar --out new.tar --form dynamic --measure flickr8k/dev-0000.tar
 
 Every output of every graph is compared with candle on real inputs before the bundle gets its name; where they differ the
 export fails with the table and leaves nothing behind. With --measure each precision also captions and finds the pictures given,
 through the runtime; one that loses more than --max-drop of f32's CIDEr or of its R@1 in either direction fails the export.
+Forms read the same weights. They are compared with the expanded graphs on ONNX Runtime, which must be there; the static one is
+held to the rules that TensorRT's documents give for quantized graphs.
 Exit codes: 0 done, 2 usage, 3 bad input, parity that does not hold or a precision that loses too much.";
 
 /// Exports a checkpoint to a bundle of ONNX graphs.
@@ -35,7 +43,7 @@ struct Cli {
     #[command(subcommand)]
     command: Option<Command>,
     #[command(flatten)]
-    export: Option<ExportArgs>,
+    export: ExportArgs,
 }
 
 #[derive(Debug, Subcommand)]
@@ -57,20 +65,80 @@ enum Command {
         /// Where to write: a name that ends in .tar, or a folder
         #[arg(long, value_name = "PATH")]
         out: PathBuf,
+        #[command(flatten)]
+        forms: FormArgs,
+        #[command(flatten)]
+        measure: MeasureArgs,
         /// Replace a bundle that is already there
         #[arg(long)]
         force: bool,
     },
 }
 
+/// Other forms of 8-bit graphs.
+#[derive(Debug, clap::Args)]
+struct FormArgs {
+    /// Further forms of the i8 graphs: dynamic (for ONNX Runtime on processors), static (for TensorRT)
+    #[arg(long, value_delimiter = ',', value_name = "LIST")]
+    form: Vec<Form>,
+    /// Shards on whose pictures and captions the static form is calibrated
+    #[arg(long, num_args = 1.., value_name = "SHARD")]
+    calibrate: Vec<PathBuf>,
+    /// Pictures to calibrate on
+    #[arg(long, default_value_t = 64, value_name = "N")]
+    calibrate_samples: usize,
+    /// What becomes the largest level: minmax, percentile (99.99), entropy, mse
+    #[arg(long, default_value_t, value_name = "NAME")]
+    range: Range,
+    /// ONNX Runtime's library, or its folder, on which forms are checked [default: the first found]
+    #[arg(long, value_name = "PATH")]
+    ort_lib: Option<PathBuf>,
+}
+
+impl FormArgs {
+    fn options(&self) -> Result<FormOptions> {
+        let calibration = match self.form.contains(&Form::Static) {
+            true if self.calibrate.is_empty() => bail!("the static form is calibrated on shards: give --calibrate"),
+            true => read_samples(&self.calibrate, self.calibrate_samples, "--calibrate")?,
+            false => Vec::new(),
+        };
+        Ok(FormOptions { forms: self.form.clone(), calibration, range: self.range, library: self.ort_lib.clone() })
+    }
+}
+
+/// What precisions and forms are measured on.
+#[derive(Debug, clap::Args)]
+struct MeasureArgs {
+    /// Shards on whose pictures every precision and form is measured through the runtime; the figures go into the manifest
+    #[arg(long, num_args = 1.., value_name = "SHARD")]
+    measure: Vec<PathBuf>,
+    /// Pictures measured [default: all]
+    #[arg(long, value_name = "N", requires = "measure")]
+    measure_samples: Option<usize>,
+    /// Largest loss of CIDEr or R@1 that a precision or form may bring, as a share or in percent: against f32, or against the
+    /// expanded form where a bundle is upgraded
+    #[arg(long, default_value = "1%", value_name = "SHARE")]
+    max_drop: MaxDrop,
+}
+
+impl MeasureArgs {
+    fn gate(&self) -> Result<Option<Gate>> {
+        if self.measure.is_empty() {
+            return Ok(None);
+        }
+        let development = Arc::new(Development::read(&self.measure, self.measure_samples.unwrap_or(usize::MAX))?);
+        Ok(Some(Gate { development, max_drop: self.max_drop }))
+    }
+}
+
 #[derive(Debug, clap::Args)]
 struct ExportArgs {
     /// Checkpoint folder, or a run's folder (its newest checkpoint)
     #[arg(long, value_name = "FOLDER")]
-    checkpoint: PathBuf,
+    checkpoint: Option<PathBuf>,
     /// Where to write: a name that ends in .tar, or a folder
     #[arg(long, value_name = "PATH")]
-    out: PathBuf,
+    out: Option<PathBuf>,
     /// Precisions of the stored weights, the default one first
     #[arg(long, value_delimiter = ',', default_value = "f16", value_name = "LIST")]
     precision: Vec<Precision>,
@@ -83,15 +151,10 @@ struct ExportArgs {
     /// Pictures compared
     #[arg(long, default_value_t = 8, value_name = "N")]
     verify_samples: usize,
-    /// Shards on whose pictures every precision is measured, against f32, through the runtime; the figures go into the manifest
-    #[arg(long, num_args = 1.., value_name = "SHARD")]
-    measure: Vec<PathBuf>,
-    /// Pictures measured [default: all]
-    #[arg(long, value_name = "N", requires = "measure")]
-    measure_samples: Option<usize>,
-    /// Largest loss of CIDEr or R@1 against f32 that a precision may bring, as a share or in percent
-    #[arg(long, default_value = "1%", value_name = "SHARE")]
-    max_drop: MaxDrop,
+    #[command(flatten)]
+    forms: FormArgs,
+    #[command(flatten)]
+    measure: MeasureArgs,
     /// Hypotheses kept while decoding, by default
     #[arg(long, default_value_t = 3)]
     beam: usize,
@@ -113,9 +176,14 @@ fn samples(cli: &ExportArgs) -> Result<Vec<Sample>> {
     if cli.verify.is_empty() {
         return Ok(drawn_samples(cli.verify_samples as u64));
     }
+    read_samples(&cli.verify, cli.verify_samples, "--verify")
+}
+
+/// Pictures of shards with their first captions.
+fn read_samples(shards: &[PathBuf], limit: usize, option: &str) -> Result<Vec<Sample>> {
     let mut samples = Vec::new();
-    let report = unimo_train::shards::read_shards(&cli.verify, |sample| {
-        if let (true, Some(bytes), Some(text)) = (samples.len() < cli.verify_samples, &sample.image, sample.captions.first()) {
+    let report = unimo_train::shards::read_shards(shards, |sample| {
+        if let (true, Some(bytes), Some(text)) = (samples.len() < limit, &sample.image, sample.captions.first()) {
             samples.push(Sample { image: unimo::image::decode(bytes, &Default::default())?, text: text.clone() });
         }
         Ok(())
@@ -124,12 +192,35 @@ fn samples(cli: &ExportArgs) -> Result<Vec<Sample>> {
         eprintln!("skipped: {} in {}: {}", damage.key, damage.shard.display(), damage.reason);
     }
     if samples.is_empty() {
-        bail!("the shards given with --verify hold no picture with a caption");
+        bail!("the shards given with {option} hold no picture with a caption");
     }
     Ok(samples)
 }
 
-fn run(cli: &ExportArgs) -> Result<()> {
+/// Runs work that measures, with a progress bar where there is a terminal.
+fn with_progress<T>(work: impl FnOnce(&dyn Fn(u64, u64)) -> Result<T>) -> Result<T> {
+    let style = ProgressStyle::with_template("measuring: {bar:32} {pos}/{len} pictures, {eta} left")?;
+    let bar = if std::io::stderr().is_terminal() { ProgressBar::new(0).with_style(style) } else { ProgressBar::hidden() };
+    let result = work(&|done, all| {
+        bar.set_length(all);
+        bar.set_position(done);
+    });
+    bar.finish_and_clear();
+    result
+}
+
+fn print_form(name: &str, form: &WrittenForm) {
+    println!("{name}\n{}", form.parity);
+    print_figures(form.figures.as_ref());
+}
+
+fn print_figures(figures: Option<&Figures>) {
+    for (name, value) in figures.into_iter().flatten() {
+        println!("{name:<28} {value}");
+    }
+}
+
+fn run(cli: &ExportArgs, checkpoint: &Path, out: &Path) -> Result<()> {
     let mut options = ExportOptions {
         precisions: cli.precision.clone(),
         keep_f16: cli.keep_f16.clone(),
@@ -142,43 +233,38 @@ fn run(cli: &ExportArgs) -> Result<()> {
         let text = std::fs::read_to_string(path).with_context(|| format!("cannot read {}", path.display()))?;
         options.quality = toml::from_str(&text).with_context(|| format!("in {}", path.display()))?;
     }
-    if !cli.measure.is_empty() {
-        let development = Arc::new(Development::read(&cli.measure, cli.measure_samples.unwrap_or(usize::MAX))?);
-        options.gate = Some(Gate { development, max_drop: cli.max_drop });
-    }
-    let style = ProgressStyle::with_template("measuring: {bar:32} {pos}/{len} pictures, {eta} left")?;
-    let bar = if std::io::stderr().is_terminal() { ProgressBar::new(0).with_style(style) } else { ProgressBar::hidden() };
-    let progress = |done, all| {
-        bar.set_length(all);
-        bar.set_position(done);
-    };
-    let written = export(&cli.checkpoint, &cli.out, &options, &samples(cli)?, &progress);
-    bar.finish_and_clear();
-    for one in written? {
+    options.gate = cli.measure.gate()?;
+    options.forms = cli.forms.options()?;
+    let samples = samples(cli)?;
+    for one in with_progress(|progress| export(checkpoint, out, &options, &samples, progress))? {
         println!("{}\n{}", one.precision, one.parity);
-        for (name, value) in one.figures.iter().flatten() {
-            println!("{name:<28} {value}");
-        }
+        print_figures(one.figures.as_ref());
+        one.forms.iter().for_each(|form| print_form(&Manifest::quality_name(one.precision, form.form), form));
     }
-    println!("{}", cli.out.display());
+    println!("{}", out.display());
     Ok(())
 }
 
 fn dispatch(cli: Cli) -> Result<()> {
-    match (cli.command, cli.export) {
-        (Some(Command::Backbone { bundle, out }), _) => {
+    match cli.command {
+        Some(Command::Backbone { bundle, out }) => {
             let bytes = unimo_export::backbone_file::extract(&Bundle::open(&BundleSource::Path(bundle))?)?;
             std::fs::write(&out, bytes).with_context(|| format!("cannot write {}", out.display()))
         }
-        (Some(Command::Upgrade { bundle, out, force }), _) => {
-            let report = unimo_export::upgrade::upgrade(&bundle, &out, force, &drawn_samples(3))?;
-            println!("{report}\n{}", out.display());
+        Some(Command::Upgrade { bundle, out, forms, measure, force }) => {
+            let options = UpgradeOptions { force, forms: forms.options()?, gate: measure.gate()? };
+            let (report, forms) = with_progress(|progress| upgrade(&bundle, &out, &options, &drawn_samples(3), progress))?;
+            println!("{report}");
+            forms.iter().for_each(|form| print_form(&Manifest::quality_name(Precision::I8, form.form), form));
+            println!("{}", out.display());
             Ok(())
         }
-        (None, Some(args)) => run(&args),
-        (None, None) => {
-            let message = "give --checkpoint and --out, or a subcommand";
-            Cli::command().error(clap::error::ErrorKind::MissingRequiredArgument, message).exit()
+        None => {
+            let (Some(checkpoint), Some(out)) = (&cli.export.checkpoint, &cli.export.out) else {
+                let message = "give --checkpoint and --out, or a subcommand";
+                Cli::command().error(clap::error::ErrorKind::MissingRequiredArgument, message).exit()
+            };
+            run(&cli.export, checkpoint, out)
         }
     }
 }

@@ -41,19 +41,13 @@ pub struct OutputParity {
     pub relative_error: f64,
 }
 
-impl OutputParity {
-    /// Whether the output agrees within [`TOLERANCE`].
-    #[must_use]
-    pub fn holds(&self) -> bool {
-        self.relative_error <= TOLERANCE
-    }
-}
-
 /// The agreement of all outputs.
 #[derive(Debug, Clone, Serialize)]
 pub struct ParityReport {
     /// Pictures and texts compared.
     pub samples: usize,
+    /// Largest share that [`Self::holds`] allows.
+    pub tolerance: f64,
     /// One entry an output.
     pub outputs: Vec<OutputParity>,
 }
@@ -62,16 +56,21 @@ impl ParityReport {
     /// Whether every output agrees.
     #[must_use]
     pub fn holds(&self) -> bool {
-        self.outputs.iter().all(OutputParity::holds)
+        self.outputs.iter().all(|output| output.relative_error <= self.tolerance)
     }
 
     pub(crate) fn note(&mut self, graph: &str, output: &str, got: &[f32], expected: &[f32]) {
+        self.note_against(graph, output, got, expected, 1e-6);
+    }
+
+    /// Like [`Self::note`], an output's largest magnitude taken for no less than `least`.
+    pub(crate) fn note_against(&mut self, graph: &str, output: &str, got: &[f32], expected: &[f32], least: f64) {
         let max = |values: &mut dyn Iterator<Item = f64>| values.fold(0.0, f64::max);
         let mut error = max(&mut got.iter().zip(expected).map(|(g, e)| f64::from((g - e).abs())));
         if got.len() != expected.len() || got.iter().chain(expected).any(|v| !v.is_finite()) {
             error = f64::INFINITY;
         }
-        let relative = error / max(&mut expected.iter().map(|v| f64::from(v.abs()))).max(1e-6);
+        let relative = error / max(&mut expected.iter().map(|v| f64::from(v.abs()))).max(least);
         match self.outputs.iter_mut().find(|o| o.graph == graph && o.output == output) {
             Some(entry) => {
                 entry.values += expected.len();
@@ -93,18 +92,19 @@ impl fmt::Display for ParityReport {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         writeln!(f, "{:<8} {:<14} {:>10} {:>12} {:>12}", "graph", "output", "values", "max error", "relative")?;
         for o in &self.outputs {
-            let verdict = if o.holds() { "" } else { "  FAILS" };
+            let verdict = if o.relative_error <= self.tolerance { "" } else { "  FAILS" };
             writeln!(
                 f,
                 "{:<8} {:<14} {:>10} {:>12.2e} {:>12.2e}{verdict}",
                 o.graph, o.output, o.values, o.max_error, o.relative_error
             )?;
         }
-        write!(f, "{} samples; tolerance {TOLERANCE:.0e} of each output's largest magnitude", self.samples)
+        write!(f, "{} samples; tolerance {:.0e} of each output's largest magnitude", self.samples, self.tolerance)
     }
 }
 
 /// A picture and a text to compare on.
+#[derive(Debug, Clone)]
 pub struct Sample {
     /// Picture.
     pub image: RgbImage,
@@ -131,11 +131,11 @@ pub fn compare(bundle: &Bundle, precision: Precision, checkpoint: &Checkpoint, s
     for signature in &bundle.manifest().graphs {
         let onnx = bundle.read(&Manifest::graph_file(precision, &signature.name))?;
         let fixed = signature.fixed(sizes);
-        let external = |location: &str| bundle.read(&format!("{precision}/{location}")).ok();
+        let external = |location: &str| bundle.share(&format!("{precision}/{location}")).ok();
         let source = GraphSource { signature: &fixed, sizes, onnx, external: &external };
         graphs.push((fixed.name.clone(), engine.load(&source)?));
     }
-    let report = ParityReport { samples: samples.len(), outputs: Vec::new() };
+    let report = ParityReport { samples: samples.len(), tolerance: TOLERANCE, outputs: Vec::new() };
     let mut session = Session { manifest: bundle.manifest(), graphs, sizes, checkpoint, report };
     for sample in samples {
         session.sample(sample)?;

@@ -8,8 +8,8 @@ use std::str::FromStr;
 use anyhow::{Context, Result, bail};
 use image::RgbImage;
 use unimo::bundle::BundleSource;
-use unimo::bundle::manifest::Precision;
-use unimo::engine::EngineOptions;
+use unimo::bundle::manifest::{Form, Precision};
+use unimo::engine::{EngineKind, EngineOptions};
 use unimo::model::{GraphName, Model};
 use unimo::ordered::ordered_map;
 use unimo_train::metrics::{caption_scores, recall_at_k};
@@ -62,13 +62,22 @@ impl Development {
         self.pictures.is_empty()
     }
 
-    /// Captions, embeds and scores everything with one precision of a bundle, as the bundle decodes by default. `progress` is
-    /// called with the number of pictures done.
+    /// Captions, embeds and scores everything with one form of a precision of a bundle, as the bundle decodes by default: the
+    /// expanded form on tract, others on ONNX Runtime (`library`, or the one that is found). `progress` is called with the number
+    /// of pictures done.
     ///
     /// # Errors
     /// Those of the runtime.
-    pub fn measure(&self, bundle: &Path, precision: Precision, progress: &dyn Fn(u64)) -> Result<Figures> {
-        let options = EngineOptions { precision: Some(precision), ..EngineOptions::default() };
+    pub fn measure(
+        &self,
+        bundle: &Path,
+        (precision, form): (Precision, Form),
+        library: Option<&Path>,
+        progress: &dyn Fn(u64),
+    ) -> Result<Figures> {
+        let engine = if form == Form::Expanded { EngineKind::Tract } else { EngineKind::Ort };
+        let library = library.map(Path::to_path_buf);
+        let options = EngineOptions { engine, precision: Some(precision), form: Some(form), library, ..EngineOptions::default() };
         let model = Model::open(&BundleSource::Path(bundle.to_path_buf()), &options)?;
         model.load(&[GraphName::Vision, GraphName::Decode, GraphName::Text])?;
         let (decoding, workers) = (model.decode_options(), std::thread::available_parallelism().map_or(1, usize::from));
@@ -131,19 +140,19 @@ impl fmt::Display for MaxDrop {
 }
 
 impl MaxDrop {
-    /// Whether a precision's figures lose no more than this against the reference's.
+    /// Whether the figures of a precision or form (`what`) lose no more than this against the reference's.
     ///
     /// # Errors
     /// A figure that loses more, or is missing.
-    pub fn check(self, precision: Precision, figures: &Figures, reference: &Figures) -> Result<()> {
+    pub fn check(self, what: &str, figures: &Figures, reference: &Figures) -> Result<()> {
         for name in GATED {
             let find = |figures: &Figures| figures.get(name).copied().with_context(|| format!("`{name}` was not measured"));
             let (found, reference) = (find(figures)?, find(reference)?);
             if found < reference * (1.0 - self.0) {
                 let drop = 100.0 * (1.0 - found / reference);
                 bail!(
-                    "{precision} loses {drop:.1} % of {name} ({found:.4} instead of {reference:.4} in f32), more than the {self} \
-                     that --max-drop allows"
+                    "{what} loses {drop:.1} % of {name} ({found:.4} instead of {reference:.4}), more than the {self} that \
+                     --max-drop allows"
                 );
             }
         }
@@ -159,13 +168,13 @@ mod tests {
     fn drops_are_shares_of_each_figure() {
         let figures = |cider: f64, r1: f64| Figures::from(GATED.map(|n| (n.to_owned(), if n == "cider" { cider } else { r1 })));
         let (reference, one) = (figures(0.5, 0.1), "1%".parse::<MaxDrop>().unwrap());
-        assert!(one.check(Precision::I8, &figures(0.4951, 0.0991), &reference).is_ok());
-        assert!(one.check(Precision::I8, &figures(0.6, 0.2), &reference).is_ok());
-        let error = one.check(Precision::I8, &figures(0.4949, 0.1), &reference).unwrap_err().to_string();
-        assert!(error.starts_with("i8 loses 1.0 % of cider (0.4949 instead of 0.5000 in f32)"), "{error}");
-        let error = one.check(Precision::I8, &figures(0.5, 0.09), &reference).unwrap_err().to_string();
+        assert!(one.check("i8", &figures(0.4951, 0.0991), &reference).is_ok());
+        assert!(one.check("i8", &figures(0.6, 0.2), &reference).is_ok());
+        let error = one.check("i8", &figures(0.4949, 0.1), &reference).unwrap_err().to_string();
+        assert!(error.starts_with("i8 loses 1.0 % of cider (0.4949 instead of 0.5000)"), "{error}");
+        let error = one.check("i8", &figures(0.5, 0.09), &reference).unwrap_err().to_string();
         assert!(error.contains("10.0 % of image_to_text_r1"), "{error}");
-        assert!(one.check(Precision::I8, &Figures::new(), &reference).is_err());
+        assert!(one.check("i8", &Figures::new(), &reference).is_err());
     }
 
     #[test]

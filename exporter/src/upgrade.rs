@@ -11,17 +11,19 @@ use serde::Deserialize;
 use tract_onnx::pb::tensor_proto::DataType;
 use tract_onnx::pb::{ModelProto, NodeProto, TensorProto};
 use unimo::bundle::manifest::{
-    DecodingDefaults, Dtype, GraphSignature, Manifest, ModelSizes, Precision, SCHEMA, Size, Sizes, WEIGHTS,
+    DecodingDefaults, Dtype, Form, GraphSignature, Manifest, ModelSizes, Precision, SCHEMA, Size, Sizes, WEIGHTS,
 };
 use unimo::bundle::{Bundle, BundleSource, MANIFEST, sha256_hex};
 use unimo::engine::{self, Engine, EngineOptions, GraphSource, Tensor};
 use unimo::image::ImagePreparation;
 use unimo::tokenizer::{CLS, PAD, SEP, Tokenizer};
 
-use crate::export::{clear, publish, sibling};
+use crate::forms::{self, FormOptions, WrittenForm};
+use crate::gate::{Gate, put_figures};
 use crate::graph::{Element, Storage, StoredWeight, WeightStore};
 use crate::graphs::Graphs;
 use crate::parity::{ParityReport, Sample};
+use crate::writing::{About, Writing, publish, sibling};
 
 /// Largest difference of a graph's outputs before and after, as a share of the output's largest magnitude: the same sums of the
 /// same numbers, in an order that may be another.
@@ -43,24 +45,74 @@ struct AnyManifest {
     quality: BTreeMap<String, BTreeMap<String, f64>>,
 }
 
+/// What to do beside writing the graphs anew.
+#[derive(Debug, Clone, Default)]
+pub struct UpgradeOptions {
+    /// Replaces a bundle that is already there.
+    pub force: bool,
+    /// Forms to add to the 8-bit graphs.
+    pub forms: FormOptions,
+    /// What the forms are measured on, and what they may lose against the expanded form.
+    pub gate: Option<Gate>,
+}
+
 /// Writes the bundle at `bundle` (a folder or a `.tar`) to `out` with the graphs of this version. Graphs that read and give what
-/// they did before are run on `samples` before and after.
+/// they did before are run on `samples` before and after. `progress` is told the picture that is measured, of how many.
 ///
 /// # Errors
-/// A bundle that is damaged or newer than this program, one at `out` unless `force`, graphs that compute something else.
-pub fn upgrade(bundle: &Path, out: &Path, force: bool, samples: &[Sample]) -> Result<ParityReport> {
-    if out.exists() && !force {
+/// A bundle that is damaged or newer than this program, one at `out` unless `force`, graphs that compute something else, forms
+/// that differ or lose too much.
+pub fn upgrade(
+    bundle: &Path,
+    out: &Path,
+    options: &UpgradeOptions,
+    samples: &[Sample],
+    progress: &dyn Fn(u64, u64),
+) -> Result<(ParityReport, Vec<WrittenForm>)> {
+    if out.exists() && !options.force {
         bail!("{} is already there; --force replaces it", out.display());
     }
-    let old = files_of(bundle).with_context(|| format!("bundle {}", bundle.display()))?;
     let partial = sibling(out, "partial");
-    clear(&partial)?;
-    let result = write(&old, &partial, samples).with_context(|| format!("bundle {}", bundle.display())).and_then(|report| {
+    let written = || -> Result<_> {
+        let old = files_of(bundle)?;
+        let report = write(&old, &partial, samples)?;
+        let forms = add_forms(&old, &partial, options, samples, progress)?;
         publish(&partial, out)?;
-        Ok(report)
-    });
+        Ok((report, forms))
+    };
+    let result = written().with_context(|| format!("bundle {}", bundle.display()));
     let _ = fs::remove_dir_all(&partial);
     result
+}
+
+fn add_forms(
+    old: &BTreeMap<String, Vec<u8>>,
+    folder: &Path,
+    options: &UpgradeOptions,
+    samples: &[Sample],
+    progress: &dyn Fn(u64, u64),
+) -> Result<Vec<WrittenForm>> {
+    if options.forms.forms.is_empty() {
+        return Ok(Vec::new());
+    }
+    let (from, precision) = (parse(file(old, MANIFEST)?)?, Precision::I8);
+    if !from.precisions.contains(&precision) {
+        bail!("it has no 8-bit graphs, which alone have other forms");
+    }
+    let graphs = graphs_of(&from, precision, old)?;
+    let mut forms = forms::add(folder, &graphs, precision, &options.forms, samples)?;
+    if let Some(gate) = &options.gate {
+        let all = (1 + forms.len() as u64) * gate.development.len() as u64;
+        let done = std::cell::Cell::new(0);
+        let note = |n| {
+            done.set(done.get() + n);
+            progress(done.get(), all);
+        };
+        let expanded = gate.development.measure(folder, (precision, Form::Expanded), None, &note)?;
+        put_figures(folder, precision, Form::Expanded, &expanded)?;
+        gate.pass_forms(folder, precision, &expanded, &mut forms, options.forms.library.as_deref(), &note)?;
+    }
+    Ok(forms)
 }
 
 /// Every file of a bundle by its path inside.
@@ -96,68 +148,57 @@ fn parse(bytes: &[u8]) -> Result<AnyManifest> {
     Ok(manifest)
 }
 
+fn file<'a>(old: &'a BTreeMap<String, Vec<u8>>, name: &str) -> Result<&'a Vec<u8>> {
+    old.get(name).with_context(|| format!("{name} is missing"))
+}
+
+/// The graphs of this version over the weights of a bundle.
+fn graphs_of(from: &AnyManifest, precision: Precision, old: &BTreeMap<String, Vec<u8>>) -> Result<Graphs> {
+    let weights = weights_of(from, precision, old)?;
+    Ok(Graphs { sizes: from.model.clone(), signatures: GraphSignature::contract(&from.model, &from.image), weights })
+}
+
 fn write(old: &BTreeMap<String, Vec<u8>>, folder: &Path, samples: &[Sample]) -> Result<ParityReport> {
-    let file = |name: &str| old.get(name).with_context(|| format!("{name} is missing"));
-    let from = parse(file(MANIFEST)?)?;
+    let from = parse(file(old, MANIFEST)?)?;
     for (name, hash) in &from.files {
-        if sha256_hex(file(name)?) != *hash {
+        if sha256_hex(file(old, name)?) != *hash {
             bail!("{name} is damaged: its hash is another than the manifest's");
         }
     }
-    let mut files = BTreeMap::new();
-    let mut put = |name: String, bytes: &[u8]| -> Result<()> {
-        let path = folder.join(&name);
-        if let Some(parent) = path.parent() {
-            fs::create_dir_all(parent).with_context(|| format!("cannot create {}", parent.display()))?;
-        }
-        fs::write(&path, bytes).with_context(|| format!("cannot write {}", path.display()))?;
-        files.insert(name, sha256_hex(bytes));
-        Ok(())
-    };
-    put("tokenizer.json".to_owned(), file("tokenizer.json")?)?;
-    let signatures = GraphSignature::contract(&from.model, &from.image);
+    let mut writing = Writing::new(folder)?;
+    writing.put("tokenizer.json".to_owned(), file(old, "tokenizer.json")?)?;
+    let mut written = None;
     for &precision in &from.precisions {
-        let weights = weights_of(&from, precision, &file)?;
-        let graphs = Graphs { sizes: from.model.clone(), signatures: signatures.clone(), weights };
-        for signature in &signatures {
-            let model = graphs.build(signature).with_context(|| format!("graph {}", signature.name))?;
-            put(Manifest::graph_file(precision, &signature.name), &model.encode_to_vec())?;
-        }
-        put(format!("{precision}/{WEIGHTS}"), graphs.weights.bytes())?;
+        let graphs = graphs_of(&from, precision, old)?;
+        writing.put_precision(&graphs, precision)?;
+        written = Some(graphs);
     }
-    let before = (from.graphs, from.precisions.clone());
-    let manifest = Manifest {
-        schema: SCHEMA,
-        precisions: from.precisions,
-        model: from.model,
-        image: from.image,
-        decoding: from.decoding,
-        graphs: signatures,
-        files,
-        training: from.training,
-        quality: from.quality,
+    // Figures of forms go with the forms.
+    let expanded = |name: &String| from.precisions.iter().any(|precision| precision.name() == name);
+    let about = About {
+        precisions: from.precisions.clone(),
+        image: from.image.clone(),
+        decoding: from.decoding.clone(),
+        training: from.training.clone(),
+        quality: from.quality.clone().into_iter().filter(|(name, _)| expanded(name)).collect(),
     };
-    fs::write(folder.join(MANIFEST), manifest.to_toml()?).context("cannot write the manifest")?;
+    writing.describe(&written.context("no precision")?, about)?;
     let new = Bundle::open(&BundleSource::Path(folder.to_path_buf()))?;
     new.verify()?;
     let tokenizer = new.tokenizer()?;
-    let report = compare(old, &before.0, &before.1, &new, &tokenizer, samples)?;
-    if let Some(other) = report.outputs.iter().find(|output| output.relative_error > TOLERANCE) {
+    let report = compare(old, &from.graphs, &from.precisions, &new, &tokenizer, samples)?;
+    if let Some(other) = report.outputs.iter().find(|output| output.relative_error > report.tolerance) {
         bail!("the new graph {} computes another {}:\n{report}", other.graph, other.output);
     }
     Ok(report)
 }
 
 /// Where the weights of a precision lie, as its graphs say.
-fn weights_of<'a>(
-    manifest: &AnyManifest,
-    precision: Precision,
-    file: &dyn Fn(&str) -> Result<&'a Vec<u8>>,
-) -> Result<WeightStore> {
+fn weights_of(manifest: &AnyManifest, precision: Precision, old: &BTreeMap<String, Vec<u8>>) -> Result<WeightStore> {
     let mut entries = BTreeMap::new();
     for signature in &manifest.graphs {
         let name = Manifest::graph_file(precision, &signature.name);
-        let graph = ModelProto::decode(file(&name)?.as_slice()).with_context(|| format!("{name} is not ONNX"))?;
+        let graph = ModelProto::decode(file(old, &name)?.as_slice()).with_context(|| format!("{name} is not ONNX"))?;
         let graph = graph.graph.unwrap_or_default();
         for tensor in graph.initializer.iter().filter(|tensor| !tensor.external_data.is_empty()) {
             let axis = axis_of_scales(&graph.node, &tensor.name);
@@ -165,7 +206,7 @@ fn weights_of<'a>(
         }
     }
     let storage = Storage { precision, keep_f16: Vec::new() };
-    Ok(WeightStore::of_file(storage, entries, file(&format!("{precision}/{WEIGHTS}"))?.clone()))
+    Ok(WeightStore::of_file(storage, entries, file(old, &format!("{precision}/{WEIGHTS}"))?.clone()))
 }
 
 /// The axis along which an 8-bit weight has a scale for each index.
@@ -200,7 +241,7 @@ fn compare(
     samples: &[Sample],
 ) -> Result<ParityReport> {
     let engine = engine::open(&EngineOptions::default())?;
-    let mut report = ParityReport { samples: samples.len(), outputs: Vec::new() };
+    let mut report = ParityReport { samples: samples.len(), tolerance: TOLERANCE, outputs: Vec::new() };
     for &precision in precisions {
         for signature in &new.manifest().graphs {
             if signature.name == "decode" || !before.contains(signature) {
@@ -225,7 +266,7 @@ fn compare(
 
 fn load(engine: &dyn Engine, signature: &GraphSignature<Size>, onnx: &[u8], weights: &[u8]) -> Result<Box<dyn engine::Graph>> {
     let sizes = Sizes { hypotheses: 1, slots: 1 };
-    let external = |location: &str| (location == WEIGHTS).then_some(weights);
+    let external = |location: &str| (location == WEIGHTS).then(|| weights.to_vec().into());
     Ok(engine.load(&GraphSource { signature: &signature.fixed(sizes), sizes, onnx, external: &external })?)
 }
 

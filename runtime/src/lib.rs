@@ -17,6 +17,8 @@ mod kernels;
 mod map;
 pub mod model;
 pub mod ordered;
+#[cfg(feature = "tract")]
+pub mod roofline;
 pub mod tokenizer;
 #[cfg(all(unix, feature = "watch"))]
 pub mod watch;

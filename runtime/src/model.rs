@@ -4,8 +4,8 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 use ::image::RgbImage;
 
-use crate::bundle::manifest::{Manifest, Precision, Sizes};
-use crate::bundle::{Bundle, BundleError, BundleSource};
+use crate::bundle::manifest::{Form, Manifest, Precision, Sizes};
+use crate::bundle::{Bundle, BundleError, BundleFault, BundleSource};
 use crate::captioning::{Branch, Caption, DecodeOptions, KvPool, LanguageModel, beam_search};
 use crate::engine::{self, Engine, EngineError, EngineOptions, Graph, GraphSource, Tensor};
 use crate::tokenizer::{CLS, PAD, SEP, Tokenizer};
@@ -81,6 +81,7 @@ pub struct Model {
     engine: Box<dyn Engine>,
     options: EngineOptions,
     precision: Precision,
+    form: Form,
     tokenizer: Tokenizer,
     graphs: [Mutex<Vec<Loaded>>; 4],
 }
@@ -89,14 +90,20 @@ impl Model {
     /// Opens a bundle.
     ///
     /// # Errors
-    /// Where the bundle is refused, holds no weights of the precision asked for, or the engine is not there.
+    /// Where the bundle is refused, holds nothing of the precision and form asked for, or the engine is not there or does not run
+    /// that form.
     pub fn open(source: &BundleSource, options: &EngineOptions) -> Result<Self, ModelError> {
         let engine = engine::open(options)?;
         let bundle = Bundle::open(source)?;
         let precision = bundle.precision(options.precision)?;
+        let present = bundle.manifest().forms(precision);
+        let form = engine::preferred_form(options, &present)?;
+        if !present.contains(&form) {
+            return Err(bundle.error(BundleFault::Form { form, precision, present }).into());
+        }
         let tokenizer = bundle.tokenizer()?;
         let graphs = Default::default();
-        Ok(Self { bundle, engine, options: options.clone(), precision, tokenizer, graphs })
+        Ok(Self { bundle, engine, options: options.clone(), precision, form, tokenizer, graphs })
     }
 
     /// SHA-256 of the bundle's manifest, in hex: embeddings of different bundles cannot be compared.
@@ -129,6 +136,12 @@ impl Model {
         self.precision
     }
 
+    /// The form of the graphs that run.
+    #[must_use]
+    pub fn form(&self) -> Form {
+        self.form
+    }
+
     /// The bundle's tokenizer.
     #[must_use]
     pub fn tokenizer(&self) -> &Tokenizer {
@@ -151,6 +164,20 @@ impl Model {
             GraphName::Decode => self.load_decoder(beam),
             other => self.graph(other).map(drop),
         })
+    }
+
+    /// What one run of a graph takes at least; of `decode`, with the bundle's own beam.
+    ///
+    /// # Errors
+    /// Those of [`Self::load`].
+    #[cfg(feature = "tract")]
+    pub fn cost(&self, name: GraphName) -> Result<engine::GraphCost, ModelError> {
+        let sizes = match name {
+            GraphName::Decode => self.decoder_sizes(self.manifest().decoding.beam),
+            _ => Sizes { hypotheses: 1, slots: 1 },
+        };
+        // Forms differ in how they compute, not in what.
+        self.with_source(name.name(), Form::Expanded, sizes, engine::graph_cost)
     }
 
     /// Loads the `decode` graph for so many hypotheses at once. Every beam has one of its own.
@@ -232,8 +259,10 @@ impl Model {
         let sizes = self.decoder_sizes(options.beam);
         let graph = self.sized_graph(GraphName::Decode, sizes)?;
         let pool = KvPool::new(&self.manifest().model, sizes);
-        let best = beam_search(&mut Writer { model: self, vision, graph, sizes, pool }, options)?;
-        Ok(Caption { text: self.tokenizer.decode(&best.tokens), tokens: best.tokens, score: best.score })
+        let mut writer = Writer { model: self, vision, graph, sizes, pool, steps: 0 };
+        let best = beam_search(&mut writer, options)?;
+        let text = self.tokenizer.decode(&best.tokens);
+        Ok(Caption { text, tokens: best.tokens, score: best.score, steps: writer.steps })
     }
 
     /// `ids` and `mask` of a text: `[CLS] w1 … wn [SEP] [PAD] …`.
@@ -271,10 +300,21 @@ impl Model {
     }
 
     fn load_graph(&self, name: &str, sizes: Sizes) -> Result<Box<dyn Graph>, ModelError> {
+        self.with_source(name, self.form, sizes, |source| self.engine.load(source))
+    }
+
+    /// Finds a graph and its weights in the bundle, and hashes them.
+    fn with_source<T>(
+        &self,
+        name: &str,
+        form: Form,
+        sizes: Sizes,
+        work: impl FnOnce(&GraphSource<'_>) -> Result<T, EngineError>,
+    ) -> Result<T, ModelError> {
         let signature = self.manifest().graphs.iter().find(|graph| graph.name == name);
         let signature = signature
             .ok_or_else(|| EngineError::Load { graph: name.to_owned(), reason: "the manifest does not list it".to_owned() })?;
-        let onnx = self.bundle.read(&Manifest::graph_file(self.precision, name))?;
+        let onnx = self.bundle.read(&Manifest::form_file(self.precision, form, name))?;
         // The weights are hashed here, before the engine sees them, so that a damaged file is called by its name.
         let folder = format!("{}/", self.precision);
         for file in self.manifest().files.keys() {
@@ -282,8 +322,8 @@ impl Model {
                 self.bundle.read(file)?;
             }
         }
-        let external = |location: &str| self.bundle.read(&format!("{folder}{location}")).ok();
-        Ok(self.engine.load(&GraphSource { signature: &signature.fixed(sizes), sizes, onnx, external: &external })?)
+        let external = |location: &str| self.bundle.share(&format!("{folder}{location}")).ok();
+        Ok(work(&GraphSource { signature: &signature.fixed(sizes), sizes, onnx, external: &external })?)
     }
 }
 
@@ -294,12 +334,14 @@ struct Writer<'a> {
     graph: Arc<dyn Graph>,
     sizes: Sizes,
     pool: KvPool,
+    steps: usize,
 }
 
 impl LanguageModel for Writer<'_> {
     type Error = ModelError;
 
     fn read(&mut self, branches: &[Branch]) -> Result<Vec<f32>, ModelError> {
+        self.steps += 1;
         self.pool.branch(branches.iter().map(|branch| branch.parent));
         // The graph reads as many hypotheses as the beam is wide, also where fewer are open; what it makes of the rest is left.
         let ids = branches.iter().map(|branch| i64::from(branch.id)).chain(std::iter::repeat(i64::from(PAD)));
@@ -351,7 +393,7 @@ mod tests {
 
     use super::*;
     use crate::bundle::manifest::{self, GraphSignature};
-    use crate::bundle::{BundleFault, MANIFEST, sha256_hex};
+    use crate::bundle::{MANIFEST, sha256_hex};
     use crate::engine::toy;
     use crate::tokenizer;
 
@@ -391,6 +433,8 @@ mod tests {
             for beam in [1, 4] {
                 let caption = model.caption(&vision, &options(beam)).unwrap();
                 assert_eq!(caption.tokens, [first, first + 1, first + 2], "level {level}, beam {beam}");
+                // Three words and `[SEP]`; a wider beam may look further.
+                assert!(if beam == 1 { caption.steps == 4 } else { (4..=6).contains(&caption.steps) }, "{}", caption.steps);
                 assert_eq!(caption.text, model.tokenizer().decode(&caption.tokens));
             }
             let short = DecodeOptions { max_words: 2, ..options(1) };

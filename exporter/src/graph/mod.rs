@@ -1,6 +1,7 @@
 //! A small typed builder of ONNX graphs: values know their shape and type, operators check them, weights are shared.
 
 mod operators;
+mod products;
 mod weights;
 
 use std::fmt;
@@ -14,6 +15,7 @@ use tract_onnx::pb::{
 use unimo::bundle::manifest::{Dtype, GraphSignature, Size, Symbol, TensorSignature, WEIGHTS};
 
 pub use operators::Convolution;
+pub use products::{OBSERVED, Products, Scales};
 pub use weights::{Element, Storage, StoredWeight, WeightStore};
 
 /// Operator set that the graphs are written in.
@@ -129,18 +131,21 @@ enum Attribute {
 pub struct GraphBuilder<'w> {
     signature: GraphSignature<Size>,
     weights: &'w WeightStore,
+    products: Products<'w>,
+    observed: Vec<TensorSignature<Size>>,
     graph: GraphProto,
     values: usize,
     used: std::collections::BTreeMap<String, Value>,
 }
 
 impl<'w> GraphBuilder<'w> {
-    /// A graph with the inputs of `signature`.
+    /// A graph with the inputs of `signature`, whose products with 8-bit weights are written as `products` says.
     #[must_use]
-    pub fn new(signature: &GraphSignature<Size>, weights: &'w WeightStore) -> Self {
+    pub fn new(signature: &GraphSignature<Size>, weights: &'w WeightStore, products: Products<'w>) -> Self {
         let mut graph = GraphProto { name: signature.name.clone(), ..GraphProto::default() };
         graph.input = signature.inputs.iter().map(|t| value_info(&t.name, &dims_of(t), t.dtype)).collect();
-        Self { signature: signature.clone(), weights, graph, values: 0, used: std::collections::BTreeMap::new() }
+        let (signature, used) = (signature.clone(), std::collections::BTreeMap::new());
+        Self { signature, weights, products, observed: Vec::new(), graph, values: 0, used }
     }
 
     /// An input by its name.
@@ -185,6 +190,10 @@ impl<'w> GraphBuilder<'w> {
     /// A weight as it is stored.
     fn stored(&mut self, name: &str) -> Result<(Value, Element), GraphError> {
         let stored = self.weights.get(name).ok_or_else(|| GraphError::MissingWeight(name.to_owned()))?;
+        let value = Value { name: name.to_owned(), shape: shape(&stored.shape), dtype: Dtype::F32 };
+        if self.graph.initializer.iter().any(|tensor| tensor.name == name) {
+            return Ok((value, stored.element));
+        }
         let entry = |key: &str, value: String| StringStringEntryProto { key: key.to_owned(), value };
         let data_type = match stored.element {
             Element::F32 => DataType::Float,
@@ -203,7 +212,7 @@ impl<'w> GraphBuilder<'w> {
             ],
             ..TensorProto::default()
         });
-        Ok((Value { name: name.to_owned(), shape: shape(&stored.shape), dtype: Dtype::F32 }, stored.element))
+        Ok((value, stored.element))
     }
 
     /// A small f32 constant kept inside the graph file.
@@ -219,15 +228,21 @@ impl<'w> GraphBuilder<'w> {
     }
 
     fn inline(&mut self, sizes: &[usize], dtype: Dtype, raw_data: Vec<u8>) -> Value {
-        let value = Value { name: self.fresh("constant"), shape: shape(sizes), dtype };
+        let name = self.initializer(sizes, data_type(dtype), raw_data);
+        Value { name, shape: shape(sizes), dtype }
+    }
+
+    fn initializer(&mut self, sizes: &[usize], data_type: DataType, raw_data: Vec<u8>) -> String {
+        let name = self.fresh("constant");
+        let dims = dims(sizes);
         self.graph.initializer.push(TensorProto {
-            name: value.name.clone(),
-            dims: dims(sizes),
-            data_type: data_type(dtype) as i32,
+            name: name.clone(),
+            dims,
+            data_type: data_type as i32,
             raw_data,
             ..TensorProto::default()
         });
-        value
+        name
     }
 
     fn fresh(&mut self, what: &str) -> String {
@@ -243,7 +258,14 @@ impl<'w> GraphBuilder<'w> {
         shape: Vec<Dim>,
         dtype: Dtype,
     ) -> Value {
-        let value = Value { name: self.fresh(operator), shape, dtype };
+        let name = self.fresh(operator);
+        let inputs: Vec<&str> = inputs.iter().map(|v| v.name.as_str()).collect();
+        self.push(operator, &inputs, &[&name], attributes);
+        Value { name, shape, dtype }
+    }
+
+    /// Adds a node that is called as its first output.
+    fn push(&mut self, operator: &'static str, inputs: &[&str], outputs: &[&str], attributes: &[(&str, Attribute)]) {
         let attribute = attributes
             .iter()
             .map(|(name, attribute)| {
@@ -257,17 +279,16 @@ impl<'w> GraphBuilder<'w> {
             })
             .collect();
         self.graph.node.push(NodeProto {
-            name: value.name.clone(),
+            name: outputs.first().copied().unwrap_or_default().to_owned(),
             op_type: operator.to_owned(),
-            input: inputs.iter().map(|v| v.name.clone()).collect(),
-            output: vec![value.name.clone()],
+            input: inputs.iter().map(|&input| input.to_owned()).collect(),
+            output: outputs.iter().map(|&output| output.to_owned()).collect(),
             attribute,
             ..NodeProto::default()
         });
-        value
     }
 
-    /// Closes the graph with its outputs in the signature's order.
+    /// Closes the graph with its outputs in the signature's order, and after them what is observed.
     ///
     /// # Errors
     /// Outputs that are not what the signature promises.
@@ -295,6 +316,7 @@ impl<'w> GraphBuilder<'w> {
             });
             self.graph.output.push(value_info(&promised.name, &shape, promised.dtype));
         }
+        self.graph.output.extend(self.observed.iter().map(|tensor| value_info(&tensor.name, &dims_of(tensor), tensor.dtype)));
         Ok(ModelProto {
             ir_version: IR_VERSION,
             opset_import: vec![OperatorSetIdProto { domain: String::new(), version: OPSET }],

@@ -4,9 +4,9 @@ use unimo::bundle::manifest::Dtype;
 
 use super::{Attribute, Dim, GraphBuilder, GraphError, Value, dims, shape};
 
-type Built = Result<Value, GraphError>;
+pub(super) type Built = Result<Value, GraphError>;
 
-fn refuse<T>(operator: &'static str, reason: String) -> Result<T, GraphError> {
+pub(super) fn refuse<T>(operator: &'static str, reason: String) -> Result<T, GraphError> {
     Err(GraphError::Shape { operator, reason })
 }
 
@@ -21,6 +21,17 @@ fn broadcast(operator: &'static str, a: &[Dim], b: &[Dim]) -> Result<Vec<Dim>, G
             _ => refuse(operator, format!("{a:?} against {b:?}")),
         })
         .collect()
+}
+
+/// Shape of a matrix product of the last two dimensions.
+pub(super) fn product_shape(a: &[Dim], b: &[Dim]) -> Result<Vec<Dim>, GraphError> {
+    let (ra, rb) = (a.len(), b.len());
+    if ra < 2 || rb < 2 || a[ra - 1] != b[rb - 2] {
+        return refuse("MatMul", format!("{a:?} · {b:?}"));
+    }
+    let mut shape = broadcast("MatMul", &a[..ra - 2], &b[..rb - 2])?;
+    shape.extend([a[ra - 2], b[rb - 1]]);
+    Ok(shape)
 }
 
 /// Geometry of a convolution.
@@ -85,12 +96,7 @@ impl GraphBuilder<'_> {
     /// # Errors
     /// Inner dimensions that differ.
     pub fn matmul(&mut self, a: &Value, b: &Value) -> Built {
-        let (ra, rb) = (a.shape.len(), b.shape.len());
-        if ra < 2 || rb < 2 || a.shape[ra - 1] != b.shape[rb - 2] {
-            return refuse("MatMul", format!("{:?} · {:?}", a.shape, b.shape));
-        }
-        let mut shape = broadcast("MatMul", &a.shape[..ra - 2], &b.shape[..rb - 2])?;
-        shape.extend([a.shape[ra - 2], b.shape[rb - 1]]);
+        let shape = product_shape(&a.shape, &b.shape)?;
         Ok(self.node("MatMul", &[a, b], &[], shape, Dtype::F32))
     }
 
@@ -99,9 +105,10 @@ impl GraphBuilder<'_> {
     /// # Errors
     /// Missing weights or shapes that do not fit.
     pub fn linear(&mut self, name: &str, x: &Value) -> Built {
-        let weight = self.weight(&format!("{name}.weight"))?;
+        let weight = format!("{name}.weight");
+        self.element(&weight)?;
         let bias = self.weight(&format!("{name}.bias"))?;
-        let product = self.matmul(x, &weight)?;
+        let product = self.product(x, &weight, false)?;
         self.add(&product, &bias)
     }
 
@@ -306,6 +313,7 @@ impl GraphBuilder<'_> {
     /// # Errors
     /// Missing weights or channels that do not fit.
     pub fn convolution(&mut self, name: &str, x: &Value, geometry: Convolution) -> Built {
+        let x = &self.entering(x, &format!("{name}.weight"), 0)?;
         let weight = self.weight(&format!("{name}.weight"))?;
         let bias = self.weight(&format!("{name}.bias"))?;
         let Convolution { stride, pads, groups } = geometry;
@@ -334,7 +342,7 @@ impl GraphBuilder<'_> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::graph::{Storage, WeightStore};
+    use crate::graph::{Products, Storage, WeightStore};
     use unimo::bundle::manifest::{GraphSignature, Precision, Size, Symbol, TensorSignature};
 
     #[test]
@@ -352,7 +360,7 @@ mod tests {
         let mut weights = WeightStore::new(Storage { precision: Precision::F32, keep_f16: Vec::new() });
         weights.add("fc.weight", &[4, 2], 1, &[0.0; 8]);
         weights.add("fc.bias", &[2], 0, &[0.0; 2]);
-        let mut b = GraphBuilder::new(&signature, &weights);
+        let mut b = GraphBuilder::new(&signature, &weights, Products::Expanded);
         let (x, i) = (b.input("x").unwrap(), b.input("i").unwrap());
         let says = |result: Built| result.unwrap_err().to_string();
         assert_eq!(says(b.linear("fc", &x)), "MatMul: [2, 3] · [4, 2]");
@@ -379,7 +387,7 @@ mod tests {
             outputs: vec![tensor("z", &[fixed(2), fixed(1), slots])],
         };
         let weights = WeightStore::new(Storage { precision: Precision::F32, keep_f16: Vec::new() });
-        let mut b = GraphBuilder::new(&signature, &weights);
+        let mut b = GraphBuilder::new(&signature, &weights, Products::Expanded);
         let (x, y) = (b.input("x").unwrap(), b.input("y").unwrap());
         let joined = b.concat(&[&y, &x], 1).unwrap();
         assert_eq!(format!("{:?}", joined.shape), "[2, 5+slots]");

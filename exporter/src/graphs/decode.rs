@@ -40,10 +40,8 @@ impl Builder<'_> {
         let x = self.graph.linear("lm.transform", x)?;
         let x = self.graph.gelu(&x)?;
         let x = self.graph.layer_norm("lm.norm", &x, EPS)?;
-        let table = self.graph.weight("text.token.weight")?;
-        let projection = self.graph.transpose(&table, &[1, 0])?;
         let bias = self.graph.weight("lm.bias")?;
-        let logits = self.graph.matmul(&x, &projection)?;
+        let logits = self.graph.product(&x, "text.token.weight", true)?;
         self.graph.add(&logits, &bias)
     }
 }

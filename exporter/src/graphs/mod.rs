@@ -12,7 +12,7 @@ use unimo::bundle::manifest::{GraphSignature, ModelSizes, Size};
 use unimo::image::ImagePreparation;
 
 use crate::checkpoint::Checkpoint;
-use crate::graph::{GraphBuilder, GraphError, Storage, WeightStore};
+use crate::graph::{GraphBuilder, GraphError, Products, Storage, WeightStore};
 
 /// LayerNorm's addition to the variance; the trainer's.
 const EPS: f32 = unimo_train::model::LAYER_NORM_EPS;
@@ -61,8 +61,8 @@ impl Graphs {
     ///
     /// # Errors
     /// A checkpoint whose weights do not fit, or a signature this exporter does not know.
-    pub fn build(&self, signature: &GraphSignature<Size>) -> Result<ModelProto, GraphError> {
-        let builder = Builder { graph: GraphBuilder::new(signature, &self.weights), sizes: &self.sizes };
+    pub fn build(&self, signature: &GraphSignature<Size>, products: Products<'_>) -> Result<ModelProto, GraphError> {
+        let builder = Builder { graph: GraphBuilder::new(signature, &self.weights, products), sizes: &self.sizes };
         match signature.name.as_str() {
             "vision" => builder.vision(),
             "decode" => builder.decode(),

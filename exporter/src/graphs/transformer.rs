@@ -70,9 +70,8 @@ impl Builder<'_> {
 
     /// Embeds tokens `[n]`, all at one position `[1]`: `[n, hidden]`.
     pub(super) fn embed_tokens(&mut self, ids: &Value, position: &Value) -> Result<Value, GraphError> {
-        let table = self.graph.weight("text.token.weight")?;
-        let places = self.graph.weight("text.position.weight")?;
-        let (tokens, places) = (self.graph.gather(&table, ids)?, self.graph.gather(&places, position)?);
+        let tokens = self.graph.rows_of("text.token.weight", ids)?;
+        let places = self.graph.rows_of("text.position.weight", position)?;
         let sum = self.graph.add(&tokens, &places)?;
         self.graph.layer_norm("text.norm", &sum, EPS)
     }
@@ -81,9 +80,8 @@ impl Builder<'_> {
     pub(super) fn embed_text(&mut self, ids: &Value) -> Result<Value, GraphError> {
         let n = self.sizes.max_text;
         let ids = self.graph.reshape(ids, &[n.into()])?;
-        let table = self.graph.weight("text.token.weight")?;
         let places = self.graph.weight("text.position.weight")?;
-        let (tokens, places) = (self.graph.gather(&table, &ids)?, self.graph.slice(&places, 0, 0, n)?);
+        let (tokens, places) = (self.graph.rows_of("text.token.weight", &ids)?, self.graph.slice(&places, 0, 0, n)?);
         let sum = self.graph.add(&tokens, &places)?;
         self.graph.layer_norm("text.norm", &sum, EPS)
     }
@@ -93,9 +91,8 @@ impl Builder<'_> {
         let mean = self.graph.mean(regions, 1)?;
         let features = self.graph.concat(&[&mean, regions], 1)?;
         let features = self.graph.reshape(&features, &[self.sizes.image_tokens.into(), self.sizes.region_feature.into()])?;
-        let weight = self.graph.weight("image.feature.weight")?;
         let places = self.graph.weight("image.places")?;
-        let product = self.graph.matmul(&features, &weight)?;
+        let product = self.graph.product(&features, "image.feature.weight", false)?;
         let sum = self.graph.add(&product, &places)?;
         self.graph.layer_norm("image.norm", &sum, EPS)
     }

@@ -4,15 +4,17 @@ use std::collections::BTreeMap;
 use std::io::{self, Cursor};
 use std::ops::{Deref, Range};
 use std::path::{Component, Path};
+use std::sync::Arc;
 
 use super::BundleFault;
 use crate::map::Mapping;
 
-/// Bytes that outlive the bundle: a mapped file or a part of the program.
+/// Bytes that stay where they are: a mapped file, a part of the program, or memory of their own.
 #[derive(Debug)]
 pub(super) enum Backing {
     Mapped(Mapping),
     Embedded(&'static [u8]),
+    Owned(Vec<u8>),
 }
 
 impl Deref for Backing {
@@ -22,15 +24,37 @@ impl Deref for Backing {
         match self {
             Self::Mapped(mapping) => mapping,
             Self::Embedded(bytes) => bytes,
+            Self::Owned(bytes) => bytes,
         }
+    }
+}
+
+/// The bytes of a file of a bundle. Clones are the same bytes, which stay for as long as one of them is held.
+#[derive(Debug, Clone)]
+pub struct SharedBytes {
+    backing: Arc<Backing>,
+    range: Range<usize>,
+}
+
+impl Deref for SharedBytes {
+    type Target = [u8];
+
+    fn deref(&self) -> &[u8] {
+        self.backing.get(self.range.clone()).unwrap_or_default()
+    }
+}
+
+impl From<Vec<u8>> for SharedBytes {
+    fn from(bytes: Vec<u8>) -> Self {
+        Self { range: 0..bytes.len(), backing: Arc::new(Backing::Owned(bytes)) }
     }
 }
 
 /// The files of a bundle by their path inside it.
 #[derive(Debug)]
 pub(super) enum Files {
-    Folder(BTreeMap<String, Mapping>),
-    Archive { bytes: Backing, members: BTreeMap<String, Range<usize>> },
+    Folder(BTreeMap<String, SharedBytes>),
+    Archive { bytes: Arc<Backing>, members: BTreeMap<String, Range<usize>> },
 }
 
 impl Files {
@@ -42,7 +66,7 @@ impl Files {
     /// An uncompressed tar archive; members are slices of it.
     pub(super) fn archive(bytes: Backing) -> Result<Self, BundleFault> {
         let members = members(&bytes).map_err(BundleFault::Archive)?;
-        Ok(Self::Archive { bytes, members })
+        Ok(Self::Archive { bytes: Arc::new(bytes), members })
     }
 
     /// Makes sure that a file is there, mapping it where it lies in a folder.
@@ -56,7 +80,8 @@ impl Files {
                     io::ErrorKind::NotFound => BundleFault::MissingFile { file: file.to_owned() },
                     _ => BundleFault::Unreadable { file: file.to_owned(), source },
                 })?;
-                maps.insert(file.to_owned(), map);
+                let range = 0..map.len();
+                maps.insert(file.to_owned(), SharedBytes { backing: Arc::new(Backing::Mapped(map)), range });
                 Ok(())
             }
             Self::Archive { members, .. } if members.contains_key(file) => Ok(()),
@@ -69,6 +94,14 @@ impl Files {
         match self {
             Self::Folder(maps) => maps.get(file).map(|map| &**map),
             Self::Archive { bytes, members } => bytes.get(members.get(file)?.clone()),
+        }
+    }
+
+    /// The same, to be held for longer than this.
+    pub(super) fn share(&self, file: &str) -> Option<SharedBytes> {
+        match self {
+            Self::Folder(maps) => maps.get(file).cloned(),
+            Self::Archive { bytes, members } => Some(SharedBytes { backing: bytes.clone(), range: members.get(file)?.clone() }),
         }
     }
 }

@@ -1,13 +1,14 @@
 //! `manifest.toml`: what a bundle says about itself.
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::fmt;
 use std::ops::RangeInclusive;
-use std::str::FromStr;
 
 use serde::{Deserialize, Serialize};
 
 use super::BundleFault;
+pub use super::precision::{Form, Precision};
+use super::signature::difference;
+pub use super::signature::{Dtype, GraphSignature, Size, Sizes, Symbol, TensorSignature};
 use crate::image::ImagePreparation;
 
 /// The manifest's version that this crate writes and reads. In version 1 the `decode` graph read one hypothesis at a time.
@@ -15,235 +16,6 @@ pub const SCHEMA: u32 = 2;
 
 /// File beside a precision's graphs that holds the weights of all of them.
 pub const WEIGHTS: &str = "weights.bin";
-
-/// How the weights are stored.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
-#[serde(rename_all = "lowercase")]
-pub enum Precision {
-    /// 32-bit floats.
-    F32,
-    /// 16-bit floats, expanded when loaded.
-    F16,
-    /// 8-bit integers with scales.
-    I8,
-}
-
-impl Precision {
-    /// The name on the command line, in the manifest and of the bundle's sub-folder.
-    #[must_use]
-    pub fn name(self) -> &'static str {
-        match self {
-            Self::F32 => "f32",
-            Self::F16 => "f16",
-            Self::I8 => "i8",
-        }
-    }
-}
-
-impl fmt::Display for Precision {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(self.name())
-    }
-}
-
-impl FromStr for Precision {
-    type Err = String;
-
-    fn from_str(name: &str) -> Result<Self, String> {
-        [Self::F32, Self::F16, Self::I8]
-            .into_iter()
-            .find(|precision| precision.name() == name)
-            .ok_or_else(|| format!("{name} is none of f32, f16, i8"))
-    }
-}
-
-/// Type of a graph's input or output.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "lowercase")]
-pub enum Dtype {
-    /// 32-bit floats.
-    F32,
-    /// 64-bit signed integers.
-    I64,
-}
-
-/// A size that is fixed when a graph is loaded; the ONNX file knows it by this name.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "lowercase")]
-pub enum Symbol {
-    /// Texts that `decode` continues at once: the beam.
-    Hypotheses,
-    /// Words that `decode` can look back on, of all hypotheses together.
-    Slots,
-}
-
-impl Symbol {
-    /// All of them.
-    pub const ALL: [Self; 2] = [Self::Hypotheses, Self::Slots];
-
-    /// The name in the manifest and the ONNX file.
-    #[must_use]
-    pub fn name(self) -> &'static str {
-        match self {
-            Self::Hypotheses => "hypotheses",
-            Self::Slots => "slots",
-        }
-    }
-}
-
-/// One size of a shape in a bundle.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(untagged)]
-pub enum Size {
-    /// The same always.
-    Fixed(usize),
-    /// Fixed when the graph is loaded.
-    Symbol(Symbol),
-}
-
-impl From<usize> for Size {
-    fn from(size: usize) -> Self {
-        Self::Fixed(size)
-    }
-}
-
-impl fmt::Display for Size {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match self {
-            Self::Fixed(size) => write!(f, "{size}"),
-            Self::Symbol(symbol) => f.write_str(symbol.name()),
-        }
-    }
-}
-
-/// What a graph's symbols stand for.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Sizes {
-    /// [`Symbol::Hypotheses`].
-    pub hypotheses: usize,
-    /// [`Symbol::Slots`].
-    pub slots: usize,
-}
-
-impl Sizes {
-    /// Room for so many hypotheses of up to `words` words each, `[CLS]` counted.
-    #[must_use]
-    pub fn of_beam(hypotheses: usize, words: usize) -> Self {
-        Self { hypotheses, slots: hypotheses * words }
-    }
-
-    /// What a symbol stands for.
-    #[must_use]
-    pub fn of(&self, symbol: Symbol) -> usize {
-        match symbol {
-            Symbol::Hypotheses => self.hypotheses,
-            Symbol::Slots => self.slots,
-        }
-    }
-}
-
-/// One input or output of a graph: as it is run, where sizes are numbers, or as the bundle holds it (`D` is [`Size`]).
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
-pub struct TensorSignature<D = usize> {
-    /// Name in the ONNX file.
-    pub name: String,
-    /// Shape.
-    pub shape: Vec<D>,
-    /// Element type.
-    pub dtype: Dtype,
-}
-
-/// A graph's name, inputs and outputs, in order: as it is run, or as the bundle holds it (`D` is [`Size`]).
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
-pub struct GraphSignature<D = usize> {
-    /// `vision`, `decode`, `text` or `match`.
-    pub name: String,
-    /// What it reads.
-    pub inputs: Vec<TensorSignature<D>>,
-    /// What it gives.
-    pub outputs: Vec<TensorSignature<D>>,
-}
-
-impl GraphSignature<Size> {
-    /// The signature with numbers in place of symbols.
-    #[must_use]
-    pub fn fixed(&self, sizes: Sizes) -> GraphSignature {
-        let size = |size: &Size| match *size {
-            Size::Fixed(size) => size,
-            Size::Symbol(symbol) => sizes.of(symbol),
-        };
-        let fixed = |tensors: &[TensorSignature<Size>]| {
-            let fixed = tensors.iter().map(|t| TensorSignature {
-                name: t.name.clone(),
-                shape: t.shape.iter().map(size).collect(),
-                dtype: t.dtype,
-            });
-            fixed.collect()
-        };
-        GraphSignature { name: self.name.clone(), inputs: fixed(&self.inputs), outputs: fixed(&self.outputs) }
-    }
-
-    /// The four graphs that a bundle of these sizes holds: the one definition that the exporter writes and the runtime runs.
-    ///
-    /// With `P` image tokens, `T` text slots, `d = hidden / heads`:
-    /// - `vision` encodes a picture once, giving the keys and values that every later text token attends to;
-    /// - `decode` reads the next word of each of H hypotheses, all at the same `position`. What earlier words left lies in one
-    ///   pool of S slots, in any order; row h of `mask` says which of them hypothesis h goes back on. The caller stores the new
-    ///   words' keys and values in slots of its choice: branching and dropping hypotheses moves nothing but rows of the mask;
-    /// - `text` embeds a whole text;
-    /// - `match` scores a picture and a text read jointly (a logit).
-    ///
-    /// Masks are added to attention scores: 0 for what is seen, −10⁴ for what is not.
-    #[must_use]
-    pub fn contract(model: &ModelSizes, image: &ImagePreparation) -> Vec<Self> {
-        let (hypotheses, slots) = (Size::Symbol(Symbol::Hypotheses), Size::Symbol(Symbol::Slots));
-        let fixed = |shape: &[usize]| -> Vec<Size> { shape.iter().copied().map(Size::Fixed).collect() };
-        let tensor = |dtype, name: &str, shape: Vec<Size>| TensorSignature { name: name.to_owned(), shape, dtype };
-        let f32 = |name: &str, shape: &[usize]| tensor(Dtype::F32, name, fixed(shape));
-        let i64 = |name: &str, shape: &[usize]| tensor(Dtype::I64, name, fixed(shape));
-        let head_width = model.hidden / model.heads.max(1);
-        let cache = |name: &str, rows| {
-            let (layers, heads) = (Size::Fixed(model.layers), Size::Fixed(model.heads));
-            tensor(Dtype::F32, name, vec![layers, heads, rows, Size::Fixed(head_width)])
-        };
-        let prefix = Size::Fixed(model.image_tokens);
-        let text = model.max_text;
-        let regions = [1, model.image_tokens.saturating_sub(1), model.region_feature];
-        let pixels = [1, 3, image.height as usize, image.width as usize];
-        let embedding = || f32("embedding", &[1, model.embedding]);
-        let ids = || i64("ids", &[1, text]);
-        let mask = || f32("mask", &[1, text]);
-        let graph = |name: &str, inputs, outputs| Self { name: name.to_owned(), inputs, outputs };
-        vec![
-            graph(
-                "vision",
-                vec![f32("pixels", &pixels)],
-                vec![embedding(), cache("prefix_keys", prefix), cache("prefix_values", prefix), f32("regions", &regions)],
-            ),
-            graph(
-                "decode",
-                vec![
-                    tensor(Dtype::I64, "tokens", vec![hypotheses]),
-                    i64("position", &[1]),
-                    cache("prefix_keys", prefix),
-                    cache("prefix_values", prefix),
-                    cache("past_keys", slots),
-                    cache("past_values", slots),
-                    tensor(Dtype::F32, "mask", vec![hypotheses, slots]),
-                ],
-                vec![
-                    tensor(Dtype::F32, "logits", vec![hypotheses, Size::Fixed(model.vocabulary)]),
-                    cache("new_keys", hypotheses),
-                    cache("new_values", hypotheses),
-                ],
-            ),
-            graph("text", vec![ids(), mask()], vec![embedding()]),
-            graph("match", vec![f32("regions", &regions), ids(), mask()], vec![f32("score", &[1])]),
-        ]
-    }
-}
 
 /// Sizes of the model.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -307,7 +79,7 @@ pub struct Manifest {
     /// Data, licences and figures of the training, free-form.
     #[serde(default)]
     pub training: toml::Table,
-    /// Measured quality per precision, free-form.
+    /// Measured quality by [`Self::quality_name`], free-form.
     #[serde(default)]
     pub quality: BTreeMap<String, BTreeMap<String, f64>>,
 }
@@ -347,7 +119,40 @@ impl Manifest {
     /// Path of a graph's ONNX file inside the bundle.
     #[must_use]
     pub fn graph_file(precision: Precision, graph: &str) -> String {
-        format!("{precision}/{graph}.onnx")
+        Self::form_file(precision, Form::Expanded, graph)
+    }
+
+    /// Path of a graph's ONNX file in one of its forms.
+    #[must_use]
+    pub fn form_file(precision: Precision, form: Form, graph: &str) -> String {
+        match form {
+            Form::Expanded => format!("{precision}/{graph}.onnx"),
+            other => format!("{precision}/{graph}.{other}.onnx"),
+        }
+    }
+
+    /// The forms that a precision's graphs are there in.
+    #[must_use]
+    pub fn forms(&self, precision: Precision) -> Vec<Form> {
+        let has = |form: &Form| {
+            self.graphs.iter().all(|graph| self.files.contains_key(&Self::form_file(precision, *form, &graph.name)))
+        };
+        Form::ALL.into_iter().filter(has).collect()
+    }
+
+    /// Under which name [`Self::quality`] holds the figures of a form.
+    #[must_use]
+    pub fn quality_name(precision: Precision, form: Form) -> String {
+        match form {
+            Form::Expanded => precision.to_string(),
+            other => format!("{precision}-{other}"),
+        }
+    }
+
+    /// What was measured of a form.
+    #[must_use]
+    pub fn figures(&self, precision: Precision, form: Form) -> Option<&BTreeMap<String, f64>> {
+        self.quality.get(&Self::quality_name(precision, form))
     }
 
     fn check(&self) -> Result<(), BundleFault> {
@@ -371,7 +176,14 @@ impl Manifest {
             .precisions
             .iter()
             .flat_map(|&precision| contract.iter().map(move |graph| Self::graph_file(precision, &graph.name)));
-        let needed: BTreeSet<String> = graphs.chain(["tokenizer.json".to_owned()]).collect();
+        // A form of which one graph is there is there as a whole.
+        let listed = |precision, form| {
+            let files = contract.iter().map(move |graph| Self::form_file(precision, form, &graph.name));
+            files.clone().any(|file| self.files.contains_key(&file)).then_some(files).into_iter().flatten()
+        };
+        let forms =
+            self.precisions.iter().flat_map(|&precision| Form::ALL.into_iter().flat_map(move |form| listed(precision, form)));
+        let needed: BTreeSet<String> = graphs.chain(forms).chain(["tokenizer.json".to_owned()]).collect();
         match needed.into_iter().find(|file| !self.files.contains_key(file)) {
             Some(file) => Err(BundleFault::Unlisted { file }),
             None => Ok(()),
@@ -422,24 +234,6 @@ impl Manifest {
     }
 }
 
-/// What is different between two signatures of a graph, in words.
-fn difference(expected: &GraphSignature<Size>, found: &GraphSignature<Size>) -> String {
-    let shape = |t: &TensorSignature<Size>| {
-        let sizes: Vec<String> = t.shape.iter().map(ToString::to_string).collect();
-        format!("{} {:?} [{}]", t.name, t.dtype, sizes.join(", "))
-    };
-    let both = |kind: &str, expected: &[TensorSignature<Size>], found: &[TensorSignature<Size>]| {
-        if expected.len() != found.len() {
-            return Some(format!("{} {kind}s instead of {}", found.len(), expected.len()));
-        }
-        let (e, f) = expected.iter().zip(found).find(|(e, f)| e != f)?;
-        Some(format!("{kind} {} instead of {}", shape(f), shape(e)))
-    };
-    both("input", &expected.inputs, &found.inputs)
-        .or_else(|| both("output", &expected.outputs, &found.outputs))
-        .unwrap_or_default()
-}
-
 #[cfg(test)]
 pub(crate) mod tests {
     use super::*;
@@ -485,7 +279,7 @@ pub(crate) mod tests {
     #[test]
     fn each_fault_has_its_sentence() {
         type Break = fn(&mut Manifest);
-        let cases: [(Break, &str); 11] = [
+        let cases: [(Break, &str); 12] = [
             (|m| m.model.heads = 3, "model.hidden modulo model.heads is 2, outside 0..=0"),
             (|m| m.model.heads = 0, "model.heads is 0, outside 1..=8"),
             (|m| m.model.vocabulary = 2_000_000, "model.vocabulary is 2000000, outside 6..=1000000"),
@@ -499,6 +293,10 @@ pub(crate) mod tests {
                 "graph \"text\" has input ids I64 [1, 9] instead of ids I64 [1, 8]",
             ),
             (|m| drop(m.files.remove("f16/match.onnx")), "the manifest gives no hash for f16/match.onnx"),
+            (
+                |m| drop(m.files.insert("f16/text.dynamic.onnx".to_owned(), "00".repeat(32))),
+                "the manifest gives no hash for f16/decode.dynamic.onnx",
+            ),
             (|m| m.precisions.clear(), "no precisions"),
         ];
         for (break_it, message) in cases {
@@ -507,6 +305,20 @@ pub(crate) mod tests {
             let error = Manifest::parse(manifest.to_toml().unwrap().as_bytes()).unwrap_err().to_string();
             assert!(error.contains(message), "{error:?} lacks {message:?}");
         }
+    }
+
+    #[test]
+    fn forms_are_known_by_their_files() {
+        let mut manifest = tiny();
+        assert_eq!(manifest.forms(Precision::F16), [Form::Expanded]);
+        assert_eq!(manifest.forms(Precision::I8), []);
+        for graph in GraphSignature::contract(&manifest.model, &manifest.image) {
+            manifest.files.insert(Manifest::form_file(Precision::F16, Form::Dynamic, &graph.name), "00".repeat(32));
+        }
+        let manifest = Manifest::parse(manifest.to_toml().unwrap().as_bytes()).unwrap();
+        assert_eq!(manifest.forms(Precision::F16), [Form::Expanded, Form::Dynamic]);
+        assert_eq!(manifest.figures(Precision::F16, Form::Expanded).unwrap()["cider"], 0.5);
+        assert_eq!(manifest.figures(Precision::F16, Form::Dynamic), None);
     }
 
     #[test]

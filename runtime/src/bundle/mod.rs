@@ -4,6 +4,7 @@
 //! manifest.toml              schema, sizes, image preparation, graphs, decoding defaults, training data, quality, SHA-256 of every file
 //! tokenizer.json
 //! <precision>/{vision,decode,text,match}.onnx
+//! <precision>/….dynamic.onnx, ….static.onnx    the same graphs in other forms, where there are such
 //! <precision>/weights.bin    the graphs' weights as ONNX external data, each stored once
 //! ```
 //!
@@ -13,6 +14,8 @@
 mod files;
 pub mod manifest;
 mod pack;
+mod precision;
+mod signature;
 
 use std::collections::BTreeSet;
 use std::fmt;
@@ -21,8 +24,9 @@ use std::sync::{Mutex, PoisonError};
 
 use sha2::{Digest, Sha256};
 
+pub use self::files::SharedBytes;
 use self::files::{Backing, Files};
-use self::manifest::{Manifest, Precision};
+use self::manifest::{Form, Manifest, Precision};
 pub use self::pack::{PackError, pack};
 use crate::map::Mapping;
 use crate::tokenizer::{Tokenizer, TokenizerError};
@@ -178,6 +182,16 @@ pub enum BundleFault {
         /// What is there.
         present: Vec<Precision>,
     },
+    /// The graphs are not there in the form asked for.
+    #[error("it holds no {form} form of {precision}, only {}", present.iter().map(|f| f.name()).collect::<Vec<_>>().join(", "))]
+    Form {
+        /// What was asked for.
+        form: Form,
+        /// The precision.
+        precision: Precision,
+        /// What is there.
+        present: Vec<Form>,
+    },
 }
 
 /// An opened bundle: its manifest is parsed and checked, every file is there, and none has been trusted yet.
@@ -293,6 +307,15 @@ impl Bundle {
         }
     }
 
+    /// A file's bytes like [`Self::read`], to be held for longer than the bundle is.
+    ///
+    /// # Errors
+    /// Those of [`Self::read`].
+    pub fn share(&self, file: &str) -> Result<SharedBytes, BundleError> {
+        self.read(file)?;
+        self.files.share(file).ok_or_else(|| self.error(BundleFault::MissingFile { file: file.to_owned() }))
+    }
+
     /// Hashes every file and opens the tokenizer; gives the number of bytes read.
     ///
     /// # Errors
@@ -369,6 +392,23 @@ mod tests {
         let packed = open(&tar).unwrap();
         assert_eq!(packed.id(), unpacked.id());
         assert_eq!(packed.read("f16/text.onnx").unwrap(), b"f16/text.onnx");
+    }
+
+    #[test]
+    fn shared_bytes_outlive_the_bundle() {
+        let (folder, out) = (folder(), tempfile::tempdir().unwrap());
+        let tar = out.path().join("bundle.tar");
+        pack::write_archive(&open(folder.path()).unwrap(), &tar).unwrap();
+        for path in [folder.path(), &tar] {
+            let bundle = open(path).unwrap();
+            let shared = bundle.share("f16/text.onnx").unwrap();
+            // The same bytes, not others alike.
+            assert_eq!(shared.as_ptr(), bundle.read("f16/text.onnx").unwrap().as_ptr());
+            drop(bundle);
+            assert_eq!(&*shared, b"f16/text.onnx");
+        }
+        fs::write(folder.path().join("f16/text.onnx"), "f16/text.onnY").unwrap();
+        assert!(open(folder.path()).unwrap().share("f16/text.onnx").unwrap_err().to_string().contains("is damaged"));
     }
 
     #[test]

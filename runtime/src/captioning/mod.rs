@@ -42,4 +42,6 @@ pub struct Caption {
     pub tokens: Vec<u32>,
     /// Natural logarithm of its probability given the picture, divided by the number of ids (with `[SEP]`) to the length penalty.
     pub score: f32,
+    /// How often the `decode` graph was run for it: at least once for each id and `[SEP]`.
+    pub steps: usize,
 }

@@ -6,7 +6,7 @@ use std::path::PathBuf;
 use std::process::ExitCode;
 
 use clap::{Args, Subcommand};
-use unimo::bundle::manifest::Manifest;
+use unimo::bundle::manifest::{Manifest, Precision};
 use unimo::bundle::{self, Bundle, BundleSource};
 use unimo::engine::EngineOptions;
 use unimo::model::{GraphName, Model};
@@ -83,7 +83,11 @@ fn description(bundle: &Bundle) -> anyhow::Result<String> {
     let manifest = bundle.manifest();
     let Manifest { model, image, decoding, .. } = manifest;
     let mut text = String::new();
-    let precisions: Vec<&str> = manifest.precisions.iter().map(|precision| precision.name()).collect();
+    let forms = |precision: &Precision| match manifest.forms(*precision).as_slice() {
+        [_] => precision.to_string(),
+        forms => format!("{precision} ({})", forms.iter().map(|form| form.name()).collect::<Vec<_>>().join(", ")),
+    };
+    let precisions: Vec<String> = manifest.precisions.iter().map(forms).collect();
     writeln!(text, "bundle      {}", bundle.source())?;
     writeln!(text, "id          {}", bundle.id())?;
     writeln!(

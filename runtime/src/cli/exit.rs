@@ -143,9 +143,11 @@ fn model_code(error: &ModelError) -> u8 {
 
 fn engine_code(error: &EngineError) -> u8 {
     match error {
-        EngineError::NotBuilt(_) | EngineError::Library { .. } | EngineError::Provider { .. } | EngineError::Threads { .. } => {
-            NO_ENGINE
-        }
+        EngineError::NotBuilt(_)
+        | EngineError::Library { .. }
+        | EngineError::Provider { .. }
+        | EngineError::Form { .. }
+        | EngineError::Threads { .. } => NO_ENGINE,
         // The rest are faults of the graphs that the bundle brought.
         _ => BAD_INPUT,
     }

@@ -7,7 +7,7 @@ use std::thread;
 
 use clap::Args;
 use unimo::bundle::BundleSource;
-use unimo::bundle::manifest::Precision;
+use unimo::bundle::manifest::{Form, Precision};
 use unimo::engine::{EngineKind, EngineOptions, Provider};
 use unimo::model::Model;
 use unimo_devices::board;
@@ -28,6 +28,9 @@ pub struct ModelArgs {
     /// Weights to run: f32, f16, i8 [default: the bundle's first]
     #[arg(long, value_name = "NAME")]
     precision: Option<Precision>,
+    /// Form of the graphs: expanded, dynamic, static [default: what the engine is fastest with here]
+    #[arg(long, value_name = "NAME")]
+    form: Option<Form>,
     /// Processor threads: several pictures are worked on side by side, one alone is shared among them [default: all cores]
     #[arg(long, value_name = "N")]
     threads: Option<NonZeroUsize>,
@@ -75,9 +78,11 @@ impl ModelArgs {
             engine,
             provider,
             precision: self.precision,
+            form: self.form,
             threads,
             spinning: self.spin,
             library: self.ort_lib.clone(),
+            ..EngineOptions::default()
         };
         let source = self.bundle.clone().map_or(BundleSource::Embedded, BundleSource::Path);
         Ok((Model::open(&source, &options)?, workers))

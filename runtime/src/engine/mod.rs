@@ -4,6 +4,9 @@
 //! compiled in with the feature `tract`, ONNX Runtime is loaded at run time with the feature `ort`.
 
 #[cfg(feature = "tract")]
+mod cost;
+mod form;
+#[cfg(feature = "tract")]
 mod fusion;
 #[cfg(feature = "tract")]
 mod network;
@@ -21,10 +24,14 @@ use std::fmt;
 use std::path::PathBuf;
 use std::str::FromStr;
 
+#[cfg(feature = "tract")]
+pub use self::cost::{GraphCost, graph_cost};
+pub use self::form::preferred_form;
 #[cfg(feature = "ort")]
 pub use self::ort::{OrtLibrary, ort_library};
 pub use self::tensor::Tensor;
-use crate::bundle::manifest::{Dtype, GraphSignature, Precision, Sizes, TensorSignature};
+use crate::bundle::SharedBytes;
+use crate::bundle::manifest::{Dtype, Form, GraphSignature, Precision, Sizes, TensorSignature};
 
 /// Which engine runs the graphs.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
@@ -91,10 +98,15 @@ pub struct EngineOptions {
     pub provider: Provider,
     /// The weights to run; the bundle's first precision if none is named.
     pub precision: Option<Precision>,
+    /// The form of the graphs; [`preferred_form`] if none is named.
+    pub form: Option<Form>,
     /// Threads inside one run of a graph.
     pub threads: usize,
     /// Whether ONNX Runtime's idle threads spin: faster on a machine with nothing else to do, slower on a busy one.
     pub spinning: bool,
+    /// Whether ONNX Runtime rewrites graphs before it runs them. Without that it computes what the file says, node by node: slow,
+    /// and a reference.
+    pub rewriting: bool,
     /// ONNX Runtime's library; it is looked for if none is named.
     pub library: Option<PathBuf>,
 }
@@ -105,8 +117,10 @@ impl Default for EngineOptions {
             engine: EngineKind::default(),
             provider: Provider::default(),
             precision: None,
+            form: None,
             threads: 1,
             spinning: false,
+            rewriting: true,
             library: None,
         }
     }
@@ -125,6 +139,14 @@ pub enum EngineError {
         engine: EngineKind,
         /// What was asked for.
         provider: Provider,
+    },
+    /// The engine does not run graphs of this form.
+    #[error("engine {engine} does not run the {form} form of graphs")]
+    Form {
+        /// The engine.
+        engine: EngineKind,
+        /// What was asked for.
+        form: Form,
     },
     /// ONNX Runtime is not there, or cannot be used.
     #[error("no usable library of ONNX Runtime: {reason}")]
@@ -206,7 +228,7 @@ pub struct GraphSource<'a> {
     /// The ONNX file.
     pub onnx: &'a [u8],
     /// Finds external data by the location that the ONNX file names.
-    pub external: &'a dyn Fn(&str) -> Option<&'a [u8]>,
+    pub external: &'a dyn Fn(&str) -> Option<SharedBytes>,
 }
 
 /// Loads graphs.

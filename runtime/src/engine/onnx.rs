@@ -17,6 +17,7 @@ use tract_onnx::pb::{GraphProto, ModelProto, NodeProto, TensorProto, ValueInfoPr
 
 use super::network::{self, Backbone};
 use super::{EngineError, GraphSource, fusion};
+use crate::bundle::SharedBytes;
 use crate::bundle::manifest::{Sizes, Symbol};
 use crate::kernels;
 
@@ -30,10 +31,21 @@ pub(super) struct Constant<'a> {
 /// Parses a graph, fetches its weights, folds the operators that only prepare them, and takes out or fuses what our own kernels
 /// compute. The backbone, where there is one, is not in the graph any more.
 pub(super) fn parse(source: &GraphSource<'_>) -> Result<(ModelProto, Option<Backbone>), EngineError> {
+    parsed(source, kernels::available())
+}
+
+/// Like [`parse`], but leaves to tract what our kernels could compute.
+pub(super) fn parse_plain(source: &GraphSource<'_>) -> Result<ModelProto, EngineError> {
+    Ok(parsed(source, false)?.0)
+}
+
+fn parsed(source: &GraphSource<'_>, fuse: bool) -> Result<(ModelProto, Option<Backbone>), EngineError> {
     let load = |reason: String| EngineError::Load { graph: source.signature.name.clone(), reason };
     let mut model = ModelProto::decode(source.onnx).map_err(|error| load(error.to_string()))?;
     let graph = model.graph.as_mut().ok_or_else(|| load("the file holds no graph".to_owned()))?;
     fix_sizes(graph, source.sizes).map_err(load)?;
+    let files = external_files(graph, source.external);
+    let find = |location: &str| files.get(location).map(|bytes| &**bytes);
     let mut constants = BTreeMap::new();
     let mut inline = Vec::new();
     for mut tensor in std::mem::take(&mut graph.initializer) {
@@ -41,14 +53,14 @@ pub(super) fn parse(source: &GraphSource<'_>) -> Result<(ModelProto, Option<Back
         let external = tensor.data_location == Some(DataLocation::External as i32);
         if external || !tensor.raw_data.is_empty() {
             let raw = std::mem::take(&mut tensor.raw_data);
-            let constant = constant(&tensor, external, raw, source.external).map_err(weight)?;
+            let constant = constant(&tensor, external, raw, &find).map_err(weight)?;
             constants.insert(tensor.name, constant);
         } else {
             inline.push(tensor);
         }
     }
     let mut backbone = None;
-    if kernels::available() {
+    if fuse {
         fusion::fuse_levels(graph, &mut constants);
         fold(graph, &mut constants);
         backbone = network::take_backbone(graph, &constants);
@@ -66,6 +78,13 @@ pub(super) fn parse(source: &GraphSource<'_>) -> Result<(ModelProto, Option<Back
         ..TensorProto::default()
     }));
     Ok((model, backbone))
+}
+
+/// The files that weights lie in, by the locations that the graph gives.
+fn external_files(graph: &GraphProto, find: &dyn Fn(&str) -> Option<SharedBytes>) -> BTreeMap<String, SharedBytes> {
+    let entries = graph.initializer.iter().flat_map(|tensor| &tensor.external_data).filter(|entry| entry.key == "location");
+    let locations: BTreeSet<&String> = entries.map(|entry| &entry.value).collect();
+    locations.into_iter().filter_map(|location| Some((location.clone(), find(location)?))).collect()
 }
 
 fn constant<'a>(

@@ -210,14 +210,15 @@ mod tests {
 
     fn load(model: &ModelProto, signature: &GraphSignature, threads: usize) -> Result<Box<dyn Graph>, EngineError> {
         let (onnx, weights) = (model.encode_to_vec(), halves(&[9.0, 1.0, 2.0, 3.0, 4.0]));
-        let external = |location: &str| (location == "weights.bin").then_some(weights.as_slice());
+        let external = |location: &str| (location == "weights.bin").then(|| weights.clone().into());
         Tract::new(threads)?.load(&GraphSource { signature, sizes: SIZES, onnx: &onnx, external: &external })
     }
 
     #[test]
     fn sixteen_bit_weights_are_folded_and_run() {
         let (onnx, weights) = (model().encode_to_vec(), halves(&[9.0, 1.0, 2.0, 3.0, 4.0]));
-        let source = GraphSource { signature: &signature(), sizes: SIZES, onnx: &onnx, external: &|_| Some(weights.as_slice()) };
+        let source =
+            GraphSource { signature: &signature(), sizes: SIZES, onnx: &onnx, external: &|_| Some(weights.clone().into()) };
         let parsed = onnx::parse(&source).unwrap().0.graph.unwrap();
         let operators: Vec<&str> = parsed.node.iter().map(|node| node.op_type.as_str()).collect();
         assert_eq!((operators, parsed.initializer.len()), (vec![LINEAR, LINEAR, "Add"], 0));

@@ -54,6 +54,8 @@ struct Entry {
     engine: String,
     provider: String,
     precision: String,
+    /// Absent in rows of before there was a choice.
+    form: Option<String>,
     captions: usize,
     ms: Latency,
     peak_memory: Option<u64>,
@@ -87,8 +89,8 @@ impl Entry {
     /// Whether both measured the same thing on the same machine.
     fn belongs_to(&self, other: &Self) -> bool {
         let key = |of: &Self| {
-            let Self { machine, bundle, engine, provider, precision, threads, .. } = of.clone();
-            (machine.name, machine.target, machine.processors, bundle, engine, provider, precision, threads)
+            let Self { machine, bundle, engine, provider, precision, form, threads, .. } = of.clone();
+            (machine.name, machine.target, machine.processors, bundle, engine, provider, precision, form, threads)
         };
         key(self) == key(other)
     }
@@ -220,11 +222,15 @@ fn median(sorted: &[f64]) -> Option<f64> {
 }
 
 fn what(entry: &Entry) -> Vec<String> {
-    let Entry { machine, engine, provider, precision, threads, .. } = entry;
+    let Entry { machine, engine, provider, precision, form, threads, .. } = entry;
     let name = machine.name.clone().unwrap_or_else(|| machine.target.clone());
     // A provider other than the processor is part of the engine's name, as in the table of `unimo bench`.
     let engine = if provider == "cpu" { engine.clone() } else { format!("{engine} {provider}") };
-    vec![name, engine, precision.clone(), threads.to_string(), entry.bundle.chars().take(8).collect()]
+    let weights = match form.as_deref() {
+        None | Some("expanded") => precision.clone(),
+        Some(form) => format!("{precision} {form}"),
+    };
+    vec![name, engine, weights, threads.to_string(), entry.bundle.chars().take(8).collect()]
 }
 
 const WHAT: [&str; 5] = ["machine", "engine", "precision", "threads", "bundle"];
@@ -285,6 +291,7 @@ mod tests {
             engine: "tract".into(),
             provider: "cpu".into(),
             precision: "i8".into(),
+            form: None,
             captions: 100,
             ms: Latency { p50, p90: p50, p99: p50 },
             peak_memory: None,
@@ -337,13 +344,14 @@ mod tests {
             change(&mut entry);
             entry
         };
-        let changes: [fn(&mut Entry); 7] = [
+        let changes: [fn(&mut Entry); 8] = [
             |e| e.machine.name = None,
             |e| e.machine.processors = 2,
             |e| e.bundle = "c".into(),
             |e| e.engine = "ort".into(),
             |e| e.provider = "cuda".into(),
             |e| e.precision = "f32".into(),
+            |e| e.form = Some("dynamic".into()),
             |e| e.threads = 4,
         ];
         for change in changes {

@@ -8,6 +8,8 @@ mod conditions;
 mod history;
 mod ledger;
 mod report;
+#[cfg(feature = "tract")]
+mod roofline;
 mod worker;
 
 use std::io::{BufRead, BufReader};
@@ -19,9 +21,9 @@ use std::time::Instant;
 use anyhow::{Context, bail, ensure};
 use clap::Args;
 use serde::Serialize;
-use unimo::bundle::manifest::Precision;
+use unimo::bundle::manifest::{Form, Precision};
 use unimo::bundle::{Bundle, BundleSource};
-use unimo::engine::{EngineKind, EngineOptions, Provider};
+use unimo::engine::{EngineKind, EngineOptions, Provider, preferred_form};
 use unimo::image::{DecodeLimits, decode};
 use unimo_devices::board;
 
@@ -38,6 +40,7 @@ Examples:
   unimo bench photo.jpg                           the default bundle on the engines that are here
   unimo bench --bundle all.tar holidays/          every precision of a bundle
   unimo bench --engine tract --assert-p90-ms 900 photo.jpg
+  unimo bench --roofline photo.jpg
   unimo bench --duration 60s --ledger ledger.jsonl photo.jpg       adds a line for each row
   unimo bench compare ledger.jsonl                what became slower since
 
@@ -48,6 +51,12 @@ A percentile with a `~` is of too few captions to be sure of: 64 are needed for 
 `at_most_ms` holds the percentiles' upper bounds with a confidence of 99 %, MLPerf's early-stopping estimate. Heat, throttling and, on a
 Jetson, energy are told below the table.
 A line of the ledger is a JSON object: a row of --json with the date, the machine, and the versions of program and model.
+--roofline counts the operations (two for each pair of factors) of matrix products and convolutions, and the bytes of weights as
+they are stored, inputs and outputs, of one run of the graphs: `prefill` reads a picture, `decode` reads one word of every hypothesis. The
+limit is the time that they take at this machine's peaks, the larger of arithmetic (our own 32-bit kernel on matrices in the cache) and
+memory (a block of 256 MB read), both measured with one thread. Achieved is the limit as a share of the measured time: `vision` for
+prefill; for decode the text part for each run of the graph, beam search included. Products of bytes may pass the peak of floats, and weights that
+stay in the cache that of the memory.
 Exit code 6: a p90 is above --assert-p90-ms.
 ";
 
@@ -72,6 +81,9 @@ pub struct BenchArgs {
     /// Weights to run: f32, f16, i8 [default: all of the bundle]
     #[arg(long, value_delimiter = ',', value_name = "NAMES")]
     precision: Vec<Precision>,
+    /// Forms of the graphs: expanded, dynamic, static [default: what each engine is fastest with here, and expanded]
+    #[arg(long, value_delimiter = ',', value_name = "NAMES")]
+    form: Vec<Form>,
     /// Processor threads of one caption
     #[arg(long, value_name = "N", default_value = "1")]
     threads: NonZeroUsize,
@@ -93,6 +105,10 @@ pub struct BenchArgs {
     /// Add a line for each row to this file
     #[arg(long, value_name = "FILE")]
     ledger: Option<PathBuf>,
+    /// Measure this machine's peaks too, and say what share of them each row achieves
+    #[cfg(feature = "tract")]
+    #[arg(long)]
+    roofline: bool,
     /// Print one JSON document
     #[arg(long)]
     json: bool,
@@ -120,6 +136,18 @@ struct Combination {
     provider: Provider,
     #[serde(serialize_with = "by_name")]
     precision: Precision,
+    #[serde(serialize_with = "by_name")]
+    form: Form,
+}
+
+impl Combination {
+    /// Its precision, with the form where that is another than the expanded one.
+    fn weights(&self) -> String {
+        match self.form {
+            Form::Expanded => self.precision.to_string(),
+            form => format!("{} {form}", self.precision),
+        }
+    }
 }
 
 fn by_name<S: serde::Serializer>(value: &impl ToString, serializer: S) -> Result<S::Ok, S::Error> {
@@ -150,7 +178,10 @@ fn compare(args: &BenchArgs) -> anyhow::Result<ExitCode> {
     let mut combinations = Vec::new();
     for engine in engines(args)? {
         let provider = if engine == EngineKind::Tract { Provider::Cpu } else { args.provider };
-        combinations.extend(precisions.iter().map(|&precision| Combination { engine, provider, precision }));
+        for &precision in &precisions {
+            let forms = forms(args, &bundle, engine, provider, precision)?;
+            combinations.extend(forms.into_iter().map(|form| Combination { engine, provider, precision, form }));
+        }
     }
     let output = Output::new(combinations.len() * args.rounds as usize);
     let root = Path::new("/");
@@ -159,14 +190,26 @@ fn compare(args: &BenchArgs) -> anyhow::Result<ExitCode> {
     for _ in 0..args.rounds {
         for (combination, (runs, conditions)) in combinations.iter().zip(&mut runs) {
             let (run, later) = Conditions::during(root, board.as_ref(), || round(args, combination));
-            runs.push(run.with_context(|| format!("{} in {}", combination.engine, combination.precision))?);
+            runs.push(run.with_context(|| format!("{} in {}", combination.engine, combination.weights()))?);
             *conditions = std::mem::take(conditions).then(later);
             output.advance();
         }
     }
     let measured = combinations.into_iter().zip(runs);
-    let rows: Vec<Row> =
+    #[cfg_attr(not(feature = "tract"), allow(unused_mut))]
+    let mut rows: Vec<Row> =
         measured.filter_map(|(combination, (runs, conditions))| row(&bundle, combination, &runs, conditions)).collect();
+    #[cfg(feature = "tract")]
+    let peaks = match args.roofline {
+        true => {
+            let (roof, peaks) = roofline::roof();
+            roofline::add(&mut rows, &source(args), &roof)?;
+            Some(peaks)
+        }
+        false => None,
+    };
+    #[cfg(not(feature = "tract"))]
+    let peaks: Option<()> = None;
     if let Some(ledger) = &mut ledger {
         let run = Run {
             date: ledger::now(),
@@ -181,16 +224,24 @@ fn compare(args: &BenchArgs) -> anyhow::Result<ExitCode> {
         ledger.add(&run, &rows)?;
     }
     if args.json {
-        output.json(&serde_json::json!({
+        let mut document = serde_json::json!({
             "schema": SCHEMA, "bundle": bundle.id(), "threads": args.threads, "rounds": args.rounds, "results": rows,
-        }))?;
+        });
+        if let Some(peaks) = peaks {
+            document["peaks"] = serde_json::json!(peaks);
+        }
+        output.json(&document)?;
     } else {
         table(&rows).iter().chain(&remarks(&rows)).try_for_each(|line| output.line(line))?;
+        #[cfg(feature = "tract")]
+        if let Some(peaks) = &peaks {
+            roofline::table(&rows, peaks).iter().try_for_each(|line| output.line(line))?;
+        }
     }
     let slow = |row: &&Row| args.assert_p90_ms.is_some_and(|limit| row.ms.p90 > limit);
     if let (Some(row), Some(limit)) = (rows.iter().find(slow), args.assert_p90_ms) {
-        let Combination { engine, precision, .. } = row.combination;
-        eprintln!("error: nine of ten captions of {engine} in {precision} come within {:.1} ms, not within {limit}", row.ms.p90);
+        let (engine, weights) = (row.combination.engine, row.combination.weights());
+        eprintln!("error: nine of ten captions of {engine} in {weights} come within {:.1} ms, not within {limit}", row.ms.p90);
         return Ok(ExitCode::from(exit::BUDGET_MISSED));
     }
     Ok(output.finish())
@@ -217,11 +268,34 @@ fn engines(args: &BenchArgs) -> anyhow::Result<Vec<EngineKind>> {
     Ok(usable.into_iter().flatten().collect())
 }
 
+/// The forms to measure: those asked for that the engine runs, or else the one that it takes by itself, and the expanded one.
+fn forms(
+    args: &BenchArgs,
+    bundle: &Bundle,
+    engine: EngineKind,
+    provider: Provider,
+    precision: Precision,
+) -> anyhow::Result<Vec<Form>> {
+    let present = bundle.manifest().forms(precision);
+    if args.form.is_empty() {
+        let own = preferred_form(&EngineOptions { engine, provider, ..EngineOptions::default() }, &present)?;
+        return Ok(if own == Form::Expanded { vec![own] } else { vec![own, Form::Expanded] });
+    }
+    let runs = |form: &Form| present.contains(form) && (engine == EngineKind::Ort || *form == Form::Expanded);
+    let forms: Vec<Form> = args.form.iter().copied().filter(runs).collect();
+    for form in args.form.iter().filter(|form| !runs(form)) {
+        let why = if present.contains(form) { "does not run it" } else { "has no such graphs in this bundle" };
+        eprintln!("{engine} in {precision}: the {form} form is left out, {engine} {why}");
+    }
+    Ok(forms)
+}
+
 /// Starts a worker; gives the milliseconds to its first caption and what it measured.
 fn round(args: &BenchArgs, combination: &Combination) -> anyhow::Result<(f64, First, Measured)> {
     let mut command = Command::new(std::env::current_exe().context("this program cannot find itself")?);
     command.args(["bench", "--worker", "--engine", combination.engine.name(), "--provider", combination.provider.name()]);
-    command.args(["--precision", combination.precision.name(), "--threads", &args.threads.to_string()]);
+    command.args(["--precision", combination.precision.name(), "--form", combination.form.name()]);
+    command.args(["--threads", &args.threads.to_string()]);
     command.args(["--duration", &args.duration.to_string(), "--rounds", &args.rounds.to_string()]);
     command.args(args.spin.then_some("--spin"));
     for (option, path) in [("--bundle", &args.bundle), ("--ort-lib", &args.ort_lib)] {

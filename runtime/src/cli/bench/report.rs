@@ -39,6 +39,8 @@ pub struct Row {
     pub text_ms: Percentiles,
     /// Mean time of the text part for each token of the captions written.
     pub token_ms: f64,
+    /// Mean time of the text part for each run of the `decode` graph, beam search included.
+    pub step_ms: f64,
     pub first_ms: f64,
     pub first_cpu_ms: Option<f64>,
     pub load_ms: f64,
@@ -50,6 +52,10 @@ pub struct Row {
     pub conditions: Conditions,
     /// Energy of the whole module for one caption, in mJ, where the board tells its power.
     pub energy_mj: Option<f64>,
+    /// How near it comes to what the machine can do, where that was asked for.
+    #[cfg(feature = "tract")]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub roofline: Option<super::roofline::Shares>,
 }
 
 /// The row of a combination; nothing where nothing was measured.
@@ -58,13 +64,14 @@ pub fn row(bundle: &Bundle, combination: Combination, runs: &[(f64, First, Measu
     let of = |part: fn(&Sample) -> f64| percentiles(samples.iter().map(part).collect());
     let median = |values| percentiles(values).map(|of| of.p50);
     let manifest = bundle.manifest();
-    let precision = combination.precision;
-    let graphs = manifest.graphs.iter().map(|graph| Manifest::graph_file(precision, &graph.name));
+    let (precision, form) = (combination.precision, combination.form);
+    let graphs = manifest.graphs.iter().map(|graph| Manifest::form_file(precision, form, &graph.name));
     let weights = manifest.files.keys().filter(|file| file.starts_with(&format!("{precision}/")) && !file.ends_with(".onnx"));
     let mut totals: Vec<f64> = samples.iter().map(|sample| sample.total).collect();
     totals.sort_unstable_by(f64::total_cmp);
     let mean_seconds = totals.iter().sum::<f64>() / 1e3 / totals.len().max(1) as f64;
-    let tokens: usize = samples.iter().map(|sample| sample.tokens).sum();
+    let (tokens, steps) = samples.iter().fold((0, 0), |(tokens, steps), s| (tokens + s.tokens, steps + s.steps));
+    let text_ms: f64 = samples.iter().map(|sample| sample.text).sum();
     Some(Row {
         combination,
         captions: samples.len(),
@@ -73,15 +80,18 @@ pub fn row(bundle: &Bundle, combination: Combination, runs: &[(f64, First, Measu
         decode_image_ms: of(|s| s.decode_image)?,
         vision_ms: of(|s| s.vision)?,
         text_ms: of(|s| s.text)?,
-        token_ms: samples.iter().map(|s| s.text).sum::<f64>() / tokens.max(1) as f64,
+        token_ms: text_ms / tokens.max(1) as f64,
+        step_ms: text_ms / steps.max(1) as f64,
         first_ms: median(runs.iter().map(|run| run.0).collect())?,
         first_cpu_ms: median(runs.iter().filter_map(|run| run.1.cpu_ms).collect()),
         load_ms: median(runs.iter().map(|run| run.1.load_ms).collect())?,
         peak_memory: runs.iter().filter_map(|run| run.2.peak_memory).max(),
         model_bytes: graphs.chain(weights.cloned()).filter_map(|file| bundle.length(&file)).sum(),
-        cider: manifest.quality.get(precision.name()).and_then(|figures| figures.get("cider")).copied(),
+        cider: manifest.figures(precision, form).and_then(|figures| figures.get("cider")).copied(),
         energy_mj: conditions.power_mw.map(|power| power * mean_seconds),
         conditions,
+        #[cfg(feature = "tract")]
+        roofline: None,
     })
 }
 
@@ -115,10 +125,10 @@ pub fn table(rows: &[Row]) -> Vec<String> {
 }
 
 fn cells(row: &Row) -> Vec<String> {
-    let Combination { engine, provider, precision } = row.combination;
+    let Combination { engine, provider, .. } = row.combination;
     let engine = if provider == Provider::Cpu { engine.to_string() } else { format!("{engine} {provider}") };
     let or_dash = |value: Option<String>| value.unwrap_or_else(|| "-".to_owned());
-    let mut line = vec![engine, precision.to_string(), row.captions.to_string()];
+    let mut line = vec![engine, row.combination.weights(), row.captions.to_string()];
     let Percentiles { p50, p90, p99 } = row.ms;
     let sure = |bound: Option<f64>| if bound.is_some() { "" } else { "~" };
     line.push(format!("{p50:.1}"));
@@ -138,16 +148,16 @@ fn cells(row: &Row) -> Vec<String> {
 pub fn remarks(rows: &[Row]) -> Vec<String> {
     let mut remarks = Vec::new();
     for row in rows {
-        let Combination { engine, precision, .. } = row.combination;
+        let (engine, weights) = (row.combination.engine, row.combination.weights());
         let Conditions { start_c, end_c, ref held_back, power_mw, .. } = row.conditions;
         if let (Some(start), Some(end)) = (start_c, end_c) {
-            remarks.push(format!("{engine} in {precision}: {start:.1} °C at the start, {end:.1} °C at the end"));
+            remarks.push(format!("{engine} in {weights}: {start:.1} °C at the start, {end:.1} °C at the end"));
         }
         if let (Some(energy), Some(power)) = (row.energy_mj, power_mw) {
-            remarks.push(format!("{engine} in {precision}: {energy:.0} mJ a caption, {:.1} W", power / 1e3));
+            remarks.push(format!("{engine} in {weights}: {energy:.0} mJ a caption, {:.1} W", power / 1e3));
         }
         if !held_back.is_empty() {
-            remarks.push(format!("{engine} in {precision}: THE BOARD WAS HELD BACK: {}", held_back.join(", ")));
+            remarks.push(format!("{engine} in {weights}: THE BOARD WAS HELD BACK: {}", held_back.join(", ")));
         }
     }
     remarks
@@ -157,9 +167,14 @@ pub fn remarks(rows: &[Row]) -> Vec<String> {
 pub fn markdown(head: &[&str], rows: Vec<Vec<String>>) -> Vec<String> {
     let mut cells: Vec<Vec<String>> = vec![head.iter().map(|&name| name.to_owned()).collect()];
     cells.extend(rows);
+    aligned(&cells)
+}
+
+/// Cells as a Markdown table, the first line its head.
+pub fn aligned(cells: &[Vec<String>]) -> Vec<String> {
     let length = |cell: &String| cell.chars().count();
     let widths: Vec<usize> =
-        (0..head.len()).map(|column| cells.iter().map(|line| length(&line[column])).max().unwrap_or(0)).collect();
+        (0..cells[0].len()).map(|column| cells.iter().map(|line| length(&line[column])).max().unwrap_or(0)).collect();
     let line = |cells: &Vec<String>| {
         let padded: Vec<String> = cells.iter().zip(&widths).map(|(cell, &width)| format!("{cell:>width$}")).collect();
         format!("| {} |", padded.join(" | "))
@@ -172,7 +187,7 @@ pub fn markdown(head: &[&str], rows: Vec<Vec<String>>) -> Vec<String> {
 
 #[cfg(test)]
 mod tests {
-    use unimo::bundle::manifest::Precision;
+    use unimo::bundle::manifest::{Form, Precision};
     use unimo::engine::EngineKind;
 
     use super::*;
@@ -191,7 +206,12 @@ mod tests {
     fn the_table_is_aligned() {
         let p = Percentiles { p50: 12.34, p90: 100.0, p99: 101.0 };
         let row = Row {
-            combination: Combination { engine: EngineKind::Ort, provider: Provider::Cuda, precision: Precision::I8 },
+            combination: Combination {
+                engine: EngineKind::Ort,
+                provider: Provider::Cuda,
+                precision: Precision::I8,
+                form: Form::Dynamic,
+            },
             captions: 9,
             ms: p,
             at_most_ms: Bounds { p90: Some(101.0), p99: None },
@@ -199,6 +219,7 @@ mod tests {
             vision_ms: p,
             text_ms: p,
             token_ms: 1.239,
+            step_ms: 1.0,
             first_ms: 250.4,
             first_cpu_ms: None,
             load_ms: 1.0,
@@ -207,15 +228,32 @@ mod tests {
             cider: Some(0.4821),
             conditions: Conditions { held_back: vec!["throttled"], ..Conditions::default() },
             energy_mj: None,
+            #[cfg(feature = "tract")]
+            roofline: None,
         };
         let rows = [row];
-        assert_eq!(remarks(&rows), ["ort in i8: THE BOARD WAS HELD BACK: throttled"]);
+        assert_eq!(remarks(&rows), ["ort in i8 dynamic: THE BOARD WAS HELD BACK: throttled"]);
         let lines = table(&rows);
         assert_eq!(lines.len(), 3);
         assert!(lines.iter().all(|line| line.len() == lines[0].len()), "{lines:#?}");
         let cells: Vec<&str> = lines[2].trim_matches('|').split('|').map(str::trim).collect();
-        let expected =
-            ["ort cuda", "i8", "9", "12.3", "100.0", "~101.0", "12.3", "12.3", "12.3", "1.24", "250", "-", "100", "8.1", "0.482"];
+        let expected = [
+            "ort cuda",
+            "i8 dynamic",
+            "9",
+            "12.3",
+            "100.0",
+            "~101.0",
+            "12.3",
+            "12.3",
+            "12.3",
+            "1.24",
+            "250",
+            "-",
+            "100",
+            "8.1",
+            "0.482",
+        ];
         assert_eq!(cells, expected);
     }
 }

@@ -36,6 +36,8 @@ pub struct Sample {
     pub text: f64,
     pub total: f64,
     pub tokens: usize,
+    /// Runs of the `decode` graph.
+    pub steps: usize,
 }
 
 /// Last line of a worker.
@@ -50,7 +52,7 @@ pub struct Measured {
 
 /// Measures the one combination that the arguments name.
 pub fn work(args: &BenchArgs) -> anyhow::Result<ExitCode> {
-    let (&[engine], &[precision]) = (args.engine.as_slice(), args.precision.as_slice()) else {
+    let (&[engine], &[precision], &[form]) = (args.engine.as_slice(), args.precision.as_slice(), args.form.as_slice()) else {
         return Err(UsageError("a worker measures one combination".to_owned()).into());
     };
     let encoded = encoded_pictures(&args.sources)?;
@@ -58,9 +60,11 @@ pub fn work(args: &BenchArgs) -> anyhow::Result<ExitCode> {
         engine,
         provider: args.provider,
         precision: Some(precision),
+        form: Some(form),
         threads: args.threads.get(),
         spinning: args.spin,
         library: args.ort_lib.clone(),
+        ..EngineOptions::default()
     };
     let output = Output::new(0);
     let start = Instant::now();
@@ -110,6 +114,7 @@ fn sample(model: &Model, encoded: &[u8]) -> anyhow::Result<Sample> {
         text: milliseconds(done - seen),
         total: milliseconds(done - start),
         tokens: caption.tokens.len(),
+        steps: caption.steps,
     })
 }
 
