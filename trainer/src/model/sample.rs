@@ -217,9 +217,12 @@ mod tests {
         let second = model.encode_image(&tensor.narrow(0, 1, 1).unwrap()).unwrap();
         assert_eq!(captions[3..], model.sample_captions(&second, 3, 7, 1.0, &[6]).unwrap());
         assert_eq!(captions.len(), 6);
-        // A device draws the same ones.
+        // A device draws the same ones, also where the model is not certain and every caption has draws of its own.
         let encoded = model.encode_image(&tensor).unwrap();
         assert_eq!(captions, model.sample_on_device(&encoded, 3, 7, 1.0, &[5, 6]).unwrap());
+        let varied = model.sample_captions(&encoded, 3, 7, 30.0, &[5, 6]).unwrap();
+        assert!(varied[0] != varied[1] && varied[1] != varied[2], "{varied:?}");
+        assert_eq!(varied, model.sample_on_device(&encoded, 3, 7, 30.0, &[5, 6]).unwrap());
 
         let mut packer = Packer::new(&model);
         let mut rows = Vec::new();
