@@ -42,6 +42,9 @@ pub struct ModelArgs {
     ort_lib: Option<PathBuf>,
 }
 
+/// An engine, and what it computes on.
+type Way = (EngineKind, Provider);
+
 /// What `--engine` says.
 #[derive(Debug, Clone, Copy)]
 enum EngineChoice {
@@ -88,13 +91,13 @@ impl ModelArgs {
         Ok((Model::open(&source, &options)?, workers))
     }
 
-    fn engine(&self) -> anyhow::Result<(EngineKind, Provider)> {
+    fn engine(&self) -> anyhow::Result<Way> {
         if let EngineChoice::Named(engine) = self.engine {
             return Ok((engine, self.provider.unwrap_or_default()));
         }
         let on_ort = self.providers_of_ort()?;
         let board = board::detect(Path::new("/"), std::env::consts::ARCH)?.board;
-        let wanted: Vec<(EngineKind, Provider)> = board.map_or_else(Vec::new, |(board, _)| {
+        let wanted: Vec<Way> = board.map_or_else(Vec::new, |(board, _)| {
             board.run.engines.iter().filter_map(|way| Some((way.engine.parse().ok()?, way.provider.parse().ok()?))).collect()
         });
         Ok(first_installed(&wanted, self.provider, &on_ort))
@@ -118,12 +121,12 @@ impl ModelArgs {
 
 /// The first wanted way to run a model that can be had, and tract on the processor where there is none. A provider that the user
 /// named is kept: what cannot be had then is an error of the engine, not another provider.
-fn first_installed(wanted: &[(EngineKind, Provider)], provider: Option<Provider>, on_ort: &[Provider]) -> (EngineKind, Provider) {
-    let is_installed = |&(engine, on): &(EngineKind, Provider)| match engine {
+fn first_installed(wanted: &[Way], provider: Option<Provider>, on_ort: &[Provider]) -> Way {
+    let is_installed = |&(engine, on): &Way| match engine {
         EngineKind::Ort => on_ort.contains(&on),
         EngineKind::Tract => cfg!(feature = "tract") && on == Provider::Cpu,
     };
-    let is_asked_for = |&(_, on): &(EngineKind, Provider)| provider.is_none_or(|provider| provider == on);
+    let is_asked_for = |&(_, on): &Way| provider.is_none_or(|provider| provider == on);
     let found = wanted.iter().copied().find(|way| is_asked_for(way) && is_installed(way));
     found.unwrap_or_else(|| match provider {
         Some(provider) if provider != Provider::Cpu => (EngineKind::Ort, provider),
@@ -140,7 +143,8 @@ mod tests {
         use EngineKind::{Ort, Tract};
         use Provider::{Cpu, Cuda, Tensorrt, Xnnpack};
         let jetson = [(Ort, Tensorrt), (Ort, Cuda), (Ort, Cpu), (Tract, Cpu)];
-        let cases: [(&[(EngineKind, Provider)], Option<Provider>, &[Provider], (EngineKind, Provider)); 9] = [
+        type Case<'a> = (&'a [Way], Option<Provider>, &'a [Provider], Way);
+        let cases: [Case; 9] = [
             (&jetson, None, &[Cpu, Cuda, Tensorrt], (Ort, Tensorrt)),
             (&jetson, None, &[Cpu, Cuda], (Ort, Cuda)),
             (&jetson, None, &[Cpu], (Ort, Cpu)),

@@ -186,7 +186,7 @@ fn compare(args: &BenchArgs) -> anyhow::Result<ExitCode> {
     let output = Output::new(combinations.len() * args.rounds as usize);
     let root = Path::new("/");
     let board = board::detect(root, std::env::consts::ARCH)?.board.map(|(board, _)| board);
-    let mut runs: Vec<(Vec<(f64, First, Measured)>, Conditions)> = combinations.iter().map(|_| Default::default()).collect();
+    let mut runs: Vec<(Vec<Round>, Conditions)> = combinations.iter().map(|_| Default::default()).collect();
     for _ in 0..args.rounds {
         for (combination, (runs, conditions)) in combinations.iter().zip(&mut runs) {
             let (run, later) = Conditions::during(root, board.as_ref(), || round(args, combination));
@@ -290,8 +290,11 @@ fn forms(
     Ok(forms)
 }
 
+/// Milliseconds to a worker's first caption, and what it measured.
+type Round = (f64, First, Measured);
+
 /// Starts a worker; gives the milliseconds to its first caption and what it measured.
-fn round(args: &BenchArgs, combination: &Combination) -> anyhow::Result<(f64, First, Measured)> {
+fn round(args: &BenchArgs, combination: &Combination) -> anyhow::Result<Round> {
     let mut command = Command::new(std::env::current_exe().context("this program cannot find itself")?);
     command.args(["bench", "--worker", "--engine", combination.engine.name(), "--provider", combination.provider.name()]);
     command.args(["--precision", combination.precision.name(), "--form", combination.form.name()]);

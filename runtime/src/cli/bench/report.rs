@@ -5,10 +5,10 @@ use unimo::bundle::Bundle;
 use unimo::bundle::manifest::Manifest;
 use unimo::engine::Provider;
 
-use super::Combination;
 use super::bounds::upper_bound;
 use super::conditions::Conditions;
-use super::worker::{First, Measured, Sample};
+use super::worker::Sample;
+use super::{Combination, Round};
 
 /// Percentiles of one part of the way, in milliseconds.
 #[derive(Debug, Clone, Copy, PartialEq, Serialize)]
@@ -59,7 +59,7 @@ pub struct Row {
 }
 
 /// The row of a combination; nothing where nothing was measured.
-pub fn row(bundle: &Bundle, combination: Combination, runs: &[(f64, First, Measured)], conditions: Conditions) -> Option<Row> {
+pub fn row(bundle: &Bundle, combination: Combination, runs: &[Round], conditions: Conditions) -> Option<Row> {
     let samples: Vec<Sample> = runs.iter().flat_map(|(_, _, measured)| measured.samples.iter().copied()).collect();
     let of = |part: fn(&Sample) -> f64| percentiles(samples.iter().map(part).collect());
     let median = |values| percentiles(values).map(|of| of.p50);
