@@ -120,7 +120,9 @@ fn external_bytes<'a>(tensor: &TensorProto, find: &dyn Fn(&str) -> Option<&'a [u
     };
     let number = |key: &str| {
         let value = entry(key)?;
-        value.parse::<usize>().map_err(|_| format!("has the {key} {value:?}, which is no number"))
+        // More than this machine can address is out of range, not no number.
+        let number = value.parse::<u64>().map(|number| usize::try_from(number).unwrap_or(usize::MAX));
+        number.map_err(|_| format!("has the {key} {value:?}, which is no number"))
     };
     let (location, offset, length) = (entry("location")?, number("offset")?, number("length")?);
     let file = find(location).ok_or_else(|| format!("lies in {location:?}, which the bundle does not hold"))?;

@@ -186,6 +186,7 @@ mod tests {
     use super::super::toy::{Attribute, Toy, halves};
     use super::*;
     use crate::bundle::manifest::{Sizes, TensorSignature};
+    use crate::kernels;
 
     const SIZES: Sizes = Sizes { hypotheses: 2, slots: 4 };
 
@@ -221,10 +222,15 @@ mod tests {
             GraphSource { signature: &signature(), sizes: SIZES, onnx: &onnx, external: &|_| Some(weights.clone().into()) };
         let parsed = onnx::parse(&source).unwrap().0.graph.unwrap();
         let operators: Vec<&str> = parsed.node.iter().map(|node| node.op_type.as_str()).collect();
-        assert_eq!((operators, parsed.initializer.len()), (vec![LINEAR, LINEAR, "Add"], 0));
-        let weights: Vec<Vec<u8>> = parsed.node[..2].iter().map(|node| node.attribute[0].t.clone().unwrap().raw_data).collect();
-        let floats = |values: [f32; 4]| values.iter().flat_map(|v| v.to_le_bytes()).collect::<Vec<u8>>();
-        assert_eq!(weights, [floats([1.0, 2.0, 3.0, 4.0]), floats([1.0, 3.0, 2.0, 4.0])]);
+        if kernels::available() {
+            assert_eq!((operators, parsed.initializer.len()), (vec![LINEAR, LINEAR, "Add"], 0));
+            let weights: Vec<Vec<u8>> =
+                parsed.node[..2].iter().map(|node| node.attribute[0].t.clone().unwrap().raw_data).collect();
+            let floats = |values: [f32; 4]| values.iter().flat_map(|v| v.to_le_bytes()).collect::<Vec<u8>>();
+            assert_eq!(weights, [floats([1.0, 2.0, 3.0, 4.0]), floats([1.0, 3.0, 2.0, 4.0])]);
+        } else {
+            assert_eq!(operators, ["MatMul", "MatMul", "Add"]);
+        }
         for threads in [1, 2] {
             let graph = load(&model(), &signature(), threads).unwrap();
             let x = Tensor::f32(&[1, 2], vec![1.0, 10.0]).unwrap();
@@ -259,7 +265,8 @@ mod tests {
                 parsed.node.iter().filter(|node| node.op_type == LINEAR).map(|node| weight(node).data_type).collect();
             let eight = if axis == 0 { DataType::Int8 } else { DataType::Float } as i32;
             let other = if axis == 0 { DataType::Float } else { DataType::Int8 } as i32;
-            assert_eq!(types, [eight, other], "axis {axis}");
+            let expected = if kernels::available() { vec![eight, other] } else { Vec::new() };
+            assert_eq!(types, expected, "axis {axis}");
             let x = Tensor::f32(&[1, 2], vec![1.0, 10.0]).unwrap();
             let y = load(&model, &signature(), 1).unwrap().run(&[("x", &x)]).unwrap();
             assert_eq!(y[0].floats(), first, "axis {axis}");
@@ -299,8 +306,10 @@ mod tests {
             let onnx = model.encode_to_vec();
             let source = GraphSource { signature: &signature(), sizes: SIZES, onnx: &onnx, external: &|_| None };
             let parsed = onnx::parse(&source).unwrap().0.graph.unwrap();
-            assert_eq!(parsed.node.len(), operators, "{:?}", parsed.node.iter().map(|n| &n.op_type).collect::<Vec<_>>());
-            assert_eq!(parsed.node[0].op_type, LINEAR);
+            if kernels::available() {
+                let found: Vec<_> = parsed.node.iter().map(|node| &node.op_type).collect();
+                assert_eq!((parsed.node.len(), parsed.node[0].op_type.as_str()), (operators, LINEAR), "{found:?}");
+            }
             let y = load(&model, &signature(), 1).unwrap().run(&[("x", &x)]).unwrap();
             for (found, sum) in y[0].floats().iter().zip([0.0, -0.5]) {
                 let expected = match operators {
@@ -343,7 +352,8 @@ mod tests {
         let source = GraphSource { signature: &signature, sizes: SIZES, onnx: &onnx, external: &|_| None };
         let parsed = onnx::parse(&source).unwrap().0.graph.unwrap();
         let kept = parsed.initializer.iter().find(|tensor| tensor.dims == [3, 2]).unwrap();
-        assert_eq!(kept.data_type, DataType::Int8 as i32);
+        let expected = if kernels::available() { DataType::Int8 } else { DataType::Float };
+        assert_eq!(kept.data_type, expected as i32);
         let ids = Tensor::i64(&[3], vec![2, 0, 2]).unwrap();
         let y = load(&model, &signature, 1).unwrap().run(&[("ids", &ids)]).unwrap();
         assert_eq!(y[0].floats(), [50.0, -60.0, 0.5, -1.0, 50.0, -60.0]);
