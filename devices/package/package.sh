@@ -4,7 +4,7 @@
 #   devices/package/package.sh aarch64                all Jetsons, Raspberry Pi 3, 4, 5 and Zero 2 W with a 64-bit system
 #   devices/package/package.sh armv7                  Raspberry Pi 2 and later with a 32-bit system
 #
-# A second word names the profile: `dist` (the default: small, minutes slower to build) or `release`. Results lie in
+# A second word names another profile than `release`: `dist` is to be smaller, and has not been built to its end yet. Results lie in
 # target/packages. Binaries need no newer glibc than 2.31 (JetPack 5, Debian 11), which is checked.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
@@ -16,7 +16,7 @@ case "${1:-}" in
     armv7) triple=armv7-unknown-linux-gnueabihf architecture=armhf runner=ARMV7 ;;
     *) sed -n '2,10s/^# \{0,1\}//p' "$0" >&2; exit 2 ;;
 esac
-profile=${2:-dist}
+profile=${2:-release}
 
 say() { printf 'package: %s\n' "$*" >&2; }
 
