@@ -16,10 +16,13 @@ use unimo::model::Model;
 use unimo_export::calibrate::Range;
 use unimo_export::export::{ExportOptions, Written, export};
 use unimo_export::forms::{self, FormOptions};
+use unimo_export::gate::Gate;
+use unimo_export::quality::{Development, MaxDrop};
 use unimo_export::sample::{drawn_samples, random_checkpoint};
 use unimo_export::tensorrt;
 use unimo_export::upgrade::{UpgradeOptions, upgrade};
 use unimo_tests::program;
+use unimo_train::scenes::{CorpusOptions, write_corpus};
 
 fn ort_is_there() -> bool {
     match ort_library(None) {
@@ -101,26 +104,26 @@ fn the_engine_takes_the_form_that_it_is_fast_with_and_others_when_asked() {
         let options = EngineOptions { engine, form, ..EngineOptions::default() };
         Model::open(&BundleSource::Path(EXPORTED.0.clone()), &options)
     };
-    let expanded = model(EngineKind::Tract, None).unwrap();
-    assert_eq!(expanded.form(), Form::Expanded);
-    let expected = expanded.see(&sample.image).unwrap().embedding;
-    let own = EngineOptions { engine: EngineKind::Ort, ..EngineOptions::default() };
-    let fastest = model(EngineKind::Ort, None).unwrap();
-    assert_eq!(fastest.form(), preferred_form(&own, &Form::ALL).unwrap());
-    for form in Form::ALL {
-        let model = model(EngineKind::Ort, Some(form)).unwrap();
+    for engine in [EngineKind::Tract, EngineKind::Ort] {
+        let own = EngineOptions { engine, ..EngineOptions::default() };
+        assert_eq!(model(engine, None).unwrap().form(), preferred_form(&own, &Form::ALL).unwrap());
+    }
+    let expected = model(EngineKind::Tract, Some(Form::Expanded)).unwrap().see(&sample.image).unwrap().embedding;
+    let forms = Form::ALL.map(|form| (EngineKind::Ort, form)).into_iter().chain([(EngineKind::Tract, Form::Dynamic)]);
+    for (engine, form) in forms {
+        let model = model(engine, Some(form)).unwrap();
         assert_eq!(model.form(), form);
         let found = model.see(&sample.image).unwrap().embedding;
         let error = found.iter().zip(&expected).map(|(f, e)| (f - e).abs()).fold(0.0, f32::max);
         let largest = expected.iter().fold(0f32, |largest, value| largest.max(value.abs()));
         // Floats agree as `engines.rs` says; levels differ, and by no more than the exporter lets pass.
         let (least, most) = if form == Form::Expanded { (0.0, 1e-4) } else { (1e-6, forms::TOLERANCE as f32 * largest) };
-        assert!((least..=most).contains(&error), "{form}: {error}");
+        assert!((least..=most).contains(&error), "{engine}, {form}: {error}");
         model.caption(&model.see(&sample.image).unwrap(), &model.decode_options()).unwrap();
         model.match_score(&model.see(&sample.image).unwrap(), &sample.text).unwrap();
     }
-    let error = model(EngineKind::Tract, Some(Form::Dynamic)).err().unwrap().to_string();
-    assert_eq!(error, "engine tract does not run the dynamic form of graphs");
+    let error = model(EngineKind::Tract, Some(Form::Static)).err().unwrap().to_string();
+    assert_eq!(error, "engine tract does not run the static form of graphs");
 }
 
 #[test]
@@ -184,6 +187,36 @@ fn an_upgrade_adds_forms_and_leaves_weights_alone() {
 }
 
 #[test]
+fn every_form_is_measured_on_the_engines_that_run_it() {
+    if !ort_is_there() {
+        return;
+    }
+    let (shards, plain, out) = (scratch("scenes"), scratch("unmeasured.tar"), scratch("measured.tar"));
+    write_corpus(&shards, &CorpusOptions { seed: 9, count: 4, ..Default::default() }).unwrap();
+    export(&CHECKPOINT, &plain, &options(&[]), &drawn_samples(1), &|_, _| ()).unwrap();
+    let gate = |max_drop| Gate { development: Development::read(std::slice::from_ref(&shards), 4).unwrap().into(), max_drop };
+    let told = std::cell::Cell::new((0, 0));
+    let run = |max_drop| {
+        let forms = options(&[Form::Dynamic, Form::Static]).forms;
+        let options = UpgradeOptions { force: true, forms, gate: Some(gate(max_drop)) };
+        upgrade(&plain, &out, &options, &drawn_samples(1), &|done, all| told.set((done, all)))
+    };
+    let error = run(MaxDrop(-9.0)).unwrap_err().to_string();
+    assert!(error.starts_with("i8-dynamic loses ") && !out.exists(), "{error}");
+    let (_, forms) = run(MaxDrop(9.0)).unwrap();
+    let measured: Vec<&String> = forms.iter().flat_map(|form| form.figures.keys()).collect();
+    assert_eq!(measured, ["i8-dynamic", "i8-dynamic-tract", "i8-static"]);
+    assert_eq!(told.get(), (16, 16), "four pictures: expanded, dynamic twice, static");
+    let manifest = open(&out).manifest().clone();
+    for (form, engine) in
+        [(Form::Expanded, EngineKind::Ort), (Form::Dynamic, EngineKind::Ort), (Form::Dynamic, EngineKind::Tract)]
+    {
+        let figures = manifest.figures(Precision::I8, form, engine).unwrap();
+        assert!(figures["images"] == 4.0 && figures["text_to_image_r10"] == 1.0, "{form} {engine}: {figures:?}");
+    }
+}
+
+#[test]
 fn what_cannot_be_checked_is_not_written() {
     let out = scratch("refused.tar");
     let refused = |change: &dyn Fn(&mut ExportOptions)| {
@@ -212,7 +245,7 @@ fn a_form_that_is_not_there_is_refused() {
     let bundle = scratch("only-expanded.tar");
     export(&CHECKPOINT, &bundle, &options(&[]), &drawn_samples(1), &|_, _| ()).unwrap();
     let bundle = bundle.to_str().unwrap();
-    let run = program("unimo", &["embed", "--text", "a", "--bundle", bundle, "--form", "dynamic", "--engine", "tract"]);
+    let run = program("unimo", &["embed", "--text", "a", "--bundle", bundle, "--form", "static", "--engine", "tract"]);
     assert_eq!((run.code, run.stdout.as_str()), (5, ""), "{}", run.stderr);
     let run = program("unimo", &["embed", "--text", "a", "--bundle", bundle, "--form", "odd"]);
     assert!(run.code == 2 && run.stderr.contains("odd is none of expanded, dynamic, static"), "{}", run.stderr);

@@ -6,8 +6,9 @@
 
 Both sides get one thread, the same encoded pictures in memory, the same graphs, weights and decoding; rounds take turns. The
 table gives the median milliseconds of a whole caption and of its parts, and the ratio of each to `unimo` on the same library.
-A bundle's forms are compared one by one (tract runs the expanded one only).
-Pillow resamples a little differently, and ONNX Runtime is left with its defaults here: the program says which captions differ.
+A bundle's forms are compared one by one (tract runs all but the static one).
+Pillow decodes JPEG and resamples a little differently, and ONNX Runtime is left with its defaults here: the program says which
+captions differ.
 """
 
 import argparse
@@ -196,7 +197,7 @@ def main():
             for path, ours, theirs in zip(options.pictures, expected, written, strict=True):
                 if ours != theirs:
                     print(f"{path}: unimo writes {ours!r}, this program {theirs!r}", file=sys.stderr)
-            engines = ["ort", "tract"] if form == "expanded" else ["ort"]
+            engines = ["ort"] if form == "static" else ["ort", "tract"]
             times = {"python": []} | {f"unimo {engine}": [] for engine in engines}
             for _ in range(options.rounds):
                 samples, deadline = [], time.perf_counter() + options.seconds

@@ -7,11 +7,12 @@ use std::path::Path;
 use anyhow::{Context, Result, bail};
 use unimo::bundle::manifest::{DecodingDefaults, Form, Precision};
 use unimo::bundle::{Bundle, BundleSource};
+use unimo::engine::EngineKind;
 use unimo::image::ImagePreparation;
 
 use crate::checkpoint::Checkpoint;
 use crate::forms::{self, FormOptions, WrittenForm};
-use crate::gate::{Gate, errors, put_figures};
+use crate::gate::{self, Gate, errors, put_figures};
 use crate::graph::Storage;
 use crate::graphs::Graphs;
 use crate::parity::{self, ParityReport, Sample};
@@ -162,23 +163,23 @@ fn pass(
         reference = sibling(bundle, "f32");
         write(source, &reference, &ExportOptions { precisions: vec![Precision::F32], ..options.clone() })?;
     }
-    let measured = |w: &Written| usize::from(w.precision != Precision::F32) + w.forms.len();
+    let measured = |w: &Written| usize::from(w.precision != Precision::F32) + gate::runs(&w.forms);
     let all = (1 + written.iter().map(measured).sum::<usize>() as u64) * gate.development.len() as u64;
     let done = std::cell::Cell::new(0);
     let note = |n| {
         done.set(done.get() + n);
         progress(done.get(), all);
     };
-    let full = gate.development.measure(&reference, (Precision::F32, Form::Expanded), None, &note)?;
+    let full = gate.development.measure(&reference, (Precision::F32, Form::Expanded, EngineKind::Tract), None, &note)?;
     for one in written {
         let figures = match one.precision {
             Precision::F32 => full.clone(),
-            precision => gate.development.measure(bundle, (precision, Form::Expanded), None, &note)?,
+            precision => gate.development.measure(bundle, (precision, Form::Expanded, EngineKind::Tract), None, &note)?,
         };
         gate.max_drop.check(one.precision.name(), &figures, &full)?;
         let all = one.figures.get_or_insert_default();
         all.extend(figures);
-        put_figures(bundle, one.precision, Form::Expanded, all)?;
+        put_figures(bundle, one.precision.name(), all)?;
         gate.pass_forms(bundle, one.precision, &full, &mut one.forms, options.forms.library.as_deref(), &note)?;
     }
     Ok(())

@@ -1,5 +1,6 @@
 //! The other forms of a bundle's 8-bit graphs: written over the same weights, and compared with the expanded form.
 
+use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, bail};
@@ -38,8 +39,8 @@ pub struct WrittenForm {
     pub form: Form,
     /// Agreement with the expanded form on equal inputs.
     pub parity: ParityReport,
-    /// What it is worth, where a gate measured it; also in the manifest.
-    pub figures: Option<Figures>,
+    /// What it is worth on each engine, by [`Manifest::quality_name`], where a gate measured it; also in the manifest.
+    pub figures: BTreeMap<String, Figures>,
 }
 
 /// Largest difference from the expanded form, as a share of the output's largest magnitude. Rounding to 8 bits at each of up to 26
@@ -94,7 +95,7 @@ pub fn add(
         if let Some(other) = parity.outputs.iter().find(|output| output.relative_error > TOLERANCE) {
             bail!("the {form} form of {} computes another {} than the expanded one:\n{parity}", other.graph, other.output);
         }
-        Ok(WrittenForm { form, parity, figures: None })
+        Ok(WrittenForm { form, parity, figures: BTreeMap::new() })
     };
     options.forms.iter().map(compared).collect()
 }

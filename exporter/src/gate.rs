@@ -5,6 +5,7 @@ use std::sync::Arc;
 
 use anyhow::Result;
 use unimo::bundle::manifest::{Form, Manifest, Precision};
+use unimo::engine::EngineKind;
 
 use crate::forms::WrittenForm;
 use crate::parity::ParityReport;
@@ -33,14 +34,34 @@ impl Gate {
         note: &dyn Fn(u64),
     ) -> Result<()> {
         for written in forms {
-            let mut figures = self.development.measure(bundle, (precision, written.form), library, note)?;
-            self.max_drop.check(&Manifest::quality_name(precision, written.form), &figures, reference)?;
-            figures.extend(errors(&written.parity));
-            put_figures(bundle, precision, written.form, &figures)?;
-            written.figures = Some(figures);
+            for &engine in engines(written.form) {
+                let mut figures = self.development.measure(bundle, (precision, written.form, engine), library, note)?;
+                let name = Manifest::quality_name(precision, written.form, engine);
+                self.max_drop.check(&name, &figures, reference)?;
+                // The form was compared on ONNX Runtime.
+                if engine == EngineKind::Ort {
+                    figures.extend(errors(&written.parity));
+                }
+                put_figures(bundle, &name, &figures)?;
+                written.figures.insert(name, figures);
+            }
         }
         Ok(())
     }
+}
+
+/// The engines that run a form on a processor, and may differ in what they compute.
+fn engines(form: Form) -> &'static [EngineKind] {
+    match form {
+        Form::Expanded => &[EngineKind::Tract],
+        Form::Dynamic => &[EngineKind::Ort, EngineKind::Tract],
+        Form::Static => &[EngineKind::Ort],
+    }
+}
+
+/// How often [`Gate::pass_forms`] measures.
+pub(crate) fn runs(forms: &[WrittenForm]) -> usize {
+    forms.iter().map(|written| engines(written.form).len()).sum()
 }
 
 /// Each output's error as a figure, with three significant digits.
@@ -50,9 +71,9 @@ pub(crate) fn errors(parity: &ParityReport) -> Figures {
     parity.outputs.iter().map(error).collect()
 }
 
-/// Adds figures to a bundle's manifest.
-pub(crate) fn put_figures(bundle: &Path, precision: Precision, form: Form, figures: &Figures) -> Result<()> {
+/// Adds figures to a bundle's manifest, under a [`Manifest::quality_name`].
+pub(crate) fn put_figures(bundle: &Path, name: &str, figures: &Figures) -> Result<()> {
     let (writing, mut manifest) = Writing::again(bundle)?;
-    manifest.quality.entry(Manifest::quality_name(precision, form)).or_default().extend(figures.clone());
+    manifest.quality.entry(name.to_owned()).or_default().extend(figures.clone());
     writing.describe_again(manifest)
 }

@@ -10,6 +10,7 @@ use clap::{CommandFactory, Parser, Subcommand};
 use indicatif::{ProgressBar, ProgressStyle};
 use unimo::bundle::manifest::{DecodingDefaults, Form, Manifest, Precision};
 use unimo::bundle::{Bundle, BundleSource};
+use unimo::engine::EngineKind;
 use unimo_export::calibrate::Range;
 use unimo_export::export::{ExportOptions, export};
 use unimo_export::forms::{FormOptions, WrittenForm};
@@ -209,9 +210,12 @@ fn with_progress<T>(work: impl FnOnce(&dyn Fn(u64, u64)) -> Result<T>) -> Result
     result
 }
 
-fn print_form(name: &str, form: &WrittenForm) {
-    println!("{name}\n{}", form.parity);
-    print_figures(form.figures.as_ref());
+fn print_form(precision: Precision, form: &WrittenForm) {
+    println!("{}\n{}", Manifest::quality_name(precision, form.form, EngineKind::Ort), form.parity);
+    for (name, figures) in &form.figures {
+        println!("{name}");
+        print_figures(Some(figures));
+    }
 }
 
 fn print_figures(figures: Option<&Figures>) {
@@ -239,7 +243,7 @@ fn run(cli: &ExportArgs, checkpoint: &Path, out: &Path) -> Result<()> {
     for one in with_progress(|progress| export(checkpoint, out, &options, &samples, progress))? {
         println!("{}\n{}", one.precision, one.parity);
         print_figures(one.figures.as_ref());
-        one.forms.iter().for_each(|form| print_form(&Manifest::quality_name(one.precision, form.form), form));
+        one.forms.iter().for_each(|form| print_form(one.precision, form));
     }
     println!("{}", out.display());
     Ok(())
@@ -255,7 +259,7 @@ fn dispatch(cli: Cli) -> Result<()> {
             let options = UpgradeOptions { force, forms: forms.options()?, gate: measure.gate()? };
             let (report, forms) = with_progress(|progress| upgrade(&bundle, &out, &options, &drawn_samples(3), progress))?;
             println!("{report}");
-            forms.iter().for_each(|form| print_form(&Manifest::quality_name(Precision::I8, form.form), form));
+            forms.iter().for_each(|form| print_form(Precision::I8, form));
             println!("{}", out.display());
             Ok(())
         }

@@ -62,20 +62,18 @@ impl Development {
         self.pictures.is_empty()
     }
 
-    /// Captions, embeds and scores everything with one form of a precision of a bundle, as the bundle decodes by default: the
-    /// expanded form on tract, others on ONNX Runtime (`library`, or the one that is found). `progress` is called with the number
-    /// of pictures done.
+    /// Captions, embeds and scores everything with one form of a precision of a bundle, as the bundle decodes by default, on an
+    /// engine (ONNX Runtime: `library`, or the one that is found). `progress` is called with the number of pictures done.
     ///
     /// # Errors
     /// Those of the runtime.
     pub fn measure(
         &self,
         bundle: &Path,
-        (precision, form): (Precision, Form),
+        (precision, form, engine): (Precision, Form, EngineKind),
         library: Option<&Path>,
         progress: &dyn Fn(u64),
     ) -> Result<Figures> {
-        let engine = if form == Form::Expanded { EngineKind::Tract } else { EngineKind::Ort };
         let library = library.map(Path::to_path_buf);
         let options = EngineOptions { engine, precision: Some(precision), form: Some(form), library, ..EngineOptions::default() };
         let model = Model::open(&BundleSource::Path(bundle.to_path_buf()), &options)?;

@@ -14,12 +14,12 @@ use unimo::bundle::manifest::{
     DecodingDefaults, Dtype, Form, GraphSignature, Manifest, ModelSizes, Precision, SCHEMA, Size, Sizes, WEIGHTS,
 };
 use unimo::bundle::{Bundle, BundleSource, MANIFEST, sha256_hex};
-use unimo::engine::{self, Engine, EngineOptions, GraphSource, Tensor};
+use unimo::engine::{self, Engine, EngineKind, EngineOptions, GraphSource, Tensor};
 use unimo::image::ImagePreparation;
 use unimo::tokenizer::{CLS, PAD, SEP, Tokenizer};
 
 use crate::forms::{self, FormOptions, WrittenForm};
-use crate::gate::{Gate, put_figures};
+use crate::gate::{self, Gate, put_figures};
 use crate::graph::{Element, Storage, StoredWeight, WeightStore};
 use crate::graphs::Graphs;
 use crate::parity::{ParityReport, Sample};
@@ -102,14 +102,14 @@ fn add_forms(
     let graphs = graphs_of(&from, precision, old)?;
     let mut forms = forms::add(folder, &graphs, precision, &options.forms, samples)?;
     if let Some(gate) = &options.gate {
-        let all = (1 + forms.len() as u64) * gate.development.len() as u64;
+        let all = (1 + gate::runs(&forms) as u64) * gate.development.len() as u64;
         let done = std::cell::Cell::new(0);
         let note = |n| {
             done.set(done.get() + n);
             progress(done.get(), all);
         };
-        let expanded = gate.development.measure(folder, (precision, Form::Expanded), None, &note)?;
-        put_figures(folder, precision, Form::Expanded, &expanded)?;
+        let expanded = gate.development.measure(folder, (precision, Form::Expanded, EngineKind::Tract), None, &note)?;
+        put_figures(folder, precision.name(), &expanded)?;
         gate.pass_forms(folder, precision, &expanded, &mut forms, options.forms.library.as_deref(), &note)?;
     }
     Ok(forms)

@@ -9,6 +9,7 @@ use super::BundleFault;
 pub use super::precision::{Form, Precision};
 use super::signature::difference;
 pub use super::signature::{Dtype, GraphSignature, Size, Sizes, Symbol, TensorSignature};
+use crate::engine::EngineKind;
 use crate::image::ImagePreparation;
 
 /// The manifest's version that this crate writes and reads. In version 1 the `decode` graph read one hypothesis at a time.
@@ -140,19 +141,21 @@ impl Manifest {
         Form::ALL.into_iter().filter(has).collect()
     }
 
-    /// Under which name [`Self::quality`] holds the figures of a form.
+    /// Under which name [`Self::quality`] holds the figures of a form. In the dynamic one engines round differently; floats are
+    /// the same on both.
     #[must_use]
-    pub fn quality_name(precision: Precision, form: Form) -> String {
-        match form {
-            Form::Expanded => precision.to_string(),
-            other => format!("{precision}-{other}"),
+    pub fn quality_name(precision: Precision, form: Form, engine: EngineKind) -> String {
+        match (form, engine) {
+            (Form::Expanded, _) => precision.to_string(),
+            (Form::Dynamic, EngineKind::Tract) => format!("{precision}-{form}-{engine}"),
+            (form, _) => format!("{precision}-{form}"),
         }
     }
 
-    /// What was measured of a form.
+    /// What was measured of a form on an engine.
     #[must_use]
-    pub fn figures(&self, precision: Precision, form: Form) -> Option<&BTreeMap<String, f64>> {
-        self.quality.get(&Self::quality_name(precision, form))
+    pub fn figures(&self, precision: Precision, form: Form, engine: EngineKind) -> Option<&BTreeMap<String, f64>> {
+        self.quality.get(&Self::quality_name(precision, form, engine))
     }
 
     fn check(&self) -> Result<(), BundleFault> {
@@ -317,8 +320,8 @@ pub(crate) mod tests {
         }
         let manifest = Manifest::parse(manifest.to_toml().unwrap().as_bytes()).unwrap();
         assert_eq!(manifest.forms(Precision::F16), [Form::Expanded, Form::Dynamic]);
-        assert_eq!(manifest.figures(Precision::F16, Form::Expanded).unwrap()["cider"], 0.5);
-        assert_eq!(manifest.figures(Precision::F16, Form::Dynamic), None);
+        assert_eq!(manifest.figures(Precision::F16, Form::Expanded, EngineKind::Ort).unwrap()["cider"], 0.5);
+        assert_eq!(manifest.figures(Precision::F16, Form::Dynamic, EngineKind::Tract), None);
     }
 
     #[test]

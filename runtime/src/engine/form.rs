@@ -11,32 +11,36 @@ use crate::bundle::manifest::Form;
 pub fn preferred_form(options: &EngineOptions, present: &[Form]) -> Result<Form, EngineError> {
     let engine = options.engine;
     match options.form {
-        Some(form) if engine == EngineKind::Tract && form != Form::Expanded => Err(EngineError::Form { engine, form }),
+        Some(form) if engine == EngineKind::Tract && form == Form::Static => Err(EngineError::Form { engine, form }),
         Some(form) => Ok(form),
-        None => Ok(fastest(engine, options.provider, multiplies_bytes(), present)),
+        None => Ok(fastest(engine, options.provider, multiplies_bytes(engine), present)),
     }
 }
 
 fn fastest(engine: EngineKind, provider: Provider, bytes: bool, present: &[Form]) -> Form {
     let form = match (engine, provider) {
-        (EngineKind::Ort, Provider::Cpu) if bytes => Form::Dynamic,
+        (EngineKind::Tract, _) | (EngineKind::Ort, Provider::Cpu) if bytes => Form::Dynamic,
         (EngineKind::Ort, Provider::Tensorrt) => Form::Static,
         _ => Form::Expanded,
     };
     if present.contains(&form) { form } else { Form::Expanded }
 }
 
-/// Whether the processor adds products of bytes to 32-bit sums in one instruction (VNNI, dot product). Others of x86-64 add pairs
-/// of them in 16 bits, where sums of full-range bytes do not fit: ONNX Runtime warns of that
+/// Whether the processor adds products of bytes to 32-bit sums in one instruction (VNNI, dot product) that the engine uses. Others
+/// of x86-64 add pairs of them in 16 bits, where sums of full-range bytes do not fit: ONNX Runtime warns of that
 /// (<https://onnxruntime.ai/docs/performance/model-optimizations/quantization.html>), and floats are as fast there.
-fn multiplies_bytes() -> bool {
+fn multiplies_bytes(engine: EngineKind) -> bool {
+    #[cfg(feature = "tract")]
+    if engine == EngineKind::Tract {
+        return crate::kernels::multiplies_bytes();
+    }
     #[cfg(target_arch = "x86_64")]
     let has = is_x86_feature_detected!("avx512vnni") || is_x86_feature_detected!("avxvnni");
     #[cfg(target_arch = "aarch64")]
     let has = std::arch::is_aarch64_feature_detected!("dotprod");
     #[cfg(not(any(target_arch = "x86_64", target_arch = "aarch64")))]
     let has = false;
-    has
+    has && engine == EngineKind::Ort
 }
 
 #[cfg(test)]
@@ -49,7 +53,9 @@ mod tests {
         use Provider::{Cpu, Cuda, Tensorrt};
         let (all, alone) = ([Expanded, Dynamic, Static], [Expanded]);
         for (engine, provider, bytes, present, expected) in [
-            (EngineKind::Tract, Cpu, true, &all[..], Expanded),
+            (EngineKind::Tract, Cpu, true, &all[..], Dynamic),
+            (EngineKind::Tract, Cpu, false, &all, Expanded),
+            (EngineKind::Tract, Cpu, true, &alone, Expanded),
             (EngineKind::Ort, Cpu, true, &all, Dynamic),
             (EngineKind::Ort, Cpu, false, &all, Expanded),
             (EngineKind::Ort, Cpu, true, &alone, Expanded),
@@ -67,7 +73,8 @@ mod tests {
         let run = |engine, form| preferred_form(&asked(engine, form), &Form::ALL);
         assert_eq!(run(EngineKind::Ort, Form::Static).unwrap(), Form::Static);
         assert_eq!(run(EngineKind::Tract, Form::Expanded).unwrap(), Form::Expanded);
-        let error = run(EngineKind::Tract, Form::Dynamic).unwrap_err().to_string();
-        assert_eq!(error, "engine tract does not run the dynamic form of graphs");
+        assert_eq!(run(EngineKind::Tract, Form::Dynamic).unwrap(), Form::Dynamic);
+        let error = run(EngineKind::Tract, Form::Static).unwrap_err().to_string();
+        assert_eq!(error, "engine tract does not run the static form of graphs");
     }
 }

@@ -1,6 +1,7 @@
 //! Parts of a graph that our own kernels compute: found in the ONNX file, before tract sees it.
 //!
-//! - Products of rows with a constant matrix, with the bias and the GELU that follow: one [`LINEAR`] node. Weights of 8 bits stay so.
+//! - Products of rows with a constant matrix, with the bias and the GELU that follow: one [`LINEAR`] node. Weights of 8 bits stay so;
+//!   where the graph multiplies in integers, so does the node.
 //! - Rows of an 8-bit table: gathered as they are stored, and scaled then.
 
 use std::borrow::Cow;
@@ -67,8 +68,51 @@ pub(super) fn fuse_levels(graph: &mut GraphProto, constants: &mut Constants<'_>)
             _ => {}
         }
     }
+    fuse_dynamic(graph, constants);
     sort(graph);
     drop_unread(graph);
+}
+
+/// Fuses products in integers: `DynamicQuantizeLinear`, `MatMulInteger`, and both scales. Our kernel rounds each row by itself,
+/// where the operator rounds all rows alike; a row's range is never the wider one.
+fn fuse_dynamic(graph: &mut GraphProto, constants: &Constants<'_>) {
+    let readers = readers(graph);
+    let maker = |name: &str, operator: &str| {
+        let makes = |node: &&NodeProto| node.op_type == operator && node.output.iter().any(|output| output == name);
+        graph.node.iter().find(makes)
+    };
+    let only = |value: &str, operator: &str| {
+        only_reader(&readers, value).map(|at| (at, &graph.node[at])).filter(|(_, node)| node.op_type == operator)
+    };
+    let matrix = |name: &str| constants.get(name).filter(|w| w.dtype == DataType::Int8 && w.dims.len() == 2);
+    let fused = |product: &NodeProto| -> Option<(usize, NodeProto)> {
+        let [levels, weight, zero] = product.input.as_slice() else { return None };
+        let rounded = maker(levels, "DynamicQuantizeLinear")?;
+        let turned = maker(weight, "Transpose").filter(|node| swaps(node));
+        let weight = matrix(turned.map_or(weight, |node| &node.input[0]))?;
+        let (_, cast) = only(&product.output[0], "Cast")?;
+        let (at, scaled) = only(&cast.output[0], "Mul")?;
+        let both = scaled.input.iter().find_map(|input| maker(input, "Mul"))?;
+        let scales = both.input.iter().find_map(|input| constants.get(input))?;
+        let ([x], [_, row_scale, row_zero]) = (rounded.input.as_slice(), rounded.output.as_slice()) else { return None };
+        let outputs = weight.dims[usize::from(turned.is_none())];
+        let whole = rounded.output[0] == *levels && row_zero == zero && both.input.contains(row_scale);
+        if !whole || scales.dtype != DataType::Float || scales.dims != [outputs] {
+            return None;
+        }
+        let flags = [flag("transposed", turned.is_some()), flag("integers", true)];
+        let attributes = [tensor("weight", weight), tensor("scales", scales)].into_iter().chain(flags);
+        Some((at, linear(x.clone(), scaled.output[0].clone(), attributes.collect())))
+    };
+    let products = graph.node.iter().filter(|node| node.op_type == "MatMulInteger");
+    for (at, node) in products.filter_map(fused).collect::<Vec<_>>() {
+        graph.node[at] = node;
+    }
+}
+
+/// Whether a `Transpose` is that of a matrix.
+fn swaps(node: &NodeProto) -> bool {
+    node.attribute.iter().find(|attribute| attribute.name == "perm").is_none_or(|perm| perm.ints == [1, 0])
 }
 
 /// Fuses products with 32-bit matrices, and with every product its bias and GELU; after constants are folded.
@@ -160,7 +204,7 @@ fn levels(graph: &GraphProto, constants: &Constants<'_>) -> BTreeMap<String, Lev
                     transposed: false,
                 })
             }
-            ("Transpose", [matrix]) if attribute("perm").is_none_or(|perm| perm.ints == [1, 0]) => {
+            ("Transpose", [matrix]) if swaps(node) => {
                 known.get(matrix).filter(|w| !w.transposed).map(|w| Levels { transposed: true, ..w.clone() })
             }
             _ => None,

@@ -39,6 +39,14 @@ impl Toy {
         self
     }
 
+    /// Gives the last node more outputs.
+    pub(crate) fn also(mut self, outputs: &[&str]) -> Self {
+        if let Some(node) = self.0.node.last_mut() {
+            node.output.extend(outputs.iter().map(|&name| name.to_owned()));
+        }
+        self
+    }
+
     /// Gives the last node an attribute.
     pub(crate) fn with(mut self, name: &str, attribute: Attribute) -> Self {
         let mut proto = AttributeProto { name: name.to_owned(), ..AttributeProto::default() };

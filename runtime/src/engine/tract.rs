@@ -273,6 +273,63 @@ mod tests {
         }
     }
 
+    #[test]
+    fn products_in_integers_are_one_operator() {
+        // Rows [1 10] and [0 0.5]: levels of 10/255 and 0.5/255, zero at 0. W = [1 −2; 3 −4], scales by column (0.5, 10).
+        let signature = {
+            let tensor = |name: &str| TensorSignature { name: name.to_owned(), shape: vec![2, 2], dtype: Dtype::F32 };
+            GraphSignature { name: "toy".to_owned(), inputs: vec![tensor("x")], outputs: vec![tensor("y")] }
+        };
+        let toy = |transposed: bool| {
+            let levels = if transposed { [1, 3, -2, -4] } else { [1, -2, 3, -4] };
+            let mut toy = Toy::new(&signature).levels("w8", &[2, 2], &levels).floats("scales", &[2], &[0.5, 10.0]);
+            toy = toy.floats("bias", &[2], &[0.25, -0.5]);
+            if transposed {
+                toy = toy.node("Transpose", &["w8"], "w").with("perm", Attribute::Ints(vec![1, 0]));
+            }
+            toy.node("DynamicQuantizeLinear", &["x"], "levels")
+                .also(&["scale", "zero"])
+                .node("MatMulInteger", &["levels", if transposed { "w" } else { "w8" }, "zero"], "sums")
+                .node("Cast", &["sums"], "floats")
+                .with("to", Attribute::Int(DataType::Float as i64))
+                .node("Mul", &["scales", "scale"], "both")
+                .node("Mul", &["floats", "both"], "product")
+                .node("Add", &["product", "bias"], "y")
+        };
+        let x = Tensor::f32(&[2, 2], vec![1.0, 10.0, 0.0, 0.5]).unwrap();
+        for transposed in [false, true] {
+            let model = toy(transposed).model();
+            let onnx = model.encode_to_vec();
+            let source = GraphSource { signature: &signature, sizes: SIZES, onnx: &onnx, external: &|_| None };
+            let parsed = onnx::parse(&source).unwrap().0.graph.unwrap();
+            let y = load(&model, &signature, 1).unwrap().run(&[("x", &x)]).unwrap();
+            let found = y[0].floats();
+            if kernels::available() {
+                let operators: Vec<&str> = parsed.node.iter().map(|node| node.op_type.as_str()).collect();
+                assert_eq!((operators, parsed.initializer.len()), (vec![LINEAR], 0));
+                assert_eq!(weight(&parsed.node[0]).data_type, DataType::Int8 as i32);
+                // A row's levels: 1 is 25.5 of 10/255, rounded to even; 0.5 is all of its own row's.
+                let one = 26.0 / 255.0 * 10.0;
+                let expected = [0.5 * (one + 30.0) + 0.25, 10.0 * (-2.0 * one - 40.0) - 0.5, 0.75 + 0.25, -20.0 - 0.5];
+                for (found, expected) in found.iter().zip(expected) {
+                    assert!((found - expected).abs() < 1e-4, "{found} {expected}");
+                }
+            }
+            for (found, float) in found.iter().zip([15.75, -420.5, 1.0, -20.5]) {
+                assert!((found - float).abs() < 0.02 * 40.0, "{found} {float}");
+            }
+        }
+        // Scales of another count are not this pattern; tract has its say.
+        let mut model = toy(false).model();
+        let scales = &mut model.graph.as_mut().unwrap().initializer[1];
+        scales.dims = vec![1];
+        scales.raw_data.truncate(4);
+        let onnx = model.encode_to_vec();
+        let source = GraphSource { signature: &signature, sizes: SIZES, onnx: &onnx, external: &|_| None };
+        let parsed = onnx::parse(&source).unwrap().0.graph.unwrap();
+        assert!(parsed.node.iter().all(|node| node.op_type != LINEAR));
+    }
+
     fn weight(node: &tract_onnx::pb::NodeProto) -> tract_onnx::pb::TensorProto {
         node.attribute.iter().find(|attribute| attribute.name == "weight").and_then(|attribute| attribute.t.clone()).unwrap()
     }

@@ -1,6 +1,6 @@
 //! Arithmetic of our own where the built-in engine is slow: products with weights that stay in 8 bits in memory, and the
 //! convolutional backbone. Written once, compiled for several instruction sets and chosen at run time: the products through `pulp`
-//! (AVX-512, AVX2, NEON), the rest as plain loops over [`LANES`] floats through `multiversion`.
+//! (AVX-512, AVX2, NEON), those in integers with AVX-512 VNNI or ARM's dot product, the rest as plain loops over [`LANES`] floats through `multiversion`.
 
 mod bottleneck;
 mod depthwise;
@@ -8,7 +8,7 @@ mod matrix;
 
 pub(crate) use self::bottleneck::{Bottleneck, Network, Scratch, Stem};
 pub(crate) use self::depthwise::Depthwise;
-pub(crate) use self::matrix::{Activation, Layout, Matrix, Weights};
+pub(crate) use self::matrix::{Activation, Layout, Matrix, Weights, multiplies_bytes};
 
 /// Whether this processor has vector instructions that the kernels know; tract's own know more, such as 32-bit ARM's.
 pub(crate) fn available() -> bool {

@@ -281,7 +281,8 @@ fn forms(
         let own = preferred_form(&EngineOptions { engine, provider, ..EngineOptions::default() }, &present)?;
         return Ok(if own == Form::Expanded { vec![own] } else { vec![own, Form::Expanded] });
     }
-    let runs = |form: &Form| present.contains(form) && (engine == EngineKind::Ort || *form == Form::Expanded);
+    let can = |form: Form| preferred_form(&EngineOptions { engine, form: Some(form), ..EngineOptions::default() }, &present);
+    let runs = |form: &Form| present.contains(form) && can(*form).is_ok();
     let forms: Vec<Form> = args.form.iter().copied().filter(runs).collect();
     for form in args.form.iter().filter(|form| !runs(form)) {
         let why = if present.contains(form) { "does not run it" } else { "has no such graphs in this bundle" };

@@ -87,7 +87,7 @@ pub fn row(bundle: &Bundle, combination: Combination, runs: &[Round], conditions
         load_ms: median(runs.iter().map(|run| run.1.load_ms).collect())?,
         peak_memory: runs.iter().filter_map(|run| run.2.peak_memory).max(),
         model_bytes: graphs.chain(weights.cloned()).filter_map(|file| bundle.length(&file)).sum(),
-        cider: manifest.figures(precision, form).and_then(|figures| figures.get("cider")).copied(),
+        cider: manifest.figures(precision, form, combination.engine).and_then(|figures| figures.get("cider")).copied(),
         energy_mj: conditions.power_mw.map(|power| power * mean_seconds),
         conditions,
         #[cfg(feature = "tract")]

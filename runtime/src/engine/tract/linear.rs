@@ -20,8 +20,8 @@ pub(super) fn register(onnx: &mut Onnx) {
     onnx.op_register.insert(OPERATOR, build);
 }
 
-/// Reads the attributes `weight` (`[inputs, outputs]`, or `[outputs, inputs]` with `transposed`), `scales` (with 8-bit weights),
-/// `bias` and `gelu`.
+/// Reads the attributes `weight` (`[inputs, outputs]`, or `[outputs, inputs]` with `transposed`), `scales` (of 8-bit weights),
+/// `integers` (8-bit weights are multiplied as such), `bias` and `gelu`.
 fn build(_: &ParsingContext, node: &NodeProto) -> TractResult<(Box<dyn InferenceOp>, Vec<String>)> {
     let attribute = |name: &str| node.attribute.iter().find(|attribute| attribute.name == name);
     let tensor = |name: &str| attribute(name).and_then(|attribute| attribute.t.as_ref());
@@ -34,7 +34,7 @@ fn build(_: &ParsingContext, node: &NodeProto) -> TractResult<(Box<dyn Inference
     let weights = if weight.data_type == OnnxType::Int8 as i32 {
         levels = weight.raw_data.iter().map(|byte| byte.cast_signed()).collect::<Vec<i8>>();
         scales = floats(tensor("scales").context("8-bit weights without scales")?);
-        Weights::I8(&levels, &scales)
+        if flag("integers") { Weights::Integers(&levels, &scales) } else { Weights::I8(&levels, &scales) }
     } else {
         values = floats(weight);
         Weights::F32(&values)

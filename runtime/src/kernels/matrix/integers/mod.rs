@@ -1,0 +1,253 @@
+//! Products in integers: 8-bit levels on both sides, sums in 32 bits, in one instruction where the processor has it.
+
+#[cfg(target_arch = "aarch64")]
+mod dotprod;
+mod plain;
+#[cfg(target_arch = "x86_64")]
+mod vnni;
+
+use std::ops::Range;
+
+use multiversion::multiversion;
+
+use super::finish::Finish;
+use super::tile::{Tile, for_rows, pack};
+use super::{Layout, WIDEST};
+
+/// Inputs whose levels are multiplied in one step.
+const GROUP: usize = 4;
+/// So many products of full-range levels fit into 32 bits.
+const MOST_INPUTS: usize = 1 << 16;
+
+/// How levels are multiplied.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Instructions {
+    /// Any processor's.
+    Plain,
+    /// AVX-512 VNNI.
+    #[cfg(target_arch = "x86_64")]
+    Vnni,
+    /// ARM's dot product.
+    #[cfg(target_arch = "aarch64")]
+    DotProduct,
+}
+
+impl Instructions {
+    /// Those of this processor.
+    fn detect() -> Self {
+        #[cfg(target_arch = "x86_64")]
+        if vnni::available() {
+            return Self::Vnni;
+        }
+        #[cfg(target_arch = "aarch64")]
+        if dotprod::available() {
+            return Self::DotProduct;
+        }
+        Self::Plain
+    }
+
+    fn width(self) -> usize {
+        match self {
+            Self::Plain => plain::Plain::WIDTH,
+            #[cfg(target_arch = "x86_64")]
+            Self::Vnni => vnni::Vnni::WIDTH,
+            #[cfg(target_arch = "aarch64")]
+            Self::DotProduct => dotprod::DotProduct::WIDTH,
+        }
+    }
+}
+
+/// Whether this processor multiplies bytes, and adds the products to 32-bit sums, in one instruction that is known here.
+pub(crate) fn multiplies_bytes() -> bool {
+    Instructions::detect() != Instructions::Plain
+}
+
+/// A set of such instructions.
+trait Dot {
+    /// Rows that one call of the innermost loop works on.
+    const ROWS: usize;
+    /// Outputs of a panel.
+    const WIDTH: usize;
+    /// The least level of a row's values; the largest is 255 more.
+    const LEAST: i32;
+    /// Sums of a row with a panel.
+    type Sums: Copy;
+    /// Weights of a panel from [`GROUP`] inputs.
+    type Weights: Copy;
+
+    fn zero() -> Self::Sums;
+    /// Reads [`GROUP`] levels for each of a panel's outputs.
+    fn load(weights: &[i8]) -> Self::Weights;
+    /// Adds to each output's sum the products of its levels with those of a row.
+    fn add(sums: Self::Sums, weights: Self::Weights, x: [u8; GROUP]) -> Self::Sums;
+    fn store(sums: Self::Sums, to: &mut [i32; WIDEST]);
+}
+
+/// Levels in panels, each `[inputs / GROUP, width, GROUP]`, filled up with zeros.
+#[derive(Debug)]
+pub(super) struct Panels {
+    instructions: Instructions,
+    inputs: usize,
+    levels: Vec<i8>,
+    /// Of each output's levels, padded to whole panels.
+    sums: Vec<i32>,
+}
+
+impl Panels {
+    /// `None` where sums might not fit into 32 bits.
+    pub fn new(levels: &[i8], shape: [usize; 2], transposed: bool) -> Option<Self> {
+        Self::with(Instructions::detect(), levels, shape, transposed)
+    }
+
+    fn with(instructions: Instructions, levels: &[i8], [inputs, outputs]: [usize; 2], transposed: bool) -> Option<Self> {
+        if inputs > MOST_INPUTS {
+            return None;
+        }
+        let width = instructions.width();
+        let size = inputs.next_multiple_of(GROUP) * width;
+        let mut panels = vec![0; outputs.div_ceil(width) * size];
+        let mut sums = vec![0; outputs.next_multiple_of(width)];
+        for (at, &level) in levels.iter().enumerate() {
+            let (input, output) = if transposed { (at % inputs, at / inputs) } else { (at / outputs, at % outputs) };
+            let panel = &mut panels[output / width * size..][..size];
+            panel[(input / GROUP * width + output % width) * GROUP + input % GROUP] = level;
+            sums[output] += i32::from(level);
+        }
+        Some(Self { instructions, inputs, levels: panels, sums })
+    }
+
+    /// Outputs of a panel.
+    pub fn width(&self) -> usize {
+        self.instructions.width()
+    }
+
+    /// Multiplies rows with some of the panels.
+    pub fn multiply(&self, panels: Range<usize>, rows: usize, x: (&[f32], Layout), finish: Finish<'_>) {
+        let product = Product { weights: self, panels, rows, x, finish };
+        match self.instructions {
+            Instructions::Plain => plain::run(product),
+            #[cfg(target_arch = "x86_64")]
+            Instructions::Vnni => vnni::run(product),
+            #[cfg(target_arch = "aarch64")]
+            Instructions::DotProduct => dotprod::run(product),
+        }
+    }
+}
+
+/// One call of [`Panels::multiply`].
+struct Product<'a> {
+    weights: &'a Panels,
+    panels: Range<usize>,
+    rows: usize,
+    x: (&'a [f32], Layout),
+    finish: Finish<'a>,
+}
+
+impl Product<'_> {
+    /// Panel by panel, as in floats.
+    #[inline(always)]
+    fn run<D: Dot, const MOST: usize>(mut self) {
+        let weights = self.weights;
+        let (x, from) = self.x;
+        let groups = weights.inputs.div_ceil(GROUP);
+        let mut levels = vec![[0; GROUP]; self.rows * groups];
+        let ranges: Vec<Row> = levels
+            .chunks_exact_mut(groups)
+            .enumerate()
+            .map(|(row, levels)| quantize(&x[from.at(row)..][..weights.inputs], D::LEAST, levels.as_flattened_mut()))
+            .collect();
+        let packed = pack(self.rows, MOST, groups, |row| &levels[row * groups..][..groups]);
+        let size = groups * GROUP * D::WIDTH;
+        for panel in self.panels {
+            let mut tile = IntegerTile {
+                x: &packed,
+                groups,
+                ranges: &ranges,
+                levels: &weights.levels[panel * size..][..size],
+                sums: &weights.sums[panel * D::WIDTH..][..D::WIDTH],
+                panel,
+                finish: &mut self.finish,
+                dot: std::marker::PhantomData::<D>,
+            };
+            for_rows::<MOST>(self.rows, &mut tile);
+        }
+    }
+}
+
+/// What a row's levels stand for: `value ≈ (level − zero) · scale`.
+#[derive(Debug, Clone, Copy, PartialEq)]
+struct Row {
+    scale: f32,
+    zero: i32,
+}
+
+/// Rounds a row to 256 levels from its least value, or zero, to its largest, or zero; zero itself is kept. As ONNX's
+/// `DynamicQuantizeLinear`, but for each row. Levels begin at `least`, and are stored as bytes.
+#[multiversion(targets("x86_64+avx512f+avx512dq+avx512bw+avx512vl+avx2+fma", "x86_64+avx2+fma"))]
+fn quantize(x: &[f32], least: i32, levels: &mut [u8]) -> Row {
+    const LANES: usize = 16;
+    /// 1.5 · 2²³: adding it leaves a number rounded to the nearest integer in the lowest bits.
+    const ROUND: f32 = 12_582_912.0;
+    let (chunks, rest) = x.as_chunks::<LANES>();
+    let (mut low, mut high) = ([0f32; LANES], [0f32; LANES]);
+    for chunk in chunks {
+        for lane in 0..LANES {
+            low[lane] = if chunk[lane] < low[lane] { chunk[lane] } else { low[lane] };
+            high[lane] = if chunk[lane] > high[lane] { chunk[lane] } else { high[lane] };
+        }
+    }
+    let low = low.iter().chain(rest).fold(0f32, |low, &x| low.min(x));
+    let high = high.iter().chain(rest).fold(0f32, |high, &x| high.max(x));
+    let scale = (high - low) / 255.0;
+    if scale < f32::MIN_POSITIVE {
+        levels.fill(0);
+        return Row { scale: 0.0, zero: 0 };
+    }
+    let inverse = scale.recip();
+    let zero = (-low * inverse).round_ties_even().min(255.0);
+    for (level, x) in levels.iter_mut().zip(x) {
+        let rounded = (x * inverse + (zero + ROUND)).to_bits().cast_signed() - ROUND.to_bits().cast_signed();
+        *level = (rounded.clamp(0, 255) + least) as u8;
+    }
+    Row { scale, zero: zero as i32 + least }
+}
+
+/// Some rows by one panel.
+struct IntegerTile<'a, 'b, D> {
+    x: &'a [[u8; GROUP]],
+    groups: usize,
+    ranges: &'a [Row],
+    levels: &'a [i8],
+    sums: &'a [i32],
+    panel: usize,
+    finish: &'a mut Finish<'b>,
+    dot: std::marker::PhantomData<D>,
+}
+
+impl<D: Dot> Tile for IntegerTile<'_, '_, D> {
+    #[inline(always)]
+    fn run<const ROWS: usize>(&mut self, row: usize) {
+        let mut sums = [D::zero(); ROWS];
+        let x = self.x[row * self.groups..].as_chunks::<ROWS>().0;
+        for (x, weights) in x.iter().zip(self.levels.chunks_exact(GROUP * D::WIDTH)) {
+            let weights = D::load(weights);
+            for (sums, x) in sums.iter_mut().zip(x) {
+                *sums = D::add(*sums, weights, *x);
+            }
+        }
+        let mut stored = [[0i32; WIDEST]; ROWS];
+        for (stored, sums) in stored.iter_mut().zip(&sums) {
+            D::store(*sums, stored);
+        }
+        let mut done = [[0f32; WIDEST]; ROWS];
+        for ((done, stored), range) in done.iter_mut().zip(&stored).zip(&self.ranges[row..]) {
+            for ((done, sum), level_sum) in done.iter_mut().zip(stored).zip(self.sums) {
+                *done = sum.wrapping_sub(range.zero.wrapping_mul(*level_sum)) as f32 * range.scale;
+            }
+        }
+        self.finish.store(&mut done, self.panel, row);
+    }
+}
+
+#[cfg(test)]
+mod tests;
