@@ -11,7 +11,7 @@ use prost::Message;
 use tract_onnx::pb::ModelProto;
 use unimo::bundle::manifest::{Form, Manifest, Precision};
 use unimo::bundle::{Bundle, BundleSource};
-use unimo::engine::{EngineKind, EngineOptions, ort_library, preferred_form};
+use unimo::engine::{EngineKind, EngineOptions, preferred_form};
 use unimo::model::Model;
 use unimo_export::calibrate::Range;
 use unimo_export::export::{ExportOptions, Written, export};
@@ -19,18 +19,7 @@ use unimo_export::forms::{self, FormOptions};
 use unimo_export::sample::{drawn_samples, random_checkpoint};
 use unimo_export::tensorrt;
 use unimo_export::upgrade::{UpgradeOptions, upgrade};
-use unimo_tests::program;
-
-fn ort_is_there() -> bool {
-    match ort_library(None) {
-        Ok(_) => true,
-        Err(error) if std::env::var_os("UNIMO_REQUIRE_ORT").is_some() => panic!("{error}"),
-        Err(error) => {
-            println!("not tested: {error}");
-            false
-        }
-    }
-}
+use unimo_tests::{ort_is_there, program};
 
 fn scratch(name: &str) -> PathBuf {
     let folder = Path::new(env!("CARGO_TARGET_TMPDIR")).join("forms");
