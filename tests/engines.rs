@@ -12,19 +12,7 @@ use unimo::engine::{EngineKind, EngineOptions, ort_library};
 use unimo::model::Model;
 use unimo_export::export::{ExportOptions, export};
 use unimo_export::sample::{drawn_samples, random_checkpoint};
-use unimo_tests::program;
-
-/// Whether ONNX Runtime is there; says so where it is not.
-fn ort_is_there() -> bool {
-    match ort_library(None) {
-        Ok(_) => true,
-        Err(error) if std::env::var_os("UNIMO_REQUIRE_ORT").is_some() => panic!("{error}"),
-        Err(error) => {
-            println!("not tested: {error}");
-            false
-        }
-    }
-}
+use unimo_tests::{ort_is_there, program};
 
 /// A pico bundle of random weights in all precisions.
 static BUNDLE: LazyLock<PathBuf> = LazyLock::new(|| {

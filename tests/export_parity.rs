@@ -8,8 +8,7 @@ use std::fs;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, OnceLock};
 
-use candle_core::{DType, Device, Tensor as Candle};
-use serde::Deserialize;
+use candle_core::{Device, Tensor as Candle};
 use tempfile::TempDir;
 use unimo::bundle::manifest::{Manifest, Precision, Sizes};
 use unimo::bundle::{Bundle, BundleSource, MANIFEST, sha256_hex};
@@ -22,103 +21,15 @@ use unimo_export::parity;
 use unimo_export::quality::{Development, MaxDrop};
 use unimo_export::sample::drawn_samples;
 use unimo_export::upgrade::{UpgradeOptions, upgrade};
-use unimo_train::backbone::layer_shapes;
-use unimo_train::model::ModelConfig;
+use unimo_tests::reference::{checkpoint, golden, save, scattered};
 use unimo_train::scenes::{CorpusOptions, write_corpus};
 
-const GOLDEN: &str = include_str!("../exporter/tests/reference/golden.json");
 /// Largest difference from NumPy, as a share of the output's root mean square: both compute in f32, but sum in another order
 /// (of a trained `edge-s`, tract and candle differ by 5e-5 of an output's largest value, ONNX Runtime and NumPy by 8e-6). A
 /// missing bias or a shifted padding gives 1e-1 and more.
 const TOLERANCE: f64 = 2e-4;
 /// What the runtime adds to the scores of empty slots.
 const EMPTY: f32 = -1e4;
-
-#[derive(Deserialize)]
-#[serde(deny_unknown_fields)]
-struct Golden {
-    sizes: BTreeMap<String, usize>,
-    outputs: BTreeMap<String, GoldenOutput>,
-}
-
-#[derive(Deserialize)]
-#[serde(deny_unknown_fields)]
-struct GoldenOutput {
-    rms: f64,
-    at: Vec<usize>,
-    values: Vec<f64>,
-}
-
-fn golden() -> Golden {
-    serde_json::from_str(GOLDEN).unwrap()
-}
-
-/// The sizes of the reference script, with what only training needs.
-fn sizes() -> ModelConfig {
-    let sizes = golden().sizes.iter().map(|(name, value)| format!("{name} = {value}\n")).collect::<String>();
-    ModelConfig::from_toml(&format!("name = \"golden\"\nregion_classes = 8\ndropout = 0.1\n{sizes}")).unwrap()
-}
-
-/// `scattered` of the reference script: values in `centre ± bound`, fixed by the tensor's name.
-fn scattered(name: &str, shape: &[usize], bound: f64, centre: f64) -> Candle {
-    let seed = name.bytes().fold(2_166_136_261u32, |seed, byte| (seed ^ u32::from(byte)).wrapping_mul(16_777_619));
-    let value = |i: usize| {
-        let mut x = (i as u32).wrapping_add(seed);
-        for (shift, factor) in [(16, 0x7FEB_352D), (15, 0x846C_A68B)] {
-            x = (x ^ (x >> shift)).wrapping_mul(factor);
-        }
-        x ^= x >> 16;
-        (centre + bound * (f64::from(x) / f64::from(1u32 << 31) - 1.0)) as f32
-    };
-    let values: Vec<f32> = (0..shape.iter().product()).map(value).collect();
-    Candle::from_vec(values, shape, &Device::Cpu).unwrap()
-}
-
-fn model_weights(sizes: &ModelConfig) -> HashMap<String, Candle> {
-    let weight = |(name, shape): (String, Vec<usize>)| {
-        let (bound, centre) = match shape[..] {
-            _ if name.ends_with("norm.weight") => (0.3, 1.0),
-            [_, _] if name.starts_with("text.") => ((3.0 / sizes.hidden as f64).sqrt(), 0.0),
-            [_, inputs] => ((3.0 / inputs as f64).sqrt(), 0.0),
-            _ => (0.3, 0.0),
-        };
-        let tensor = scattered(&name, &shape, bound, centre);
-        (name, tensor)
-    };
-    let statistics = [("image.mean", 0.0), ("image.deviation", 1.0)]
-        .map(|(name, centre)| (name.to_owned(), scattered(name, &[sizes.region_feature], 0.5, centre)));
-    sizes.weights().into_iter().map(weight).chain(statistics).collect()
-}
-
-fn backbone_weights() -> HashMap<String, Candle> {
-    let mut weights = HashMap::new();
-    for (layer, shape) in layer_shapes() {
-        let bound = (6.0 / shape[1..].iter().product::<usize>() as f64).sqrt();
-        let kernel = scattered(&format!("backbone.{layer}.weight"), &shape, bound, 0.0);
-        weights.insert(format!("{layer}.weight"), kernel.to_dtype(DType::F16).unwrap());
-        weights.insert(format!("{layer}.bias"), scattered(&format!("backbone.{layer}.bias"), &shape[..1], 0.1, 0.0));
-    }
-    weights
-}
-
-fn save(weights: &HashMap<String, Candle>, path: &Path) {
-    candle_core::safetensors::save(weights, path).unwrap();
-}
-
-/// The reference script's model as a checkpoint folder.
-fn checkpoint() -> TempDir {
-    let (folder, sizes) = (tempfile::tempdir().unwrap(), sizes());
-    let at = |file: &str| folder.path().join(file);
-    let words = "one two three four five six seven eight nine ten eleven twelve";
-    let text = words.repeat(4);
-    let tokenizer = unimo_train::tokenizer_training::train([text.as_str(); 4].into_iter(), sizes.vocabulary).unwrap();
-    fs::write(at("tokenizer.json"), tokenizer).unwrap();
-    fs::write(at("model.toml"), toml::to_string(&sizes).unwrap()).unwrap();
-    fs::write(at("training.toml"), "data = \"none\"\n").unwrap();
-    save(&model_weights(&sizes), &at("model.safetensors"));
-    save(&backbone_weights(), &at("backbone.safetensors"));
-    folder
-}
 
 fn options(precisions: &[Precision]) -> ExportOptions {
     ExportOptions { precisions: precisions.to_vec(), ..ExportOptions::default() }

@@ -11,7 +11,7 @@ use prost::Message;
 use tract_onnx::pb::ModelProto;
 use unimo::bundle::manifest::{Form, Manifest, Precision};
 use unimo::bundle::{Bundle, BundleSource};
-use unimo::engine::{EngineKind, EngineOptions, ort_library, preferred_form};
+use unimo::engine::{EngineKind, EngineOptions, preferred_form};
 use unimo::model::Model;
 use unimo_export::calibrate::Range;
 use unimo_export::export::{ExportOptions, Written, export};
@@ -21,19 +21,8 @@ use unimo_export::quality::{Development, MaxDrop};
 use unimo_export::sample::{drawn_samples, random_checkpoint};
 use unimo_export::tensorrt;
 use unimo_export::upgrade::{UpgradeOptions, upgrade};
-use unimo_tests::program;
+use unimo_tests::{ort_is_there, program};
 use unimo_train::scenes::{CorpusOptions, write_corpus};
-
-fn ort_is_there() -> bool {
-    match ort_library(None) {
-        Ok(_) => true,
-        Err(error) if std::env::var_os("UNIMO_REQUIRE_ORT").is_some() => panic!("{error}"),
-        Err(error) => {
-            println!("not tested: {error}");
-            false
-        }
-    }
-}
 
 fn scratch(name: &str) -> PathBuf {
     let folder = Path::new(env!("CARGO_TARGET_TMPDIR")).join("forms");

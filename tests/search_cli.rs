@@ -1,17 +1,14 @@
-//! `unimo index` and `unimo search`: what they print is a contract, adding again what is there costs nothing, and what was
-//! acknowledged is on the disk whatever happens next: kill -9, a full disk, another model.
+//! `unimo index` and `unimo search`: what they print is a contract, and adding again what is there costs nothing.
 
 use std::fs::{self, File};
-use std::io::{BufRead, BufReader, Read};
 use std::path::{Path, PathBuf};
-use std::process::{Command, Stdio};
+use std::process::Stdio;
 use std::sync::LazyLock;
 use std::time::{Duration, SystemTime};
 
 use serde::Deserialize;
-use serde::de::DeserializeOwned;
-use tempfile::TempDir;
-use unimo_tests::{Run, command, path, program};
+use unimo_tests::index::{self, AddedLine, exported, lines, scratch, stats, statuses};
+use unimo_tests::{Run, command, program, without_rights};
 use unimo_train::scenes;
 
 /// A bundle of random weights: it sees little, but the same every time.
@@ -20,16 +17,6 @@ static BUNDLE: LazyLock<String> = LazyLock::new(|| bundle("search_cli", 5));
 fn bundle(name: &str, seed: u64) -> String {
     let folder = Path::new(env!("CARGO_TARGET_TMPDIR")).join(name);
     text(&unimo_export::sample::random_bundle(&folder, seed).unwrap())
-}
-
-#[derive(Debug, PartialEq, Deserialize)]
-#[serde(deny_unknown_fields)]
-struct AddedLine {
-    schema: u32,
-    source: String,
-    status: Option<String>,
-    caption: Option<String>,
-    error: Option<String>,
 }
 
 #[derive(Debug, Deserialize)]
@@ -63,35 +50,8 @@ fn unimo(arguments: &[&str]) -> Run {
     program("unimo", arguments)
 }
 
-fn lines<T: DeserializeOwned>(text: &str) -> Vec<T> {
-    let parse = |line| serde_json::from_str(line).unwrap_or_else(|error| panic!("{error}: {line}"));
-    text.lines().map(parse).collect()
-}
-
-/// Draws scenes `00.png …` into a folder.
-fn draw(folder: &Path, count: u64) -> Vec<String> {
-    fs::create_dir_all(folder).unwrap();
-    (0..count)
-        .map(|index| {
-            let file = folder.join(format!("{index:02}.png"));
-            scenes::generate(11, index).draw().save(&file).unwrap();
-            text(&file)
-        })
-        .collect()
-}
-
-/// A folder with so many pictures in `p/`, and the path of a gallery to be.
-fn scratch(count: u64) -> (TempDir, Vec<String>, String) {
-    let folder = tempfile::tempdir().unwrap();
-    let pictures = draw(&folder.path().join("p"), count);
-    let gallery = text(&folder.path().join("g"));
-    (folder, pictures, gallery)
-}
-
 fn add(gallery: &str, more: &[&str]) -> Run {
-    let mut arguments = vec!["index", "add", "--jsonl", "--gallery", gallery, "--bundle", &BUNDLE];
-    arguments.extend(more);
-    unimo(&arguments)
+    index::add(&BUNDLE, gallery, more)
 }
 
 fn search(gallery: &str, more: &[&str]) -> (i32, Vec<Found>) {
@@ -103,29 +63,8 @@ fn search(gallery: &str, more: &[&str]) -> (i32, Vec<Found>) {
     (run.code, document.results)
 }
 
-/// `(source, status or error)` of each line.
-fn statuses(run: &Run) -> Vec<(String, String)> {
-    let status = |line: AddedLine| {
-        assert_eq!(line.schema, 1);
-        (line.source, line.status.or(line.error).expect("a status or an error"))
-    };
-    lines::<AddedLine>(&run.stdout).into_iter().map(status).collect()
-}
-
 fn all(pictures: &[String], status: &str) -> Vec<(String, String)> {
     pictures.iter().map(|picture| (picture.clone(), status.to_owned())).collect()
-}
-
-fn stats(gallery: &str) -> serde_json::Value {
-    let run = unimo(&["index", "stats", "--json", "--gallery", gallery]);
-    assert_eq!(run.code, 0, "{run:?}");
-    run.json_lines().remove(0)
-}
-
-fn exported(gallery: &str) -> Vec<String> {
-    let run = unimo(&["index", "export", "--gallery", gallery]);
-    assert_eq!(run.code, 0, "{run:?}");
-    run.json_lines().iter().map(|line| line["source"].as_str().unwrap().to_owned()).collect()
 }
 
 #[test]
@@ -134,7 +73,7 @@ fn pictures_are_added_and_found() {
     let taken = SystemTime::UNIX_EPOCH + Duration::from_secs(1_709_208_000);
     File::options().write(true).open(&pictures[2]).unwrap().set_modified(taken).unwrap();
     let run = add(&gallery, &[&text(&folder.path().join("p"))]);
-    assert_eq!((run.code, statuses(&run)), (0, all(&pictures, "added")), "{run:?}");
+    assert_eq!((run.code, statuses(&run.stdout)), (0, all(&pictures, "added")), "{run:?}");
     let captions: Vec<Option<String>> = lines::<AddedLine>(&run.stdout).into_iter().map(|line| line.caption).collect();
 
     let stats = stats(&gallery);
@@ -183,7 +122,7 @@ fn adding_again_changes_only_what_changed() {
     let mut expected = all(&pictures[..1], "added");
     expected.extend(all(&pictures[..1], "unchanged"));
     expected.extend(all(&pictures[1..], "added"));
-    assert_eq!(statuses(&run), expected);
+    assert_eq!(statuses(&run.stdout), expected);
     assert!(lines::<AddedLine>(&run.stdout).iter().all(|line| line.caption.is_none()));
 
     // A bundle that cannot see any more, of the same identity: nothing is looked at.
@@ -196,22 +135,25 @@ fn adding_again_changes_only_what_changed() {
         unimo(&[&["index", "add", "--jsonl", "--no-captions", "--gallery", &gallery, "--bundle", &root], names].concat())
     };
     let run = blind_add(&names);
-    assert_eq!((run.code, statuses(&run)), (0, all(&pictures, "unchanged")), "{run:?}");
+    assert_eq!((run.code, statuses(&run.stdout)), (0, all(&pictures, "unchanged")), "{run:?}");
 
     // A caption that is wanted now and was not before is made.
     let run = add(&gallery, &names[..1]);
-    assert_eq!(statuses(&run), all(&pictures[..1], "updated"));
+    assert_eq!(statuses(&run.stdout), all(&pictures[..1], "updated"));
     let caption = lines::<AddedLine>(&run.stdout).remove(0).caption;
     assert!(caption.is_some());
     let run = add(&gallery, &[names[0], "--no-captions"]);
-    assert_eq!((statuses(&run), lines::<AddedLine>(&run.stdout).remove(0).caption), (all(&pictures[..1], "unchanged"), caption));
+    assert_eq!(
+        (statuses(&run.stdout), lines::<AddedLine>(&run.stdout).remove(0).caption),
+        (all(&pictures[..1], "unchanged"), caption)
+    );
 
     scenes::generate(12, 99).draw().save(&pictures[1]).unwrap();
     let run = blind_add(&names);
     assert_eq!(run.code, 3, "the changed picture cannot be looked at: {run:?}");
     let run = add(&gallery, &[&["--no-captions"], &names[..]].concat());
     assert_eq!(
-        statuses(&run),
+        statuses(&run.stdout),
         [all(&pictures[..1], "unchanged"), all(&pictures[1..2], "updated"), all(&pictures[2..], "unchanged")].concat()
     );
     assert_eq!(stats(&gallery)["images"], 3);
@@ -234,7 +176,7 @@ fn relative_names_mean_the_same_picture_from_any_folder() {
     let add_inside = ["index", "add", "--no-captions", "--gallery", &gallery, "--bundle", &BUNDLE, "00.png", "01.png"];
     assert_eq!(inside(&add_inside), Some(0));
     assert_eq!(exported(&gallery), pictures);
-    assert_eq!(statuses(&add(&gallery, &["--no-captions", &pictures[0]])), all(&pictures[..1], "unchanged"));
+    assert_eq!(statuses(&add(&gallery, &["--no-captions", &pictures[0]]).stdout), all(&pictures[..1], "unchanged"));
     let search_inside = |prefix| inside(&["search", "words", "--source", prefix, "--gallery", &gallery, "--bundle", &BUNDLE]);
     assert_eq!((search_inside("01"), search_inside("02")), (Some(0), Some(1)));
     assert_eq!(inside(&["index", "remove", "--gallery", &gallery, "00.png"]), Some(0));
@@ -258,7 +200,7 @@ fn bad_pictures_do_not_spoil_the_others() {
     let missing = text(&folder.path().join("missing.jpg"));
     let run = add(&gallery, &[&pictures[0], &missing, &truncated, &pictures[1]]);
     assert_eq!(run.code, 3, "{run:?}");
-    let found = statuses(&run);
+    let found = statuses(&run.stdout);
     let sources: Vec<&str> = found.iter().map(|(source, _)| source.as_str()).collect();
     assert_eq!(sources, [&pictures[0], &missing, &truncated, &pictures[1]]);
     assert_eq!((found[0].1.as_str(), found[3].1.as_str()), ("added", "added"));
@@ -326,26 +268,6 @@ fn reranking_reads_the_pictures_again() {
     assert!(run.stdout.lines().last().unwrap().starts_with("    -  "), "{run:?}");
 }
 
-/// Runs a program as a user who may not write into `folder`, which root always may.
-fn without_rights(folder: &Path, arguments: &[&str]) -> std::process::Output {
-    use std::os::unix::fs::{MetadataExt, PermissionsExt};
-    use std::os::unix::process::CommandExt;
-    fs::set_permissions(folder, fs::Permissions::from_mode(0o555)).unwrap();
-    let mut command = command("unimo");
-    if fs::metadata("/proc/self").is_ok_and(|own| own.uid() == 0) {
-        // A copy where everybody may go: the build folder need not be such a place.
-        let program = folder.with_file_name("unimo");
-        fs::copy(path("unimo"), &program).unwrap();
-        for open in [folder.parent().unwrap(), &program] {
-            fs::set_permissions(open, fs::Permissions::from_mode(0o755)).unwrap();
-        }
-        command = Command::new(program);
-        command.uid(65_534).gid(65_534);
-    }
-    // That user need not reach the folder of ONNX Runtime either; the engine is not what is tested here.
-    command.env("UNIMO_ENGINE", "tract").args(arguments).stdin(Stdio::null()).output().unwrap()
-}
-
 #[test]
 fn a_gallery_that_cannot_be_written_is_read() {
     let (folder, pictures, gallery) = scratch(2);
@@ -357,19 +279,18 @@ fn a_gallery_that_cannot_be_written_is_read() {
     fs::copy(&gallery, &shelved).unwrap();
     fs::copy(&*BUNDLE, &bundle).unwrap();
     let search = ["search", "a red circle", "--gallery", &shelved, "--bundle", &text(&bundle)];
-    let run = without_rights(&shelf, &search);
+    let run = without_rights(&shelf, &[&bundle], &search);
     assert!(run.status.success(), "{run:?}");
     assert_eq!(String::from_utf8(run.stdout).unwrap().lines().count(), 2);
-    let add = without_rights(&shelf, &["index", "add", "--gallery", &shelved, "--bundle", &text(&bundle), &pictures[0]]);
+    let add =
+        without_rights(&shelf, &[&bundle], &["index", "add", "--gallery", &shelved, "--bundle", &text(&bundle), &pictures[0]]);
     assert_eq!(add.status.code(), Some(3), "{add:?}");
 
     // What the log holds must not be missed in silence.
-    fs::set_permissions(&shelf, std::os::unix::fs::PermissionsExt::from_mode(0o755)).unwrap();
     fs::write(shelf.join("g-wal"), [7; 100]).unwrap();
-    let run = without_rights(&shelf, &search);
+    let run = without_rights(&shelf, &[&bundle], &search);
     let message = String::from_utf8(run.stderr).unwrap();
     assert!(run.status.code() == Some(3) && message.contains("g-wal"), "{message}");
-    fs::set_permissions(&shelf, std::os::unix::fs::PermissionsExt::from_mode(0o755)).unwrap();
 }
 
 #[test]
@@ -406,102 +327,4 @@ fn refusals_have_their_sentence_and_exit_code() {
     assert!(!Path::new(&missing).exists());
     let run = unimo(&["index", "verify", "--gallery", &gallery]);
     assert_eq!((run.code, run.stdout.contains("1 pictures")), (0, true), "{run:?}");
-}
-
-/// What a run that did not end well must have left: all it acknowledged, in a sound file, that the rest can be added to.
-fn check_survivors(gallery: &str, acknowledged: &[(String, String)], pictures: &[String]) {
-    let run = unimo(&["index", "verify", "--gallery", gallery]);
-    assert_eq!(run.code, 0, "{run:?}");
-    let stored = exported(gallery);
-    for (source, status) in acknowledged {
-        assert_eq!(status, "added");
-        assert!(stored.contains(source), "{source} was acknowledged and is gone");
-    }
-    let names: Vec<&str> = pictures.iter().map(String::as_str).collect();
-    let again = add(gallery, &names);
-    assert_eq!(again.code, 0, "{again:?}");
-    for (source, status) in statuses(&again) {
-        assert_eq!(status == "unchanged", stored.contains(&source), "{source}: {status}");
-    }
-    assert_eq!(stats(gallery)["images"], pictures.len());
-}
-
-#[test]
-fn kill_9_loses_nothing_that_was_acknowledged() {
-    for after in [0, 1, 6] {
-        let (_folder, pictures, gallery) = scratch(16);
-        let mut child = command("unimo")
-            .args(["index", "add", "--jsonl", "--gallery", &gallery, "--bundle", &BUNDLE])
-            .args(&pictures)
-            .stdout(Stdio::piped())
-            .spawn()
-            .unwrap();
-        let mut output = BufReader::new(child.stdout.take().unwrap());
-        let mut printed = String::new();
-        for _ in 0..after {
-            output.read_line(&mut printed).unwrap();
-        }
-        if after == 0 {
-            // While the file is being made.
-            while !Path::new(&gallery).exists() && child.try_wait().unwrap().is_none() {
-                std::thread::sleep(Duration::from_millis(1));
-            }
-        }
-        child.kill().unwrap();
-        assert!(!child.wait().unwrap().success(), "it was done before it could be killed");
-        output.read_to_string(&mut printed).unwrap();
-        // A last line may have been cut in two; only whole ones acknowledge.
-        let whole = printed.rfind('\n').map_or("", |end| &printed[..end]);
-        let acknowledged: Vec<(String, String)> =
-            lines::<AddedLine>(whole).into_iter().map(|line| (line.source, line.status.unwrap())).collect();
-        assert!(acknowledged.len() >= after && acknowledged.len() < pictures.len());
-        if after == 0 {
-            assert_eq!(add(&gallery, &[&pictures[0]]).code, 0, "an unfinished gallery is begun again");
-        }
-        check_survivors(&gallery, &acknowledged, &pictures);
-    }
-}
-
-#[cfg(unix)]
-#[test]
-fn a_full_disk_is_said_and_loses_nothing() {
-    let (_folder, pictures, gallery) = scratch(16);
-    // No file may grow beyond 120 blocks of 512 or 1024 bytes, as the shell counts.
-    let output = Command::new("sh")
-        .args(["-c", "ulimit -f 120; exec \"$0\" \"$@\""])
-        .arg(path("unimo"))
-        .args(["index", "add", "--jsonl", "--gallery", &gallery, "--bundle", &BUNDLE])
-        .args(&pictures)
-        .output()
-        .unwrap();
-    let (stdout, stderr) = (String::from_utf8(output.stdout).unwrap(), String::from_utf8(output.stderr).unwrap());
-    assert_eq!(output.status.code(), Some(3), "{stdout}{stderr}");
-    assert!(stderr.contains("everything acknowledged before is stored") && stderr.lines().count() == 1, "{stderr}");
-    let acknowledged: Vec<(String, String)> =
-        lines::<AddedLine>(&stdout).into_iter().map(|line| (line.source, line.status.unwrap())).collect();
-    assert!((1..pictures.len()).contains(&acknowledged.len()), "{}", acknowledged.len());
-    check_survivors(&gallery, &acknowledged, &pictures);
-}
-
-#[test]
-fn nothing_is_acknowledged_before_it_is_stored() {
-    let (_folder, pictures, gallery) = scratch(2);
-    assert_eq!(add(&gallery, &["--no-captions", &pictures[0]]).code, 0);
-    // While this transaction lasts, nobody else's can.
-    let other = rusqlite::Connection::open(&gallery).unwrap();
-    other.execute_batch("BEGIN IMMEDIATE").unwrap();
-    let mut child = command("unimo")
-        .args(["index", "add", "--jsonl", "--no-captions", "--gallery", &gallery, "--bundle", &BUNDLE, &pictures[1]])
-        .stdout(Stdio::piped())
-        .spawn()
-        .unwrap();
-    std::thread::sleep(Duration::from_secs(4));
-    assert!(child.try_wait().unwrap().is_none(), "it waits");
-    child.kill().unwrap();
-    child.wait().unwrap();
-    let mut printed = String::new();
-    child.stdout.take().unwrap().read_to_string(&mut printed).unwrap();
-    assert_eq!(printed, "");
-    other.execute_batch("ROLLBACK").unwrap();
-    assert_eq!(exported(&gallery), pictures[..1]);
 }

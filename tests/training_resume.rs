@@ -316,7 +316,9 @@ fn a_rehearsal_tells_the_cost_and_leaves_nothing_behind() {
     assert_eq!(told.parameters, [model, block(160) + block(320) + 320 * 1280 + 1280]);
     assert_eq!((told.steps, told.pictures), ([0, 4], 4));
     assert!(told.operations > 1e8 && told.seconds > 0.0 && told.rows > 4 * 50, "{told:?}");
-    assert!(told.to_string().contains("to the end   4 steps"), "{told}");
+    assert!(told.drawn_alone > 0.0, "{told:?}");
+    let said = told.to_string();
+    assert!(said.contains("to the end   4 steps") && said.contains("pictures a second are drawn and packed alone"), "{said}");
 }
 
 #[test]

@@ -243,15 +243,24 @@ impl Loop<'_> {
         })
     }
 
+    /// Draws and packs the batches of steps, and learns nothing: seconds of each.
+    fn draw(&self, steps: Range<u64>) -> Result<Vec<f64>> {
+        let mut orders = Orders::default();
+        steps.map(|step| Ok(self.batch(step, &mut orders)?.1)).collect()
+    }
+
+    /// The batch of a step, and the seconds that it took to be drawn and packed.
+    fn batch(&self, step: u64, orders: &mut Orders) -> Result<(StepBatch, f64)> {
+        let started = Instant::now();
+        let batch = StepBatch::build_own(&self.model, &self.job.recipe, &self.source, orders, step, &self.passes)?;
+        Ok((batch, started.elapsed().as_secs_f64()))
+    }
+
     /// Hands on the batches of steps in order, with what each took. A thread of its own draws and packs
     /// them ahead of the one that is learnt from, unless captions are drawn from the model as the step before has left it.
     fn each_batch(&self, steps: Range<u64>, mut hand_on: impl FnMut(u64, StepBatch, DataSeconds) -> Result<()>) -> Result<()> {
         let mut orders = Orders::default();
-        let mut build = |step| -> Result<(StepBatch, f64)> {
-            let started = Instant::now();
-            let batch = StepBatch::build_own(&self.model, &self.job.recipe, &self.source, &mut orders, step, &self.passes)?;
-            Ok((batch, started.elapsed().as_secs_f64()))
-        };
+        let mut build = |step| self.batch(step, &mut orders);
         if self.job.recipe.batch.sampled_captions > 0 {
             for step in steps {
                 let (batch, drawn) = build(step)?;

@@ -8,7 +8,8 @@ use serde::{Deserialize, Serialize};
 use super::BundleFault;
 pub use super::precision::{Form, Precision};
 use super::signature::difference;
-pub use super::signature::{Dtype, GraphSignature, Size, Sizes, Symbol, TensorSignature};
+pub use super::signature::{Dtype, GraphSignature, TensorSignature};
+pub use super::sizes::{ModelSizes, Size, Sizes, Symbol};
 use crate::engine::EngineKind;
 use crate::image::ImagePreparation;
 
@@ -17,32 +18,6 @@ pub const SCHEMA: u32 = 2;
 
 /// File beside a precision's graphs that holds the weights of all of them.
 pub const WEIGHTS: &str = "weights.bin";
-
-/// Sizes of the model.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
-pub struct ModelSizes {
-    /// Name of the size, e.g. `edge-s`.
-    pub name: String,
-    /// Width of the Transformer.
-    pub hidden: usize,
-    /// Number of its layers.
-    pub layers: usize,
-    /// Attention heads a layer.
-    pub heads: usize,
-    /// Ids of the tokenizer.
-    pub vocabulary: usize,
-    /// Learned text positions.
-    pub positions: usize,
-    /// Width of the space that pictures and texts share.
-    pub embedding: usize,
-    /// `[IMG]` and the regions.
-    pub image_tokens: usize,
-    /// Text slots of the graphs, `[CLS]` and `[SEP]` included.
-    pub max_text: usize,
-    /// Width of a region's feature.
-    pub region_feature: usize,
-}
 
 /// How captions are decoded unless the caller says otherwise.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]

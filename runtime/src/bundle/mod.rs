@@ -16,6 +16,7 @@ pub mod manifest;
 mod pack;
 mod precision;
 mod signature;
+mod sizes;
 
 use std::collections::BTreeSet;
 use std::fmt;

@@ -1,10 +1,8 @@
 //! What graphs read and give: names, types and shapes.
 
-use std::fmt;
-
 use serde::{Deserialize, Serialize};
 
-use super::manifest::ModelSizes;
+use super::sizes::{ModelSizes, Size, Sizes, Symbol};
 use crate::image::ImagePreparation;
 
 /// Type of a graph's input or output.
@@ -15,81 +13,6 @@ pub enum Dtype {
     F32,
     /// 64-bit signed integers.
     I64,
-}
-
-/// A size that is fixed when a graph is loaded; the ONNX file knows it by this name.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "lowercase")]
-pub enum Symbol {
-    /// Texts that `decode` continues at once: the beam.
-    Hypotheses,
-    /// Words that `decode` can look back on, of all hypotheses together.
-    Slots,
-}
-
-impl Symbol {
-    /// All of them.
-    pub const ALL: [Self; 2] = [Self::Hypotheses, Self::Slots];
-
-    /// The name in the manifest and the ONNX file.
-    #[must_use]
-    pub fn name(self) -> &'static str {
-        match self {
-            Self::Hypotheses => "hypotheses",
-            Self::Slots => "slots",
-        }
-    }
-}
-
-/// One size of a shape in a bundle.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(untagged)]
-pub enum Size {
-    /// The same always.
-    Fixed(usize),
-    /// Fixed when the graph is loaded.
-    Symbol(Symbol),
-}
-
-impl From<usize> for Size {
-    fn from(size: usize) -> Self {
-        Self::Fixed(size)
-    }
-}
-
-impl fmt::Display for Size {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match self {
-            Self::Fixed(size) => write!(f, "{size}"),
-            Self::Symbol(symbol) => f.write_str(symbol.name()),
-        }
-    }
-}
-
-/// What a graph's symbols stand for.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Sizes {
-    /// [`Symbol::Hypotheses`].
-    pub hypotheses: usize,
-    /// [`Symbol::Slots`].
-    pub slots: usize,
-}
-
-impl Sizes {
-    /// Room for so many hypotheses of up to `words` words each, `[CLS]` counted.
-    #[must_use]
-    pub fn of_beam(hypotheses: usize, words: usize) -> Self {
-        Self { hypotheses, slots: hypotheses * words }
-    }
-
-    /// What a symbol stands for.
-    #[must_use]
-    pub fn of(&self, symbol: Symbol) -> usize {
-        match symbol {
-            Symbol::Hypotheses => self.hypotheses,
-            Symbol::Slots => self.slots,
-        }
-    }
 }
 
 /// One input or output of a graph: as it is run, where sizes are numbers, or as the bundle holds it (`D` is [`Size`]).

@@ -11,6 +11,7 @@ use unimo::ordered::ordered_map;
 
 use super::ModelArgs;
 use super::decode_args::DecodeArgs;
+use super::exit::picture_code;
 use super::output::{Output, SCHEMA, Subject, milliseconds};
 use super::pictures::{self, Picture, PictureError};
 
@@ -103,7 +104,7 @@ pub fn run(args: &CaptionArgs) -> anyhow::Result<ExitCode> {
                 }
             }
             Err(error) => {
-                output.failed_with(error.code());
+                output.failed_with(picture_code(&error));
                 let line = output.failure(Subject::Source(&source), &error.to_string(), args.json, args.jsonl)?;
                 document.extend(line);
             }

@@ -12,6 +12,7 @@ use unimo::model::{GraphName, Model, ModelError};
 use unimo::ordered::ordered_map;
 
 use super::ModelArgs;
+use super::exit::picture_code;
 use super::output::{Output, SCHEMA, Subject};
 use super::pictures::{self, Picture, PictureError};
 use super::texts::cut_warning;
@@ -78,7 +79,7 @@ fn embed_pictures(args: &EmbedArgs, pictures: &[Picture]) -> anyhow::Result<Exit
     let work = |picture: &Picture| (picture.name(), embed_picture(&model, picture));
     ordered_map(pictures.iter(), workers, work, |(source, outcome)| {
         let embedding = outcome?.map_err(|error| {
-            output.failed_with(error.code());
+            output.failed_with(picture_code(&error));
             error.to_string()
         });
         print(&mut output, Subject::Source(&source), embedding, args.jsonl)

@@ -79,7 +79,7 @@ pub fn code_of(error: &anyhow::Error) -> u8 {
             if cause.is::<UsageError>() {
                 Some(USAGE)
             } else if let Some(error) = cause.downcast_ref::<PictureError>() {
-                Some(error.code())
+                Some(picture_code(error))
             } else if let Some(error) = cause.downcast_ref::<CameraError>() {
                 Some(camera_code(error))
             } else if let Some(error) = cause.downcast_ref::<SourceError>() {
@@ -99,6 +99,15 @@ pub fn code_of(error: &anyhow::Error) -> u8 {
         .unwrap_or(BAD_INPUT)
 }
 
+/// The exit code for a picture that could not be had.
+pub fn picture_code(error: &PictureError) -> u8 {
+    match error {
+        PictureError::Image(_) => BAD_INPUT,
+        PictureError::Camera(error) => camera_code(error),
+        PictureError::NoPicture(_) => NO_DEVICE,
+    }
+}
+
 fn source_code(error: &SourceError) -> u8 {
     match error {
         SourceError::UnsupportedScheme { .. } | SourceError::OtherMachine { .. } | SourceError::BadEscape { .. } => USAGE,
@@ -107,8 +116,7 @@ fn source_code(error: &SourceError) -> u8 {
     }
 }
 
-/// The exit code for a camera's error.
-pub fn camera_code(error: &CameraError) -> u8 {
+fn camera_code(error: &CameraError) -> u8 {
     match error {
         CameraError::BadUri { .. } | CameraError::UnknownScheme { .. } => USAGE,
         CameraError::Source(error) => source_code(error),

@@ -7,7 +7,7 @@ use serde::Serialize;
 use unimo::model::GraphName;
 
 use super::ModelArgs;
-use super::exit::UsageError;
+use super::exit::{UsageError, picture_code};
 use super::output::{Output, SCHEMA, Subject};
 use super::pictures;
 use super::texts::cut_warning;
@@ -56,7 +56,7 @@ pub fn run(args: &MatchArgs) -> anyhow::Result<ExitCode> {
     let image = match pictures::load(picture) {
         Ok(image) => image,
         Err(error) => {
-            output.failed_with(error.code());
+            output.failed_with(picture_code(&error));
             output.failure(Subject::Source(&source), &error.to_string(), false, args.jsonl)?;
             return Ok(output.finish());
         }

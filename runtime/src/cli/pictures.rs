@@ -10,8 +10,6 @@ use unimo_devices::camera::{self, CameraError, CameraEvent, CameraOptions, Event
 use unimo_devices::source::place;
 pub use unimo_devices::source::{Picture, pictures as find};
 
-use super::exit;
-
 /// How long a camera may take for its first picture.
 const FIRST_PICTURE: Duration = Duration::from_secs(15);
 
@@ -24,17 +22,6 @@ pub enum PictureError {
     Camera(#[from] CameraError),
     #[error("{0}: it ended without giving a picture")]
     NoPicture(String),
-}
-
-impl PictureError {
-    /// Its exit code.
-    pub fn code(&self) -> u8 {
-        match self {
-            Self::Image(_) => exit::BAD_INPUT,
-            Self::Camera(error) => exit::camera_code(error),
-            Self::NoPicture(_) => exit::NO_DEVICE,
-        }
-    }
 }
 
 /// Reads and decodes a picture; of a camera, the next one.

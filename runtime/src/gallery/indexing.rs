@@ -4,8 +4,8 @@ use std::path::PathBuf;
 
 use rusqlite::Row as Record;
 
+use super::embedding::values;
 use super::index::{FLUSH, Flushed, Index, MOST_IN_MEMORY, Revision, Row, Unavailable};
-use super::search::values;
 use super::{BUSY, Gallery, GalleryError, Time, beside, changes};
 
 /// Pictures from which on an index is made: reading the embeddings of fewer takes about a millisecond.

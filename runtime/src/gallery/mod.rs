@@ -5,6 +5,7 @@
 //! all embeddings in 8 bits in a file beside the gallery, which is a copy and can be deleted.
 
 mod changes;
+mod embedding;
 mod error;
 mod index;
 mod indexing;
@@ -19,6 +20,7 @@ use std::time::{Duration, Instant};
 
 use rusqlite::{Connection, ErrorCode, OpenFlags, OptionalExtension, TransactionBehavior, params};
 
+use self::embedding::{is_unit, length, values};
 pub use self::error::GalleryError;
 use self::error::fault;
 use self::index::Index;
@@ -30,9 +32,6 @@ pub use self::time::{Time, TimeError};
 const APPLICATION_ID: i64 = 0x554e_494d;
 /// `PRAGMA user_version` that this version writes.
 const SCHEMA: i64 = 1;
-/// Largest difference of an embedding's length from 1 that `verify` accepts: f32 rounding of 256 squares, generously.
-const UNIT_TOLERANCE: f32 = 1e-3;
-/// How long to wait for another process that writes.
 const BUSY: Duration = Duration::from_secs(10);
 
 /// A picture to store.
@@ -286,7 +285,7 @@ impl Gallery {
         let mut pictures = 0;
         self.each_embedding(&Filter::default(), |row, embedding| {
             pictures += 1;
-            let length = length(search::values(embedding));
+            let length = length(values(embedding));
             if is_unit(length) {
                 return Ok(());
             }
@@ -295,15 +294,6 @@ impl Gallery {
         })?;
         Ok(pictures)
     }
-}
-
-/// Euclidean length; NaN where a value is.
-fn length(values: impl Iterator<Item = f32>) -> f32 {
-    values.map(|v| v * v).sum::<f32>().sqrt()
-}
-
-fn is_unit(length: f32) -> bool {
-    (length - 1.0).abs() <= UNIT_TOLERANCE
 }
 
 fn connect(path: &Path, flags: OpenFlags) -> Result<Connection, GalleryError> {

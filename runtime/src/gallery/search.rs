@@ -6,6 +6,7 @@ use std::collections::BinaryHeap;
 
 use rusqlite::{Row, ToSql};
 
+use super::embedding::{dot, values};
 use super::index::{self, Unavailable};
 use super::indexing::NoIndex;
 use super::quantize::{Query, below};
@@ -112,24 +113,6 @@ impl Best {
         // Ascending by the reversed order.
         self.heap.into_sorted_vec().into_iter().map(|Reverse(candidate)| candidate).collect()
     }
-}
-
-/// The floats of a stored embedding.
-pub(super) fn values(bytes: &[u8]) -> impl Iterator<Item = f32> {
-    bytes.as_chunks::<4>().0.iter().map(|&b| f32::from_le_bytes(b))
-}
-
-/// Dot product in 16 running sums, which compilers turn into vector instructions.
-fn dot(query: &[f32], stored: &[u8]) -> f32 {
-    let (queries, query_rest) = query.as_chunks::<16>();
-    let (rows, row_rest) = stored.as_chunks::<64>();
-    let mut sums = [0f32; 16];
-    for (q, s) in queries.iter().zip(rows) {
-        for ((sum, q), s) in sums.iter_mut().zip(q).zip(s.as_chunks::<4>().0) {
-            *sum += q * f32::from_le_bytes(*s);
-        }
-    }
-    sums.iter().sum::<f32>() + query_rest.iter().zip(values(row_rest)).map(|(q, s)| q * s).sum::<f32>()
 }
 
 impl Gallery {
@@ -333,21 +316,5 @@ impl Gallery {
             visit(hit, embedding)?;
         }
         Ok(())
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn dot_products_of_every_width() {
-        for width in [1, 15, 16, 17, 64, 250] {
-            let a: Vec<f32> = (0..width).map(|i| (i as f32 * 0.7).sin()).collect();
-            let b: Vec<f32> = (0..width).map(|i| (i as f32 * 1.3).cos()).collect();
-            let bytes: Vec<u8> = b.iter().flat_map(|v| v.to_le_bytes()).collect();
-            let expected: f64 = a.iter().zip(&b).map(|(x, y)| f64::from(*x) * f64::from(*y)).sum();
-            assert!((f64::from(dot(&a, &bytes)) - expected).abs() < 1e-4, "{width}");
-        }
     }
 }

@@ -96,6 +96,13 @@ mod tests {
             near(f1(&c.predicted, &c.truth, 1), c.f1, "F1");
             near(matthews(&c.predicted, &c.truth), c.matthews, "Matthews");
         }
+        // The class that counts is the one that is named.
+        let exchanged = |classes: &[u32]| classes.iter().map(|&c| 1 - c.min(1)).collect::<Vec<_>>();
+        let binary = golden.classes.iter().filter(|c| c.predicted.iter().chain(&c.truth).all(|&class| class < 2));
+        for c in binary.clone() {
+            near(f1(&exchanged(&c.predicted), &exchanged(&c.truth), 0), c.f1, "F1 of the other class");
+        }
+        assert!(binary.count() >= 2);
         for v in &golden.values {
             near(pearson(&v.a, &v.b), v.pearson, "Pearson");
             near(spearman(&v.a, &v.b), v.spearman, "Spearman");

@@ -105,7 +105,7 @@ fn common_subsequence(a: &[u32], b: &[u32]) -> usize {
 
 #[cfg(test)]
 mod tests {
-    use super::{common_subsequence, rouge_scores};
+    use super::{common_subsequence, rouge_l, rouge_scores};
     use serde::Deserialize;
 
     #[derive(Deserialize)]
@@ -129,6 +129,14 @@ mod tests {
             golden.iter().map(|g| (g.candidate.clone(), g.references.clone())).unzip();
         let mean = golden.iter().map(|g| g.scores[1]).sum::<f64>() / golden.len() as f64;
         assert!((rouge_scores(&candidates, &references)[1] - mean).abs() < 1e-9);
+    }
+
+    #[test]
+    fn empty_texts_score_as_the_references_have_it() {
+        // `pycocoevalcap` sees one empty word in each; `rouge-score` sees none.
+        assert_eq!(rouge_l(&[vec![]], &[vec![vec![]]]), 1.0);
+        assert_eq!(rouge_l(&[vec![]], &[vec![vec![1]]]), 0.0);
+        assert_eq!(rouge_scores(&["...".to_owned()], &[vec![String::new()]]), [0.0; 3]);
     }
 
     #[test]

@@ -2,7 +2,8 @@
 
 use anyhow::Result;
 
-use super::step::{Carrying, Learning, together};
+use super::chunk::together;
+use super::learning::{Carrying, Learning};
 use super::tally::{CONTRAST, CROSS_MODAL, Tally, sum_losses};
 use super::{Learnt, Source, StepBatch};
 use crate::model::{Dropout, Unimo};

@@ -5,8 +5,10 @@
 //! the sample's number alone: the same samples come out however many chunks a step is cut into.
 
 mod among;
+mod chunk;
 mod contrastive;
 mod draft;
+mod learning;
 mod masking;
 mod members;
 mod self_critical;
@@ -18,9 +20,10 @@ use rand::seq::SliceRandom;
 
 pub(crate) use contrastive::LEAST_SHARE;
 pub use contrastive::{Contrast, contrastive_loss, cross_modal_contrast};
+pub use learning::Learnt;
 pub use masking::{Fragments, MaskedText, Vocabulary, mask_detected, mask_regions, mask_text, take_fragments};
 pub use self_critical::Critic;
-pub use step::{Learnt, StepBatch};
+pub use step::StepBatch;
 pub use tally::Tally;
 
 use crate::backbone::Backbone;

@@ -1,21 +1,20 @@
-//! A step: its samples in one or several chunks, their losses and gradients.
+//! A step: its samples, drawn and packed into one or several chunks, and what they teach together.
 
-use anyhow::{Context, Result};
-use candle_core::backprop::GradStore;
+use anyhow::Result;
 use candle_core::{Tensor, Var};
 use rand::Rng;
 
-use super::draft::{Draft, Parts, Picture, Predictions};
+use super::chunk::{Chunk, Encoded, Term, together};
+use super::draft::{Draft, Parts, Picture};
+use super::learning::{Carrying, Learning, Learnt};
 use super::members::Members;
 use super::tally::{CONTRAST, CROSS_MODAL, Tally};
-use super::{Orders, Source, contrastive_loss, cross_modal_contrast, matching_loss, shuffled};
-use super::{detected_labels, grid_labels, region_classification, region_regression};
-use crate::model::{Dropout, PackedBatch, Packer, Unimo};
+use super::{Orders, Source, contrastive_loss, cross_modal_contrast, shuffled};
+use crate::model::{Dropout, Packer, Unimo};
 use crate::parallel::{Collective, Passes, share};
 use crate::recipe::Recipe;
 use crate::regions::alike;
 use crate::seed;
-use crate::tasks::task_loss;
 use crate::vision::Vision;
 
 /// Tokens after which a sampled caption is cut off.
@@ -34,14 +33,6 @@ enum Stream {
     Retrieved,
 }
 
-/// One forward pass of a step.
-pub(super) struct Chunk {
-    packed: PackedBatch,
-    pub(super) parts: Parts,
-    /// Records of its pictures where the backbone is trained.
-    records: Vec<Vec<f32>>,
-}
-
 /// One step's samples, packed, with what each row has to predict.
 pub struct StepBatch {
     pub(super) chunks: Vec<Chunk>,
@@ -49,39 +40,6 @@ pub struct StepBatch {
     pub(super) first: usize,
     /// Pictures in the step, for throughput.
     pub pictures: usize,
-}
-
-/// What a step taught.
-pub struct Learnt {
-    /// The weighted sum of the losses.
-    pub total: f64,
-    /// Every objective's unweighted loss, by name. Objectives without samples are absent.
-    pub losses: Vec<(&'static str, f64)>,
-    /// Gradients of the weighted sum.
-    pub gradients: GradStore,
-}
-
-/// An objective's loss in one forward pass.
-pub(super) struct Term {
-    name: &'static str,
-    weight: f64,
-    /// Share of the objective's samples that lie in this pass.
-    share: f64,
-    loss: Tensor,
-}
-
-/// What the contrasts compare; each absent where a chunk or step has none.
-#[derive(Default, Clone)]
-pub(super) struct Encoded {
-    /// Unified-space embeddings `[n, embedding]` of pictures, captions, retrieved images and retrieved texts; then the matching
-    /// logits `[n]` of jointly encoded pairs.
-    pub(super) tensors: [Option<Tensor>; 5],
-}
-
-impl Encoded {
-    pub(super) fn detached(&self) -> Self {
-        Self { tensors: self.tensors.clone().map(|t| t.map(|t| t.detach())) }
-    }
 }
 
 impl StepBatch {
@@ -327,209 +285,6 @@ impl StepBatch {
             joint_image_of: all(|p| &p.match_image_of),
             joint_labels: self.chunks.iter().flat_map(|c| &c.parts.match_labels).copied().collect(),
         }
-    }
-}
-
-impl Chunk {
-    pub(super) fn forward(&self, model: &Unimo, source: &Source, dropout: Dropout) -> Result<Tensor> {
-        let mut pictures = None;
-        if !self.records.is_empty() {
-            pictures = Some(source.vision.differentiable_regions(&self.records, model.device())?);
-        }
-        Ok(model.forward(&self.packed, pictures.as_ref(), dropout)?)
-    }
-
-    fn match_logits(&self, hidden: &Tensor, model: &Unimo) -> Result<Option<Tensor>> {
-        let parts = &self.parts;
-        if parts.match_labels.is_empty() {
-            return Ok(None);
-        }
-        Ok(Some(model.match_logits(&model.rows(hidden, &parts.match_images)?, &model.rows(hidden, &parts.match_texts)?)?))
-    }
-
-    /// Objectives whose loss is a mean over samples, each in one chunk.
-    pub(super) fn local_terms(
-        &self,
-        hidden: &Tensor,
-        model: &Unimo,
-        recipe: &Recipe,
-        source: &Source,
-        whole: &Tally,
-    ) -> Result<Vec<Term>> {
-        type Of = fn(&Parts) -> &Predictions;
-        let (parts, w) = (&self.parts, &recipe.weights);
-        let smoothing = w.label_smoothing as f32;
-        let generated: [(&str, f64, f32, Of); 5] = [
-            ("caption", w.caption, smoothing, |p| &p.captions),
-            ("text", w.text, smoothing, |p| &p.texts),
-            ("fragments", w.fragments, smoothing, |p| &p.fragments),
-            ("writing", w.task, smoothing, |p| &p.written),
-            ("masked_language", w.masked_language, 0.0, |p| &p.masked_words),
-        ];
-        let mut terms = Vec::new();
-        let mut put = |name, weight, count: usize, loss| {
-            terms.push(Term { name, weight, share: count as f64 / whole.samples(name), loss });
-        };
-        for (name, weight, smoothing, of) in generated {
-            let Predictions { rows, targets } = of(parts);
-            if !rows.is_empty() {
-                let loss = model.language_loss(&model.rows(hidden, rows)?, targets.clone(), smoothing)?;
-                put(name, weight, rows.len(), loss);
-            }
-        }
-        let Predictions { rows, targets } = &parts.sampled.predictions;
-        if !rows.is_empty() {
-            let (advantages, temperature) = (parts.sampled.advantages.clone(), recipe.batch.sampling_temperature);
-            let loss = model.policy_loss(&model.rows(hidden, rows)?, targets.clone(), advantages, temperature)?;
-            put("self_critical", w.self_critical, rows.len(), loss);
-        }
-        if let Some(logits) = self.match_logits(hidden, model)? {
-            let loss = matching_loss(&logits, &parts.match_labels)?;
-            put("matching", w.matching, parts.match_labels.len(), loss);
-        }
-        if let (Some(task), false) = (source.task, parts.task_examples.is_empty()) {
-            let logits = model.task_logits(hidden, &parts.task_images, &parts.task_texts)?;
-            let targets: Vec<&[(u32, f32)]> = parts.task_examples.iter().map(|&i| task.examples[i].target.as_slice()).collect();
-            let loss = task_loss(&logits, task.spec.goal, &targets)?;
-            put("task", w.task, targets.len(), loss);
-        }
-        let regions = &parts.regions;
-        if !regions.rows.is_empty() {
-            let rows = model.rows(hidden, &regions.rows)?;
-            let loss = region_regression(model, &rows, &regions.features)?;
-            put("region_features", w.region_features, regions.rows.len(), loss);
-            if w.region_classes > 0.0 {
-                let labels = match model.config().detects() {
-                    true => detected_labels(&regions.probabilities, model.config().region_classes, model.device())?,
-                    false => grid_labels(source.vision.given()?, &regions.features, regions.rows.len(), model.device())?,
-                };
-                let loss = region_classification(model, &rows, &labels)?;
-                put("region_classes", w.region_classes, regions.rows.len(), loss);
-            }
-        }
-        Ok(terms)
-    }
-
-    pub(super) fn encode(&self, hidden: &Tensor, model: &Unimo, recipe: &Recipe) -> Result<Encoded> {
-        let parts = &self.parts;
-        if parts.text_rows.is_empty() {
-            return Ok(Encoded::default());
-        }
-        let images = |rows: &[usize]| -> Result<Option<Tensor>> {
-            Ok(if rows.is_empty() { None } else { Some(model.image_embedding(&model.rows(hidden, rows)?)?) })
-        };
-        let texts = |rows: &[usize]| -> Result<Option<Tensor>> {
-            Ok(if rows.is_empty() { None } else { Some(model.text_embedding(&model.rows(hidden, rows)?)?) })
-        };
-        Ok(Encoded {
-            tensors: [
-                images(&parts.image_rows)?,
-                texts(&parts.text_rows)?,
-                images(&parts.retrieved_image_rows)?,
-                texts(&parts.retrieved_text_rows)?,
-                if recipe.weights.cross_modal > 0.0 { self.match_logits(hidden, model)? } else { None },
-            ],
-        })
-    }
-}
-
-/// What several passes have encoded, one after the other.
-pub(super) fn together(passes: &[Encoded]) -> Result<[Option<Tensor>; 5]> {
-    let mut whole: [Option<Tensor>; 5] = Default::default();
-    for (kind, whole) in whole.iter_mut().enumerate() {
-        let tensors: Vec<&Tensor> = passes.iter().filter_map(|e| e.tensors[kind].as_ref()).collect();
-        if !tensors.is_empty() {
-            *whole = Some(Tensor::cat(&tensors, 0)?);
-        }
-    }
-    Ok(whole)
-}
-
-/// Gradients by what passes encode, which these carry back pass by pass.
-pub(super) struct Carrying {
-    pub(super) gradients: [Option<Tensor>; 5],
-    /// Rows of each that are done.
-    pub(super) at: [usize; 5],
-}
-
-impl Carrying {
-    /// What has these gradients by what the next pass has encoded.
-    pub(super) fn next(&mut self, encoded: Encoded) -> Result<Option<Tensor>> {
-        let mut carried: Option<Tensor> = None;
-        for (kind, tensor) in encoded.tensors.into_iter().enumerate() {
-            let Some(tensor) = tensor else { continue };
-            let (start, count) = (self.at[kind], tensor.dim(0)?);
-            self.at[kind] += count;
-            let Some(gradient) = &self.gradients[kind] else { continue };
-            let product = (tensor * gradient.narrow(0, start, count)?)?.sum_all()?;
-            carried = Some(match carried {
-                Some(sum) => (sum + product)?,
-                None => product,
-            });
-        }
-        Ok(carried)
-    }
-}
-
-/// Sums of a step's passes.
-#[derive(Default)]
-pub(super) struct Learning {
-    /// Objective, weight, share and value of losses. Read at the end, all at once: to read one means to wait for the device.
-    terms: Vec<(&'static str, f64, f64, Tensor)>,
-    /// Objective, weight and value of those that are numbers already.
-    known: Vec<(&'static str, f64, f64)>,
-    pub(super) gradients: Option<GradStore>,
-}
-
-impl Learning {
-    /// Takes the losses of one pass, and what it carries for the contrasts of all, and adds their gradients.
-    pub(super) fn add(&mut self, terms: Vec<Term>, carried: Option<Tensor>) -> Result<()> {
-        let mut sum = carried;
-        for Term { name, weight, share, loss } in terms {
-            self.terms.push((name, weight, share, loss.detach()));
-            let weighted = loss.affine(weight * share, 0.0)?;
-            sum = Some(match sum {
-                Some(sum) => (sum + weighted)?,
-                None => weighted,
-            });
-        }
-        let Some(sum) = sum else { return Ok(()) };
-        let gradients = sum.backward()?;
-        match &mut self.gradients {
-            Some(so_far) => so_far.extend(gradients)?,
-            None => self.gradients = Some(gradients),
-        }
-        Ok(())
-    }
-
-    pub(super) fn note(&mut self, name: &'static str, weight: f64, value: f64) {
-        self.known.push((name, weight, value));
-    }
-
-    /// The weighted sum of the losses, and each objective's.
-    pub(super) fn losses(&self) -> Result<(f64, Vec<(&'static str, f64)>)> {
-        let mut values = self.known.clone();
-        if !self.terms.is_empty() {
-            let tensors = self.terms.iter().map(|(.., loss)| loss).collect::<Vec<_>>();
-            let read = Tensor::stack(&tensors, 0)?.to_vec1::<f32>()?;
-            let terms = self.terms.iter().zip(read);
-            values.extend(terms.map(|(&(name, weight, share, _), value)| (name, weight, f64::from(value) * share)));
-        }
-        let (mut total, mut losses) = (0.0, Vec::<(&str, f64)>::new());
-        for (name, weight, value) in values {
-            total += weight * value;
-            match losses.iter_mut().find(|(known, _)| *known == name) {
-                Some((_, so_far)) => *so_far += value,
-                None => losses.push((name, value)),
-            }
-        }
-        Ok((total, losses))
-    }
-
-    fn finish(self) -> Result<Learnt> {
-        let (total, losses) = self.losses()?;
-        let gradients = self.gradients.context("the step has no objective")?;
-        Ok(Learnt { total, losses, gradients })
     }
 }
 

@@ -249,17 +249,15 @@ impl CustomOp1 for Attention {
     fn bwd(&self, qkv: &Tensor, _result: &Tensor, gradient: &Tensor) -> Result<Option<Tensor>> {
         let (_, width) = qkv.dims2()?;
         let hidden = width / 3;
-        let dx = with_values(self.name(), qkv, |values| {
-            with_values(self.name(), gradient, |dy| {
-                let mut dx = vec![0f32; values.len()];
-                self.split(&mut dx, width).into_par_iter().for_each_init(<[Vec<f32>; 3]>::default, |scratch, (group, dx)| {
-                    let part = &values[group.start * width..(group.start + group.len) * width];
-                    let dy = &dy[group.start * hidden..(group.start + group.len) * hidden];
-                    self.backward_group(group, part, dy, hidden, dx, scratch);
-                });
-                dx
-            })
-        })??;
+        let dx = with_values(self.name(), [qkv, gradient], |[values, dy]| {
+            let mut dx = vec![0f32; values.len()];
+            self.split(&mut dx, width).into_par_iter().for_each_init(<[Vec<f32>; 3]>::default, |scratch, (group, dx)| {
+                let part = &values[group.start * width..(group.start + group.len) * width];
+                let dy = &dy[group.start * hidden..(group.start + group.len) * hidden];
+                self.backward_group(group, part, dy, hidden, dx, scratch);
+            });
+            dx
+        })?;
         Tensor::from_vec(dx, qkv.shape(), qkv.device()).map(Some)
     }
 }

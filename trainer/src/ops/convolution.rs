@@ -45,33 +45,27 @@ impl CustomOp3 for Depthwise {
         gradient: &Tensor,
     ) -> Result<(Option<Tensor>, Option<Tensor>, Option<Tensor>)> {
         let (name, plane) = (self.name(), self.plane);
-        let (dx, dw, db) = with_values(name, x, |x| {
-            with_values(name, weight, |weight| {
-                with_values(name, result, |y| {
-                    with_values(name, gradient, |dy| {
-                        let mut dx = vec![0f32; x.len()];
-                        let partial: Vec<(Vec<f32>, Vec<f32>)> = dx
-                            .par_chunks_exact_mut(plane.inputs())
-                            .zip(x.par_chunks_exact(plane.inputs()))
-                            .zip(y.par_chunks_exact(plane.outputs()).zip(dy.par_chunks_exact(plane.outputs())))
-                            .map(|((dx, x), (y, dy))| {
-                                let (mut dw, mut db) = (vec![0f32; weight.len()], vec![0f32; plane.channels]);
-                                let of = DepthwiseGradient { x, weight, y, dy };
-                                kernels::depthwise_relu6_backward(of, plane, dx, &mut dw, &mut db);
-                                (dw, db)
-                            })
-                            .collect();
-                        // Summed in order, so that a run does not depend on the threads' timing.
-                        let (mut dw, mut db) = (vec![0f32; weight.len()], vec![0f32; plane.channels]);
-                        for (w, b) in &partial {
-                            add_assign(&mut dw, w);
-                            add_assign(&mut db, b);
-                        }
-                        (dx, dw, db)
-                    })
+        let (dx, dw, db) = with_values(name, [x, weight, result, gradient], |[x, weight, y, dy]| {
+            let mut dx = vec![0f32; x.len()];
+            let partial: Vec<(Vec<f32>, Vec<f32>)> = dx
+                .par_chunks_exact_mut(plane.inputs())
+                .zip(x.par_chunks_exact(plane.inputs()))
+                .zip(y.par_chunks_exact(plane.outputs()).zip(dy.par_chunks_exact(plane.outputs())))
+                .map(|((dx, x), (y, dy))| {
+                    let (mut dw, mut db) = (vec![0f32; weight.len()], vec![0f32; plane.channels]);
+                    let of = DepthwiseGradient { x, weight, y, dy };
+                    kernels::depthwise_relu6_backward(of, plane, dx, &mut dw, &mut db);
+                    (dw, db)
                 })
-            })
-        })????;
+                .collect();
+            // Summed in order, so that a run does not depend on the threads' timing.
+            let (mut dw, mut db) = (vec![0f32; weight.len()], vec![0f32; plane.channels]);
+            for (w, b) in &partial {
+                add_assign(&mut dw, w);
+                add_assign(&mut db, b);
+            }
+            (dx, dw, db)
+        })?;
         let device = x.device();
         Ok((
             Some(Tensor::from_vec(dx, x.shape(), device)?),

@@ -40,32 +40,28 @@ impl CustomOp3 for LayerNorm {
         gradient: &Tensor,
     ) -> Result<(Option<Tensor>, Option<Tensor>, Option<Tensor>)> {
         let name = self.name();
-        let (dx, dw, db) = with_values(name, x, |x| {
-            with_values(name, weight, |weight| {
-                with_values(name, gradient, |dy| {
-                    let h = weight.len();
-                    let chunk = rows_per_task(h) * h;
-                    let mut dx = vec![0f32; x.len()];
-                    let partial: Vec<(Vec<f32>, Vec<f32>)> = dx
-                        .par_chunks_mut(chunk)
-                        .zip(x.par_chunks(chunk))
-                        .zip(dy.par_chunks(chunk))
-                        .map(|((dx, x), dy)| {
-                            let (mut dw, mut db) = (vec![0f32; h], vec![0f32; h]);
-                            kernels::layer_norm_backward(x, weight, self.eps, dy, dx, &mut dw, &mut db);
-                            (dw, db)
-                        })
-                        .collect();
-                    // Summed in order, so that a run does not depend on the threads' timing.
+        let (dx, dw, db) = with_values(name, [x, weight, gradient], |[x, weight, dy]| {
+            let h = weight.len();
+            let chunk = rows_per_task(h) * h;
+            let mut dx = vec![0f32; x.len()];
+            let partial: Vec<(Vec<f32>, Vec<f32>)> = dx
+                .par_chunks_mut(chunk)
+                .zip(x.par_chunks(chunk))
+                .zip(dy.par_chunks(chunk))
+                .map(|((dx, x), dy)| {
                     let (mut dw, mut db) = (vec![0f32; h], vec![0f32; h]);
-                    for (w, b) in &partial {
-                        kernels::add_assign(&mut dw, w);
-                        kernels::add_assign(&mut db, b);
-                    }
-                    (dx, dw, db)
+                    kernels::layer_norm_backward(x, weight, self.eps, dy, dx, &mut dw, &mut db);
+                    (dw, db)
                 })
-            })
-        })???;
+                .collect();
+            // Summed in order, so that a run does not depend on the threads' timing.
+            let (mut dw, mut db) = (vec![0f32; h], vec![0f32; h]);
+            for (w, b) in &partial {
+                kernels::add_assign(&mut dw, w);
+                kernels::add_assign(&mut db, b);
+            }
+            (dx, dw, db)
+        })?;
         let (device, h) = (x.device(), weight.elem_count());
         Ok((
             Some(Tensor::from_vec(dx, x.shape(), device)?),
@@ -106,16 +102,14 @@ impl CustomOp1 for Elementwise {
     }
 
     fn bwd(&self, x: &Tensor, _result: &Tensor, gradient: &Tensor) -> Result<Option<Tensor>> {
-        let dx = with_values(self.name, x, |x| {
-            with_values(self.name, gradient, |dy| {
-                let mut dx = vec![0f32; x.len()];
-                dx.par_chunks_mut(TASK_VALUES)
-                    .zip(x.par_chunks(TASK_VALUES))
-                    .zip(dy.par_chunks(TASK_VALUES))
-                    .for_each(|((dx, x), dy)| (self.backward)(x, dy, dx));
-                dx
-            })
-        })??;
+        let dx = with_values(self.name, [x, gradient], |[x, dy]| {
+            let mut dx = vec![0f32; x.len()];
+            dx.par_chunks_mut(TASK_VALUES)
+                .zip(x.par_chunks(TASK_VALUES))
+                .zip(dy.par_chunks(TASK_VALUES))
+                .for_each(|((dx, x), dy)| (self.backward)(x, dy, dx));
+            dx
+        })?;
         Tensor::from_vec(dx, x.shape(), x.device()).map(Some)
     }
 }
@@ -168,7 +162,7 @@ impl CustomOp2 for DropoutAdd {
         _result: &Tensor,
         gradient: &Tensor,
     ) -> Result<(Option<Tensor>, Option<Tensor>)> {
-        let dx = with_values(self.name(), gradient, |dy| {
+        let dx = with_values(self.name(), [gradient], |[dy]| {
             let mut dx = dy.to_vec();
             dx.par_chunks_mut(TASK_VALUES)
                 .enumerate()

@@ -53,22 +53,18 @@ impl CustomOp3 for Linear {
         let rows = x.elem_count() / inputs;
         // Inputs that lead to no parameter (region features) need no gradient.
         let wants_dx = x.track_op();
-        let (dx, dw, db) = with_values(name, x, |x| {
-            with_values(name, weight, |weight| {
-                with_values(name, gradient, |dy| {
-                    let mut dx = Vec::new();
-                    if wants_dx {
-                        dx = vec![0f32; rows * inputs];
-                        let size = Product { m: rows, n: inputs, k: outputs, accumulate: false, parallel: true };
-                        sgemm(size, Matrix::rows(dy, outputs), Matrix::rows(weight, inputs), &mut dx, inputs);
-                    }
-                    let mut dw = vec![0f32; outputs * inputs];
-                    let size = Product { m: outputs, n: inputs, k: rows, accumulate: false, parallel: true };
-                    sgemm(size, Matrix::rows(dy, outputs).transposed(), Matrix::rows(x, inputs), &mut dw, inputs);
-                    (dx, dw, column_sums(dy, outputs))
-                })
-            })
-        })???;
+        let (dx, dw, db) = with_values(name, [x, weight, gradient], |[x, weight, dy]| {
+            let mut dx = Vec::new();
+            if wants_dx {
+                dx = vec![0f32; rows * inputs];
+                let size = Product { m: rows, n: inputs, k: outputs, accumulate: false, parallel: true };
+                sgemm(size, Matrix::rows(dy, outputs), Matrix::rows(weight, inputs), &mut dx, inputs);
+            }
+            let mut dw = vec![0f32; outputs * inputs];
+            let size = Product { m: outputs, n: inputs, k: rows, accumulate: false, parallel: true };
+            sgemm(size, Matrix::rows(dy, outputs).transposed(), Matrix::rows(x, inputs), &mut dw, inputs);
+            (dx, dw, column_sums(dy, outputs))
+        })?;
         let device = x.device();
         let dx = if wants_dx { Some(Tensor::from_vec(dx, x.shape(), device)?) } else { None };
         Ok((dx, Some(Tensor::from_vec(dw, (outputs, inputs), device)?), Some(Tensor::from_vec(db, outputs, device)?)))

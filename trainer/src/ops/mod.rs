@@ -51,14 +51,18 @@ fn f32_slice<'a>(op: &'static str, storage: &'a CpuStorage, layout: &Layout) -> 
     }
 }
 
-/// Runs `f` on the values of an f32 CPU tensor.
-fn with_values<R>(op: &'static str, tensor: &Tensor, f: impl FnOnce(&[f32]) -> R) -> Result<R> {
-    let tensor = tensor.contiguous()?;
-    let (storage, layout) = tensor.storage_and_layout();
-    match &*storage {
-        Storage::Cpu(cpu) => Ok(f(f32_slice(op, cpu, layout)?)),
-        _ => Err(Error::Msg(format!("{op}: expected a CPU tensor"))),
+/// Runs `f` on the values of f32 CPU tensors.
+fn with_values<const N: usize, R>(op: &'static str, tensors: [&Tensor; N], f: impl FnOnce([&[f32]; N]) -> R) -> Result<R> {
+    let tensors = tensors.into_iter().map(Tensor::contiguous).collect::<Result<Vec<_>>>()?;
+    let stored: Vec<_> = tensors.iter().map(Tensor::storage_and_layout).collect();
+    let mut values: [&[f32]; N] = [&[]; N];
+    for (values, (storage, layout)) in values.iter_mut().zip(&stored) {
+        match &**storage {
+            Storage::Cpu(cpu) => *values = f32_slice(op, cpu, layout)?,
+            _ => return Err(Error::Msg(format!("{op}: expected a CPU tensor"))),
+        }
     }
+    Ok(f(values))
 }
 
 fn rows_per_task(width: usize) -> usize {

@@ -5,6 +5,7 @@ mod files;
 mod graph;
 mod rewriter;
 mod tagging;
+mod vocabulary;
 
 pub use files::{RewriteJob, RewriteReport, RewrittenCaption, RewrittenPicture, read_rewrites, rewrite};
 pub use graph::{Object, Relation, SceneGraph};

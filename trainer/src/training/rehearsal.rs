@@ -30,6 +30,8 @@ pub struct Rehearsal {
     pub waited: f64,
     /// Seconds that drawing and packing the data took, beside the step before.
     pub drawn: f64,
+    /// Seconds of the same with nothing beside it.
+    pub drawn_alone: f64,
     /// Processor seconds of a step, all threads together, where the system tells.
     pub cpu_seconds: Option<f64>,
     /// The largest memory of the process so far, in bytes, where the system tells.
@@ -57,18 +59,16 @@ pub fn rehearse_among(ranks: &dyn Collective, job: &TrainingJob) -> Result<Rehea
     set_up(job, &existing, ranks, |mut ready| {
         let counts = |weights: &BTreeMap<String, Var>| weights.values().map(|var| var.elem_count()).sum::<usize>();
         let parameters = [counts(ready.trainer.model.weights()), counts(ready.trainer.source.vision.weights())];
+        let steps = ready.step..ready.step + REHEARSED_STEPS;
+        let drawn_alone = median(ready.trainer.draw(steps.clone())?);
         let (mut entries, mut spent) = (Vec::new(), Vec::new());
-        ready.trainer.run(ready.step..ready.step + REHEARSED_STEPS, &mut ready.optimizer, |_, entry, _| {
+        ready.trainer.run(steps, &mut ready.optimizer, |_, entry, _| {
             entries.push(entry);
             spent.push(cpu_seconds());
             Ok(())
         })?;
         let of = |key: &str| entries.iter().map(|entry| entry[key].as_f64().unwrap_or(0.0)).collect::<Vec<f64>>();
-        let median = |key: &str| {
-            let mut timed = of(key).split_off(1);
-            timed.sort_by(f64::total_cmp);
-            timed[timed.len() / 2]
-        };
+        let median = |key: &str| median(of(key));
         let (first, last) = (spent[0], spent[spent.len() - 1]);
         Ok(Rehearsal {
             parameters,
@@ -79,10 +79,18 @@ pub fn rehearse_among(ranks: &dyn Collective, job: &TrainingJob) -> Result<Rehea
             seconds: median("seconds"),
             waited: median("waited"),
             drawn: median("drawn"),
+            drawn_alone,
             cpu_seconds: first.zip(last).map(|(first, last)| (last - first) / (spent.len() - 1) as f64),
             peak_memory: peak_memory(),
         })
     })
+}
+
+/// The median of what steps took, but for the first, which is not timed.
+fn median(steps: Vec<f64>) -> f64 {
+    let mut timed: Vec<f64> = steps.into_iter().skip(1).collect();
+    timed.sort_by(f64::total_cmp);
+    timed.get(timed.len() / 2).copied().unwrap_or_default()
 }
 
 /// Processor seconds of this process so far, where `/proc` tells them; to a hundredth.
@@ -118,6 +126,11 @@ impl fmt::Display for Rehearsal {
             write!(f, "; {seconds:.2} processor seconds")?;
         }
         writeln!(f, "; {:.0} GFLOP/s", giga / self.seconds)?;
+        if self.pictures > 0 {
+            let rate = |seconds: f64| self.pictures as f64 / seconds;
+            let (alone, learnt) = (rate(self.drawn_alone), rate(self.seconds - self.waited));
+            writeln!(f, "data         {alone:.0} pictures a second are drawn and packed alone, {learnt:.1} can be learnt from")?;
+        }
         match self.peak_memory {
             Some(bytes) => writeln!(f, "memory       {:.1} GB at most", bytes as f64 / 1e9)?,
             None => writeln!(f, "memory       not known on this system")?,

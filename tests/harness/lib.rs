@@ -1,11 +1,21 @@
 //! What the end-to-end tests share: the programs, built once, and how to run them.
 
+pub mod index;
+mod onnx_runtime;
+pub mod reference;
+#[cfg(unix)]
+mod rights;
+
 use std::env;
 use std::io::Write;
 use std::path::PathBuf;
 use std::process::{Command, Stdio};
 use std::sync::OnceLock;
 use std::thread;
+
+pub use onnx_runtime::ort_is_there;
+#[cfg(unix)]
+pub use rights::without_rights;
 
 /// What a program did.
 #[derive(Debug)]

@@ -6,9 +6,12 @@
 //! of its own rows by another's columns, no gradient travels, and the gradients by its own embeddings, which it carries back
 //! through its own passes, are those of one process that holds all.
 
-use anyhow::{Context, Result, ensure};
+mod exchange;
+
+use anyhow::Result;
 use candle_core::{D, Device, Tensor};
 
+use self::exchange::{Block, Sums, exchange, gather};
 use super::Collective;
 use crate::objectives::LEAST_SHARE;
 
@@ -54,28 +57,6 @@ pub struct Compared {
     pub gradients: [Option<Tensor>; 5],
     /// This rank's part of the gradient by the temperature.
     pub by_temperature: f64,
-}
-
-/// One rank's embeddings; none where it has no pictures.
-struct Block {
-    /// Number of its first picture.
-    first: usize,
-    images: Option<Tensor>,
-    texts: Option<Tensor>,
-    image_of_text: Vec<usize>,
-}
-
-/// Logarithms of sums of exponentials of one rank's pictures and texts, which all ranks need for their gradients.
-#[derive(Debug, Clone, Default)]
-struct Sums {
-    /// Of each picture with all texts.
-    image: Vec<f64>,
-    /// The first contrast's gradient is so much of that of `image` less the picture's positives.
-    weight: Vec<f64>,
-    /// Of everything in each picture's cross-modal contrast; ∞ where there is none.
-    cross: Vec<f64>,
-    /// Of each text with all pictures.
-    text: Vec<f64>,
 }
 
 /// What only the rank itself needs.
@@ -137,67 +118,6 @@ pub fn compare(ranks: &dyn Collective, own: &Own, settings: &Settings, device: &
     }
     let (gradients, by_temperature) = here.gradients(&scores, &all, &positives, &factors)?;
     Ok(Compared { losses: [contrast, cross], gradients, by_temperature })
-}
-
-impl Block {
-    fn image_count(&self) -> usize {
-        self.images.as_ref().map_or(0, |images| images.dims()[0])
-    }
-}
-
-/// All ranks' embeddings of pictures and captions.
-fn gather(ranks: &dyn Collective, own: &Own, width: usize, device: &Device) -> Result<Vec<Block>> {
-    let mut bytes = Vec::new();
-    for tensor in &own.encoded[..2] {
-        let values = tensor.as_ref().map(|t| t.flatten_all()?.to_vec1::<f32>()).transpose()?.unwrap_or_default();
-        bytes.extend(((values.len() / width) as u64).to_le_bytes());
-        values.iter().for_each(|value| bytes.extend_from_slice(&value.to_le_bytes()));
-    }
-    own.image_of_text.iter().for_each(|&image| bytes.extend((image as u64).to_le_bytes()));
-    let mut blocks: Vec<Block> = Vec::new();
-    for (rank, bytes) in ranks.all_gather(&bytes)?.iter().enumerate() {
-        let mut rest = bytes.as_slice();
-        let mut take = |count: usize| -> Result<&[u8]> {
-            let (taken, after) = rest.split_at_checked(count).with_context(|| format!("rank {rank} brought too little"))?;
-            rest = after;
-            Ok(taken)
-        };
-        let mut embeddings = || -> Result<Option<Tensor>> {
-            let count = u64::from_le_bytes(take(8)?.try_into()?) as usize;
-            let values = take(count * width * 4)?.chunks_exact(4).map(|b| f32::from_le_bytes([b[0], b[1], b[2], b[3]]));
-            Ok(if count == 0 { None } else { Some(Tensor::from_vec(values.collect(), (count, width), device)?) })
-        };
-        let (images, texts) = (embeddings()?, embeddings()?);
-        let image_of_text =
-            rest.chunks_exact(8).map(|b| Ok(u64::from_le_bytes(b.try_into()?) as usize)).collect::<Result<_>>()?;
-        let first = blocks.last().map_or(0, |before| before.first + before.image_count());
-        let block = Block { first, images, texts, image_of_text };
-        let own = first..first + block.image_count();
-        let texts = block.texts.as_ref().map_or(0, |texts| texts.dims()[0]);
-        ensure!(
-            block.image_of_text.len() == texts && block.image_of_text.iter().all(|image| own.contains(image)),
-            "rank {rank} brought captions of pictures that are not its own"
-        );
-        blocks.push(block);
-    }
-    Ok(blocks)
-}
-
-/// All ranks' sums.
-fn exchange(ranks: &dyn Collective, own: &Sums) -> Result<Vec<Sums>> {
-    let mut bytes = (own.image.len() as u64).to_le_bytes().to_vec();
-    for column in [&own.image, &own.weight, &own.cross, &own.text] {
-        column.iter().for_each(|value| bytes.extend(value.to_le_bytes()));
-    }
-    let read = |(rank, bytes): (usize, &Vec<u8>)| -> Result<Sums> {
-        let (count, values) = bytes.split_at_checked(8).with_context(|| format!("rank {rank} brought too little"))?;
-        let count = u64::from_le_bytes(count.try_into()?) as usize;
-        let values: Vec<f64> = values.chunks_exact(8).map(|b| Ok(f64::from_le_bytes(b.try_into()?))).collect::<Result<_>>()?;
-        ensure!(values.len() >= 3 * count, "rank {rank} brought too little");
-        let column = |i: usize| values[i * count..(i + 1) * count].to_vec();
-        Ok(Sums { image: column(0), weight: column(1), cross: column(2), text: values[3 * count..].to_vec() })
-    };
-    ranks.all_gather(&bytes)?.iter().enumerate().map(read).collect()
 }
 
 /// Logarithm of the sum of exponentials.
@@ -440,177 +360,4 @@ fn numbered(of: &[usize], number: usize) -> impl Iterator<Item = usize> + '_ {
 }
 
 #[cfg(test)]
-mod tests {
-    use super::super::testing::among;
-    use super::*;
-
-    const WIDTH: usize = 4;
-
-    /// What one rank brings, its pictures numbered from 0.
-    #[derive(Clone, Default)]
-    struct Rank {
-        images: usize,
-        image_of_text: Vec<usize>,
-        retrieved_image_of: Vec<usize>,
-        retrieved_text_of: Vec<usize>,
-        joint: Vec<(usize, f32)>,
-    }
-
-    /// Values of a kind: embeddings, or scores where they are one wide.
-    fn values(rank: usize, kind: usize, count: usize) -> Vec<f64> {
-        (0..count).map(|i| f64::from(((rank * 131 + kind * 17 + i * 7) as f32 * 0.83).sin() * 0.6)).collect()
-    }
-
-    fn counts(rank: &Rank) -> [usize; 5] {
-        let w = WIDTH;
-        let own = [rank.images * w, rank.image_of_text.len() * w, rank.retrieved_image_of.len() * w];
-        [own[0], own[1], own[2], rank.retrieved_text_of.len() * w, rank.joint.len()]
-    }
-
-    /// Both losses straight from their formulas, over what all ranks bring; `of[rank][kind]` are the values.
-    fn formula(ranks: &[Rank], of: &[[Vec<f64>; 5]], temperature: f64) -> [f64; 2] {
-        type Rows = Vec<(usize, Vec<f64>)>;
-        let (mut first, mut images, mut texts, mut found_images, mut found_texts) =
-            (0, Vec::new(), Rows::new(), Rows::new(), Rows::new());
-        let mut joint = Vec::new();
-        for (rank, values) in ranks.iter().zip(of) {
-            let row = |kind: usize, i: usize| values[kind][i * WIDTH..(i + 1) * WIDTH].to_vec();
-            images.extend((0..rank.images).map(|i| row(0, i)));
-            let rows = |kind: usize, of: &[usize]| -> Rows {
-                of.iter().enumerate().map(|(i, image)| (image + first, row(kind, i))).collect()
-            };
-            texts.extend(rows(1, &rank.image_of_text));
-            found_images.extend(rows(2, &rank.retrieved_image_of));
-            found_texts.extend(rows(3, &rank.retrieved_text_of));
-            joint.extend(rank.joint.iter().zip(&values[4]).map(|(&(image, label), &score)| (image + first, label, score.exp())));
-            first += rank.images;
-        }
-        let e = |a: &[f64], b: &[f64]| (a.iter().zip(b).map(|(a, b)| a * b).sum::<f64>() / temperature).exp();
-        let (mut by_image, mut by_text, mut cross) = (Vec::new(), Vec::new(), Vec::new());
-        for (i, image) in images.iter().enumerate() {
-            let own: f64 = texts.iter().filter(|t| t.0 == i).map(|t| e(image, &t.1)).sum();
-            let all: f64 = texts.iter().map(|t| e(image, &t.1)).sum();
-            if own > 0.0 {
-                by_image.push(-(own / all + 1e-12).ln());
-            }
-            let (mut positive, mut negative) = (own, all - own);
-            for text in texts.iter().filter(|t| t.0 == i) {
-                positive += found_images.iter().filter(|f| f.0 == i).map(|f| e(&f.1, &text.1)).sum::<f64>();
-                negative += images.iter().enumerate().filter(|(j, _)| *j != i).map(|(_, other)| e(other, &text.1)).sum::<f64>();
-            }
-            positive += found_texts.iter().filter(|f| f.0 == i).map(|f| e(image, &f.1)).sum::<f64>();
-            positive += joint.iter().filter(|j| j.0 == i && j.1 > 0.5).map(|j| j.2).sum::<f64>();
-            negative += joint.iter().filter(|j| j.0 == i && j.1 < 0.5).map(|j| j.2).sum::<f64>();
-            if positive > 0.0 {
-                cross.push(-(positive / (positive + negative)).ln());
-            }
-        }
-        for (own, text) in &texts {
-            let all: f64 = images.iter().map(|image| e(image, text)).sum();
-            by_text.push(-(e(&images[*own], text) / all).ln());
-        }
-        let mean = |values: &[f64]| values.iter().sum::<f64>() / values.len() as f64;
-        [0.5 * (mean(&by_image) + mean(&by_text)), mean(&cross)]
-    }
-
-    fn check(plan: &[Rank], temperature: f64) {
-        let settings = Settings { contrast: 1.5, cross_modal: 0.7, temperature, width: WIDTH };
-        let of: Vec<[Vec<f64>; 5]> = plan
-            .iter()
-            .enumerate()
-            .map(|(number, rank)| {
-                let counts = counts(rank);
-                std::array::from_fn(|kind| values(number, kind, counts[kind]))
-            })
-            .collect();
-        let got = among(plan.len(), |ranks| {
-            let (number, first) = (ranks.rank(), plan[..ranks.rank()].iter().map(|rank| rank.images).sum::<usize>());
-            let rank = &plan[number];
-            let tensor = |kind: usize| {
-                let values: Vec<f32> = of[number][kind].iter().map(|&v| v as f32).collect();
-                let count = values.len();
-                let tensor = Tensor::from_vec(values, count, &Device::Cpu).unwrap();
-                let shaped = if kind == 4 { tensor } else { tensor.reshape((count / WIDTH, WIDTH)).unwrap() };
-                (count > 0).then_some(shaped)
-            };
-            let global = |of: &[usize]| of.iter().map(|image| image + first).collect::<Vec<_>>();
-            let own = Own {
-                encoded: &std::array::from_fn(tensor),
-                image_of_text: &global(&rank.image_of_text),
-                retrieved_image_of: &global(&rank.retrieved_image_of),
-                retrieved_text_of: &global(&rank.retrieved_text_of),
-                joint_image_of: &rank.joint.iter().map(|(image, _)| image + first).collect::<Vec<_>>(),
-                joint_labels: &rank.joint.iter().map(|(_, label)| *label).collect::<Vec<_>>(),
-            };
-            compare(ranks, &own, &settings, &Device::Cpu).unwrap()
-        });
-        let expected = formula(plan, &of, temperature);
-        for (kind, expected) in expected.into_iter().enumerate() {
-            let sum: f64 = got.iter().map(|rank| rank.losses[kind]).sum();
-            assert!((sum - expected).abs() < 2e-6 * (1.0 + expected), "{sum} {expected}");
-        }
-        let total = |of: &[[Vec<f64>; 5]], temperature: f64| {
-            let [contrast, cross] = formula(plan, of, temperature);
-            settings.contrast * contrast + settings.cross_modal * cross
-        };
-        // f32 sums of scores up to 1/temperature, whose exponentials lose as much; central differences in f64 lose 1e-9.
-        let near = |got: f64, slope: f64| (got - slope).abs() < 2e-5 * (1.0 + slope.abs());
-        for (number, rank) in got.iter().enumerate() {
-            for kind in 0..5 {
-                let gradient = rank.gradients[kind].as_ref().map(|g| g.flatten_all().unwrap().to_vec1::<f32>().unwrap());
-                let gradient = gradient.unwrap_or_default();
-                assert_eq!(gradient.len(), of[number][kind].len());
-                for (i, &got) in gradient.iter().enumerate() {
-                    let at = |delta: f64| {
-                        let mut moved = of.clone();
-                        moved[number][kind][i] += delta;
-                        total(&moved, temperature)
-                    };
-                    let slope = (at(1e-6) - at(-1e-6)) / 2e-6;
-                    assert!(near(f64::from(got), slope), "rank {number}, kind {kind}, {i}: {got} against {slope}");
-                }
-            }
-        }
-        let slope = (total(&of, temperature + 1e-6) - total(&of, temperature - 1e-6)) / 2e-6;
-        let got: f64 = got.iter().map(|rank| rank.by_temperature).sum();
-        assert!(near(got, slope), "temperature: {got} against {slope}");
-    }
-
-    #[test]
-    fn losses_and_gradients_over_ranks_are_those_of_the_formulas() {
-        let two = Rank {
-            images: 2,
-            image_of_text: vec![0, 0, 1],
-            retrieved_image_of: vec![1, 0],
-            retrieved_text_of: vec![0, 0],
-            joint: vec![(0, 1.0), (0, 0.0), (1, 0.0)],
-        };
-        let three = Rank { images: 3, image_of_text: vec![0, 1, 1, 2], joint: vec![(2, 1.0)], ..Rank::default() };
-        let single = Rank { images: 1, image_of_text: vec![0], retrieved_text_of: vec![0], ..Rank::default() };
-        // A picture that nothing is said of, and a rank without pictures.
-        let undescribed = Rank { images: 2, image_of_text: vec![1], ..Rank::default() };
-        for temperature in [1.0, 0.3, 0.1] {
-            check(&[two.clone(), three.clone()], temperature);
-            check(&[single.clone(), two.clone(), three.clone()], temperature);
-            check(&[undescribed.clone(), Rank::default(), single.clone()], temperature);
-        }
-    }
-
-    #[test]
-    fn captions_of_another_ranks_pictures_are_refused() {
-        let told = among(2, |ranks| {
-            let tensor = |count: usize| Some(Tensor::ones((count, WIDTH), candle_core::DType::F32, &Device::Cpu).unwrap());
-            let own = Own {
-                encoded: &[tensor(1), tensor(1), None, None, None],
-                image_of_text: &[0],
-                retrieved_image_of: &[],
-                retrieved_text_of: &[],
-                joint_image_of: &[],
-                joint_labels: &[],
-            };
-            let settings = Settings { contrast: 1.0, cross_modal: 0.0, temperature: 0.1, width: WIDTH };
-            compare(ranks, &own, &settings, &Device::Cpu).unwrap_err().to_string()
-        });
-        assert_eq!(told, ["rank 1 brought captions of pictures that are not its own"; 2]);
-    }
-}
+mod tests;

@@ -1,11 +1,9 @@
 //! The system calls of V4L2 (`linux/videodev2.h`), and the memory that a driver shares.
-//!
-//! Own definitions, and not a crate's: those that exist generate them from the system's headers with libclang, which a
-//! cross-build does not have. Layouts and request numbers are checked against the header in the tests.
 #![allow(unsafe_code)]
-#![allow(dead_code, reason = "the kernel's structures are declared whole")]
 
-use std::ffi::{c_int, c_long, c_ulong};
+mod abi;
+
+use std::ffi::c_int;
 use std::fs::File;
 use std::io;
 use std::ptr::NonNull;
@@ -14,177 +12,18 @@ use std::time::{Duration, SystemTime};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::fs::{Mode, OFlags};
 use rustix::io::Errno;
-use rustix::ioctl::{Opcode, Setter, Updater, ioctl, opcode};
+use rustix::ioctl::{Opcode, Setter, Updater, ioctl};
 use rustix::mm::{MapFlags, ProtFlags, mmap, munmap};
 use rustix::time::{ClockId, clock_gettime};
 
+use self::abi::*;
 use super::negotiate::{FourCc, Sizes};
 use super::{Capability, Filled, Format, Readiness, VideoDevice, encoding};
 
-/// `V4L2_BUF_TYPE_VIDEO_CAPTURE`
-const VIDEO_CAPTURE: u32 = 1;
-/// `V4L2_MEMORY_MMAP`
-const MEMORY_MMAP: u32 = 1;
-/// `V4L2_PIX_FMT_PRIV_MAGIC`: the fields behind `private` are filled.
-const PRIVATE_MAGIC: u32 = 0xFEED_CAFE;
 /// Buffers asked for: the driver fills one while others are read or wait.
 const BUFFERS: u32 = 4;
 /// Most items of a list that a driver is asked for.
 const LONGEST_LIST: u32 = 256;
-
-#[repr(C)]
-#[derive(Clone, Copy)]
-struct RawCapability {
-    driver: [u8; 16],
-    card: [u8; 32],
-    bus_info: [u8; 32],
-    version: u32,
-    capabilities: u32,
-    device_caps: u32,
-    reserved: [u32; 3],
-}
-
-#[repr(C)]
-#[derive(Clone, Copy)]
-struct RawFormatDescription {
-    index: u32,
-    kind: u32,
-    flags: u32,
-    description: [u8; 32],
-    pixel_format: u32,
-    mbus_code: u32,
-    reserved: [u32; 3],
-}
-
-/// `sizes` holds a discrete size in its first two numbers, or minimum, maximum and step of the width, then of the height.
-#[repr(C)]
-#[derive(Clone, Copy)]
-struct RawFrameSizes {
-    index: u32,
-    pixel_format: u32,
-    kind: u32,
-    sizes: [u32; 6],
-    reserved: [u32; 2],
-}
-
-#[repr(C)]
-#[derive(Clone, Copy)]
-struct RawPixelFormat {
-    width: u32,
-    height: u32,
-    pixel_format: u32,
-    field: u32,
-    bytes_per_line: u32,
-    size_image: u32,
-    colorspace: u32,
-    private: u32,
-    flags: u32,
-    ycbcr_encoding: u32,
-    quantization: u32,
-    transfer_function: u32,
-}
-
-/// A member of the union holds pointers, which sets its alignment.
-#[repr(C)]
-#[derive(Clone, Copy)]
-union FormatUnion {
-    pixels: RawPixelFormat,
-    bytes: [u8; 200],
-    alignment: [c_ulong; 0],
-}
-
-#[repr(C)]
-#[derive(Clone, Copy)]
-struct RawFormat {
-    kind: u32,
-    format: FormatUnion,
-}
-
-#[repr(C)]
-#[derive(Clone, Copy)]
-struct RawStreamParameters {
-    kind: u32,
-    capability: u32,
-    capture_mode: u32,
-    numerator: u32,
-    denominator: u32,
-    rest: [u8; 184],
-}
-
-#[repr(C)]
-#[derive(Clone, Copy)]
-struct RawRequestBuffers {
-    count: u32,
-    kind: u32,
-    memory: u32,
-    capabilities: u32,
-    flags: u32,
-}
-
-/// The time is a pair of C `long`s, also with 32 bits: kernels understand this form with old and new C libraries.
-#[repr(C)]
-#[derive(Clone, Copy)]
-struct RawBuffer {
-    index: u32,
-    kind: u32,
-    bytes_used: u32,
-    flags: u32,
-    field: u32,
-    seconds: c_long,
-    microseconds: c_long,
-    timecode: [u32; 4],
-    sequence: u32,
-    memory: u32,
-    /// The offset, in the first four bytes of a union of pointers.
-    place: BufferPlace,
-    length: u32,
-    reserved: [u32; 2],
-}
-
-#[repr(C)]
-#[derive(Clone, Copy)]
-union BufferPlace {
-    offset: u32,
-    pointer: c_ulong,
-}
-
-const QUERY_CAPABILITY: Opcode = opcode::read::<RawCapability>(b'V', 0);
-const ENUMERATE_FORMATS: Opcode = opcode::read_write::<RawFormatDescription>(b'V', 2);
-const SET_FORMAT: Opcode = opcode::read_write::<RawFormat>(b'V', 5);
-const REQUEST_BUFFERS: Opcode = opcode::read_write::<RawRequestBuffers>(b'V', 8);
-const QUERY_BUFFER: Opcode = opcode::read_write::<RawBuffer>(b'V', 9);
-const QUEUE_BUFFER: Opcode = opcode::read_write::<RawBuffer>(b'V', 15);
-const DEQUEUE_BUFFER: Opcode = opcode::read_write::<RawBuffer>(b'V', 17);
-const STREAM_ON: Opcode = opcode::write::<c_int>(b'V', 18);
-const STREAM_OFF: Opcode = opcode::write::<c_int>(b'V', 19);
-const SET_PARAMETERS: Opcode = opcode::read_write::<RawStreamParameters>(b'V', 22);
-const ENUMERATE_SIZES: Opcode = opcode::read_write::<RawFrameSizes>(b'V', 74);
-
-/// Plain numbers, for which all bytes zero is a value and any bytes the kernel writes are one.
-///
-/// # Safety
-/// The type must be `repr(C)`, of integers alone, and laid out as the kernel's structure for the requests it is used with.
-unsafe trait KernelStruct: Copy {
-    fn zeroed() -> Self {
-        // SAFETY: integers may be zero.
-        unsafe { std::mem::zeroed() }
-    }
-}
-
-// SAFETY: all are integers, or unions of integers; the tests compare their layouts with the kernel's header.
-unsafe impl KernelStruct for RawCapability {}
-// SAFETY: as above.
-unsafe impl KernelStruct for RawFormatDescription {}
-// SAFETY: as above.
-unsafe impl KernelStruct for RawFrameSizes {}
-// SAFETY: as above.
-unsafe impl KernelStruct for RawFormat {}
-// SAFETY: as above.
-unsafe impl KernelStruct for RawStreamParameters {}
-// SAFETY: as above.
-unsafe impl KernelStruct for RawRequestBuffers {}
-// SAFETY: as above.
-unsafe impl KernelStruct for RawBuffer {}
 
 /// A video device that is open.
 pub(super) struct Device {
@@ -221,7 +60,7 @@ impl Device {
     /// Makes a request that reads and writes its argument.
     fn request<const OPCODE: Opcode, T: KernelStruct>(&self, argument: &mut T) -> rustix::io::Result<()> {
         loop {
-            // SAFETY: every constant above is made from the very structure it is used with, whose size it encodes, so the
+            // SAFETY: every request's number is made from the very structure it is used with, whose size it encodes, so the
             // kernel reads and writes no more than the argument; `KernelStruct` says that any bytes are a value.
             match unsafe { ioctl(&self.file, Updater::<OPCODE, T>::new(argument)) } {
                 Err(Errno::INTR) => {}
@@ -423,50 +262,9 @@ fn text(bytes: &[u8]) -> String {
 
 #[cfg(test)]
 mod tests {
-    use std::mem::{offset_of, size_of};
+    use std::ffi::c_long;
 
     use super::*;
-
-    /// Values that `reference/layout.c` prints on x86-64 and for 32 bits; ARM's are the same.
-    #[test]
-    fn layouts_and_requests_are_those_of_the_kernels_header() {
-        let word = |wide: usize, narrow: usize| if cfg!(target_pointer_width = "64") { wide } else { narrow };
-        let layouts = [
-            ("v4l2_capability", size_of::<RawCapability>(), 104),
-            ("v4l2_capability.capabilities", offset_of!(RawCapability, capabilities), 84),
-            ("v4l2_capability.device_caps", offset_of!(RawCapability, device_caps), 88),
-            ("v4l2_fmtdesc", size_of::<RawFormatDescription>(), 64),
-            ("v4l2_fmtdesc.pixelformat", offset_of!(RawFormatDescription, pixel_format), 44),
-            ("v4l2_frmsizeenum", size_of::<RawFrameSizes>(), 44),
-            ("v4l2_frmsizeenum.discrete", offset_of!(RawFrameSizes, sizes), 12),
-            ("v4l2_format", size_of::<RawFormat>(), word(208, 204)),
-            ("v4l2_format.fmt.pix", offset_of!(RawFormat, format), word(8, 4)),
-            ("v4l2_pix_format.priv", offset_of!(RawPixelFormat, private), 28),
-            ("v4l2_pix_format.quantization", offset_of!(RawPixelFormat, quantization), 40),
-            ("v4l2_streamparm", size_of::<RawStreamParameters>(), 204),
-            ("v4l2_streamparm.parm.capture.timeperframe", offset_of!(RawStreamParameters, numerator), 12),
-            ("v4l2_requestbuffers", size_of::<RawRequestBuffers>(), 20),
-            ("v4l2_buffer", size_of::<RawBuffer>(), word(88, 68)),
-            ("v4l2_buffer.timestamp", offset_of!(RawBuffer, seconds), word(24, 20)),
-            ("v4l2_buffer.sequence", offset_of!(RawBuffer, sequence), word(56, 44)),
-            ("v4l2_buffer.m", offset_of!(RawBuffer, place), word(64, 52)),
-            ("v4l2_buffer.length", offset_of!(RawBuffer, length), word(72, 56)),
-            ("VIDIOC_QUERYCAP", QUERY_CAPABILITY as usize, 0x8068_5600),
-            ("VIDIOC_ENUM_FMT", ENUMERATE_FORMATS as usize, 0xC040_5602),
-            ("VIDIOC_S_FMT", SET_FORMAT as usize, word(0xC0D0_5605, 0xC0CC_5605)),
-            ("VIDIOC_REQBUFS", REQUEST_BUFFERS as usize, 0xC014_5608),
-            ("VIDIOC_QUERYBUF", QUERY_BUFFER as usize, word(0xC058_5609, 0xC044_5609)),
-            ("VIDIOC_QBUF", QUEUE_BUFFER as usize, word(0xC058_560F, 0xC044_560F)),
-            ("VIDIOC_DQBUF", DEQUEUE_BUFFER as usize, word(0xC058_5611, 0xC044_5611)),
-            ("VIDIOC_STREAMON", STREAM_ON as usize, 0x4004_5612),
-            ("VIDIOC_STREAMOFF", STREAM_OFF as usize, 0x4004_5613),
-            ("VIDIOC_S_PARM", SET_PARAMETERS as usize, 0xC0CC_5616),
-            ("VIDIOC_ENUM_FRAMESIZES", ENUMERATE_SIZES as usize, 0xC02C_564A),
-        ];
-        for (name, found, expected) in layouts {
-            assert_eq!(found, expected, "{name}");
-        }
-    }
 
     #[test]
     fn the_kernel_refuses_what_is_no_video_device() {

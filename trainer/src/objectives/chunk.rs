@@ -1,0 +1,158 @@
+//! A forward pass of a step: its packed rows, and the losses and encodings that are read off them.
+
+use anyhow::Result;
+use candle_core::Tensor;
+
+use super::draft::{Parts, Predictions};
+use super::tally::Tally;
+use super::{Source, matching_loss};
+use super::{detected_labels, grid_labels, region_classification, region_regression};
+use crate::model::{Dropout, PackedBatch, Unimo};
+use crate::recipe::Recipe;
+use crate::tasks::task_loss;
+
+/// One forward pass of a step.
+pub(super) struct Chunk {
+    pub(super) packed: PackedBatch,
+    pub(super) parts: Parts,
+    /// Records of its pictures where the backbone is trained.
+    pub(super) records: Vec<Vec<f32>>,
+}
+
+/// An objective's loss in one forward pass.
+pub(super) struct Term {
+    pub(super) name: &'static str,
+    pub(super) weight: f64,
+    /// Share of the objective's samples that lie in this pass.
+    pub(super) share: f64,
+    pub(super) loss: Tensor,
+}
+
+/// What the contrasts compare; each absent where a chunk or step has none.
+#[derive(Default, Clone)]
+pub(super) struct Encoded {
+    /// Unified-space embeddings `[n, embedding]` of pictures, captions, retrieved images and retrieved texts; then the matching
+    /// logits `[n]` of jointly encoded pairs.
+    pub(super) tensors: [Option<Tensor>; 5],
+}
+
+impl Encoded {
+    pub(super) fn detached(&self) -> Self {
+        Self { tensors: self.tensors.clone().map(|t| t.map(|t| t.detach())) }
+    }
+}
+
+impl Chunk {
+    pub(super) fn forward(&self, model: &Unimo, source: &Source, dropout: Dropout) -> Result<Tensor> {
+        let mut pictures = None;
+        if !self.records.is_empty() {
+            pictures = Some(source.vision.differentiable_regions(&self.records, model.device())?);
+        }
+        Ok(model.forward(&self.packed, pictures.as_ref(), dropout)?)
+    }
+
+    fn match_logits(&self, hidden: &Tensor, model: &Unimo) -> Result<Option<Tensor>> {
+        let parts = &self.parts;
+        if parts.match_labels.is_empty() {
+            return Ok(None);
+        }
+        Ok(Some(model.match_logits(&model.rows(hidden, &parts.match_images)?, &model.rows(hidden, &parts.match_texts)?)?))
+    }
+
+    /// Objectives whose loss is a mean over samples, each in one chunk.
+    pub(super) fn local_terms(
+        &self,
+        hidden: &Tensor,
+        model: &Unimo,
+        recipe: &Recipe,
+        source: &Source,
+        whole: &Tally,
+    ) -> Result<Vec<Term>> {
+        type Of = fn(&Parts) -> &Predictions;
+        let (parts, w) = (&self.parts, &recipe.weights);
+        let smoothing = w.label_smoothing as f32;
+        let generated: [(&str, f64, f32, Of); 5] = [
+            ("caption", w.caption, smoothing, |p| &p.captions),
+            ("text", w.text, smoothing, |p| &p.texts),
+            ("fragments", w.fragments, smoothing, |p| &p.fragments),
+            ("writing", w.task, smoothing, |p| &p.written),
+            ("masked_language", w.masked_language, 0.0, |p| &p.masked_words),
+        ];
+        let mut terms = Vec::new();
+        let mut put = |name, weight, count: usize, loss| {
+            terms.push(Term { name, weight, share: count as f64 / whole.samples(name), loss });
+        };
+        for (name, weight, smoothing, of) in generated {
+            let Predictions { rows, targets } = of(parts);
+            if !rows.is_empty() {
+                let loss = model.language_loss(&model.rows(hidden, rows)?, targets.clone(), smoothing)?;
+                put(name, weight, rows.len(), loss);
+            }
+        }
+        let Predictions { rows, targets } = &parts.sampled.predictions;
+        if !rows.is_empty() {
+            let (advantages, temperature) = (parts.sampled.advantages.clone(), recipe.batch.sampling_temperature);
+            let loss = model.policy_loss(&model.rows(hidden, rows)?, targets.clone(), advantages, temperature)?;
+            put("self_critical", w.self_critical, rows.len(), loss);
+        }
+        if let Some(logits) = self.match_logits(hidden, model)? {
+            let loss = matching_loss(&logits, &parts.match_labels)?;
+            put("matching", w.matching, parts.match_labels.len(), loss);
+        }
+        if let (Some(task), false) = (source.task, parts.task_examples.is_empty()) {
+            let logits = model.task_logits(hidden, &parts.task_images, &parts.task_texts)?;
+            let targets: Vec<&[(u32, f32)]> = parts.task_examples.iter().map(|&i| task.examples[i].target.as_slice()).collect();
+            let loss = task_loss(&logits, task.spec.goal, &targets)?;
+            put("task", w.task, targets.len(), loss);
+        }
+        let regions = &parts.regions;
+        if !regions.rows.is_empty() {
+            let rows = model.rows(hidden, &regions.rows)?;
+            let loss = region_regression(model, &rows, &regions.features)?;
+            put("region_features", w.region_features, regions.rows.len(), loss);
+            if w.region_classes > 0.0 {
+                let labels = match model.config().detects() {
+                    true => detected_labels(&regions.probabilities, model.config().region_classes, model.device())?,
+                    false => grid_labels(source.vision.given()?, &regions.features, regions.rows.len(), model.device())?,
+                };
+                let loss = region_classification(model, &rows, &labels)?;
+                put("region_classes", w.region_classes, regions.rows.len(), loss);
+            }
+        }
+        Ok(terms)
+    }
+
+    pub(super) fn encode(&self, hidden: &Tensor, model: &Unimo, recipe: &Recipe) -> Result<Encoded> {
+        let parts = &self.parts;
+        if parts.text_rows.is_empty() {
+            return Ok(Encoded::default());
+        }
+        let images = |rows: &[usize]| -> Result<Option<Tensor>> {
+            Ok(if rows.is_empty() { None } else { Some(model.image_embedding(&model.rows(hidden, rows)?)?) })
+        };
+        let texts = |rows: &[usize]| -> Result<Option<Tensor>> {
+            Ok(if rows.is_empty() { None } else { Some(model.text_embedding(&model.rows(hidden, rows)?)?) })
+        };
+        Ok(Encoded {
+            tensors: [
+                images(&parts.image_rows)?,
+                texts(&parts.text_rows)?,
+                images(&parts.retrieved_image_rows)?,
+                texts(&parts.retrieved_text_rows)?,
+                if recipe.weights.cross_modal > 0.0 { self.match_logits(hidden, model)? } else { None },
+            ],
+        })
+    }
+}
+
+/// What several passes have encoded, one after the other.
+pub(super) fn together(passes: &[Encoded]) -> Result<[Option<Tensor>; 5]> {
+    let mut whole: [Option<Tensor>; 5] = Default::default();
+    for (kind, whole) in whole.iter_mut().enumerate() {
+        let tensors: Vec<&Tensor> = passes.iter().filter_map(|e| e.tensors[kind].as_ref()).collect();
+        if !tensors.is_empty() {
+            *whole = Some(Tensor::cat(&tensors, 0)?);
+        }
+    }
+    Ok(whole)
+}

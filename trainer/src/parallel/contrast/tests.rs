@@ -1,0 +1,174 @@
+//! Both contrasts among several ranks, against their formulas and finite differences of these, in f64.
+
+use super::super::testing::among;
+use super::*;
+
+const WIDTH: usize = 4;
+
+/// What one rank brings, its pictures numbered from 0.
+#[derive(Clone, Default)]
+struct Rank {
+    images: usize,
+    image_of_text: Vec<usize>,
+    retrieved_image_of: Vec<usize>,
+    retrieved_text_of: Vec<usize>,
+    joint: Vec<(usize, f32)>,
+}
+
+/// Values of a kind: embeddings, or scores where they are one wide.
+fn values(rank: usize, kind: usize, count: usize) -> Vec<f64> {
+    (0..count).map(|i| f64::from(((rank * 131 + kind * 17 + i * 7) as f32 * 0.83).sin() * 0.6)).collect()
+}
+
+fn counts(rank: &Rank) -> [usize; 5] {
+    let w = WIDTH;
+    let own = [rank.images * w, rank.image_of_text.len() * w, rank.retrieved_image_of.len() * w];
+    [own[0], own[1], own[2], rank.retrieved_text_of.len() * w, rank.joint.len()]
+}
+
+/// Both losses straight from their formulas, over what all ranks bring; `of[rank][kind]` are the values.
+fn formula(ranks: &[Rank], of: &[[Vec<f64>; 5]], temperature: f64) -> [f64; 2] {
+    type Rows = Vec<(usize, Vec<f64>)>;
+    let (mut first, mut images, mut texts, mut found_images, mut found_texts) =
+        (0, Vec::new(), Rows::new(), Rows::new(), Rows::new());
+    let mut joint = Vec::new();
+    for (rank, values) in ranks.iter().zip(of) {
+        let row = |kind: usize, i: usize| values[kind][i * WIDTH..(i + 1) * WIDTH].to_vec();
+        images.extend((0..rank.images).map(|i| row(0, i)));
+        let rows = |kind: usize, of: &[usize]| -> Rows {
+            of.iter().enumerate().map(|(i, image)| (image + first, row(kind, i))).collect()
+        };
+        texts.extend(rows(1, &rank.image_of_text));
+        found_images.extend(rows(2, &rank.retrieved_image_of));
+        found_texts.extend(rows(3, &rank.retrieved_text_of));
+        joint.extend(rank.joint.iter().zip(&values[4]).map(|(&(image, label), &score)| (image + first, label, score.exp())));
+        first += rank.images;
+    }
+    let e = |a: &[f64], b: &[f64]| (a.iter().zip(b).map(|(a, b)| a * b).sum::<f64>() / temperature).exp();
+    let (mut by_image, mut by_text, mut cross) = (Vec::new(), Vec::new(), Vec::new());
+    for (i, image) in images.iter().enumerate() {
+        let own: f64 = texts.iter().filter(|t| t.0 == i).map(|t| e(image, &t.1)).sum();
+        let all: f64 = texts.iter().map(|t| e(image, &t.1)).sum();
+        if own > 0.0 {
+            by_image.push(-(own / all + 1e-12).ln());
+        }
+        let (mut positive, mut negative) = (own, all - own);
+        for text in texts.iter().filter(|t| t.0 == i) {
+            positive += found_images.iter().filter(|f| f.0 == i).map(|f| e(&f.1, &text.1)).sum::<f64>();
+            negative += images.iter().enumerate().filter(|(j, _)| *j != i).map(|(_, other)| e(other, &text.1)).sum::<f64>();
+        }
+        positive += found_texts.iter().filter(|f| f.0 == i).map(|f| e(image, &f.1)).sum::<f64>();
+        positive += joint.iter().filter(|j| j.0 == i && j.1 > 0.5).map(|j| j.2).sum::<f64>();
+        negative += joint.iter().filter(|j| j.0 == i && j.1 < 0.5).map(|j| j.2).sum::<f64>();
+        if positive > 0.0 {
+            cross.push(-(positive / (positive + negative)).ln());
+        }
+    }
+    for (own, text) in &texts {
+        let all: f64 = images.iter().map(|image| e(image, text)).sum();
+        by_text.push(-(e(&images[*own], text) / all).ln());
+    }
+    let mean = |values: &[f64]| values.iter().sum::<f64>() / values.len() as f64;
+    [0.5 * (mean(&by_image) + mean(&by_text)), mean(&cross)]
+}
+
+fn check(plan: &[Rank], temperature: f64) {
+    let settings = Settings { contrast: 1.5, cross_modal: 0.7, temperature, width: WIDTH };
+    let of: Vec<[Vec<f64>; 5]> = plan
+        .iter()
+        .enumerate()
+        .map(|(number, rank)| {
+            let counts = counts(rank);
+            std::array::from_fn(|kind| values(number, kind, counts[kind]))
+        })
+        .collect();
+    let got = among(plan.len(), |ranks| {
+        let (number, first) = (ranks.rank(), plan[..ranks.rank()].iter().map(|rank| rank.images).sum::<usize>());
+        let rank = &plan[number];
+        let tensor = |kind: usize| {
+            let values: Vec<f32> = of[number][kind].iter().map(|&v| v as f32).collect();
+            let count = values.len();
+            let tensor = Tensor::from_vec(values, count, &Device::Cpu).unwrap();
+            let shaped = if kind == 4 { tensor } else { tensor.reshape((count / WIDTH, WIDTH)).unwrap() };
+            (count > 0).then_some(shaped)
+        };
+        let global = |of: &[usize]| of.iter().map(|image| image + first).collect::<Vec<_>>();
+        let own = Own {
+            encoded: &std::array::from_fn(tensor),
+            image_of_text: &global(&rank.image_of_text),
+            retrieved_image_of: &global(&rank.retrieved_image_of),
+            retrieved_text_of: &global(&rank.retrieved_text_of),
+            joint_image_of: &rank.joint.iter().map(|(image, _)| image + first).collect::<Vec<_>>(),
+            joint_labels: &rank.joint.iter().map(|(_, label)| *label).collect::<Vec<_>>(),
+        };
+        compare(ranks, &own, &settings, &Device::Cpu).unwrap()
+    });
+    let expected = formula(plan, &of, temperature);
+    for (kind, expected) in expected.into_iter().enumerate() {
+        let sum: f64 = got.iter().map(|rank| rank.losses[kind]).sum();
+        assert!((sum - expected).abs() < 2e-6 * (1.0 + expected), "{sum} {expected}");
+    }
+    let total = |of: &[[Vec<f64>; 5]], temperature: f64| {
+        let [contrast, cross] = formula(plan, of, temperature);
+        settings.contrast * contrast + settings.cross_modal * cross
+    };
+    // f32 sums of scores up to 1/temperature, whose exponentials lose as much; central differences in f64 lose 1e-9.
+    let near = |got: f64, slope: f64| (got - slope).abs() < 2e-5 * (1.0 + slope.abs());
+    for (number, rank) in got.iter().enumerate() {
+        for kind in 0..5 {
+            let gradient = rank.gradients[kind].as_ref().map(|g| g.flatten_all().unwrap().to_vec1::<f32>().unwrap());
+            let gradient = gradient.unwrap_or_default();
+            assert_eq!(gradient.len(), of[number][kind].len());
+            for (i, &got) in gradient.iter().enumerate() {
+                let at = |delta: f64| {
+                    let mut moved = of.clone();
+                    moved[number][kind][i] += delta;
+                    total(&moved, temperature)
+                };
+                let slope = (at(1e-6) - at(-1e-6)) / 2e-6;
+                assert!(near(f64::from(got), slope), "rank {number}, kind {kind}, {i}: {got} against {slope}");
+            }
+        }
+    }
+    let slope = (total(&of, temperature + 1e-6) - total(&of, temperature - 1e-6)) / 2e-6;
+    let got: f64 = got.iter().map(|rank| rank.by_temperature).sum();
+    assert!(near(got, slope), "temperature: {got} against {slope}");
+}
+
+#[test]
+fn losses_and_gradients_over_ranks_are_those_of_the_formulas() {
+    let two = Rank {
+        images: 2,
+        image_of_text: vec![0, 0, 1],
+        retrieved_image_of: vec![1, 0],
+        retrieved_text_of: vec![0, 0],
+        joint: vec![(0, 1.0), (0, 0.0), (1, 0.0)],
+    };
+    let three = Rank { images: 3, image_of_text: vec![0, 1, 1, 2], joint: vec![(2, 1.0)], ..Rank::default() };
+    let single = Rank { images: 1, image_of_text: vec![0], retrieved_text_of: vec![0], ..Rank::default() };
+    // A picture that nothing is said of, and a rank without pictures.
+    let undescribed = Rank { images: 2, image_of_text: vec![1], ..Rank::default() };
+    for temperature in [1.0, 0.3, 0.1] {
+        check(&[two.clone(), three.clone()], temperature);
+        check(&[single.clone(), two.clone(), three.clone()], temperature);
+        check(&[undescribed.clone(), Rank::default(), single.clone()], temperature);
+    }
+}
+
+#[test]
+fn captions_of_another_ranks_pictures_are_refused() {
+    let told = among(2, |ranks| {
+        let tensor = |count: usize| Some(Tensor::ones((count, WIDTH), candle_core::DType::F32, &Device::Cpu).unwrap());
+        let own = Own {
+            encoded: &[tensor(1), tensor(1), None, None, None],
+            image_of_text: &[0],
+            retrieved_image_of: &[],
+            retrieved_text_of: &[],
+            joint_image_of: &[],
+            joint_labels: &[],
+        };
+        let settings = Settings { contrast: 1.0, cross_modal: 0.0, temperature: 0.1, width: WIDTH };
+        compare(ranks, &own, &settings, &Device::Cpu).unwrap_err().to_string()
+    });
+    assert_eq!(told, ["rank 1 brought captions of pictures that are not its own"; 2]);
+}
