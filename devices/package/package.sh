@@ -8,7 +8,8 @@
 #
 # A second word names another profile than `release`: `dist` is to be smaller, and has not been built to its end yet. Results lie in
 # target/packages. Binaries need no newer glibc than 2.31 (JetPack 5, Debian 11), or no library at all, which is checked. Static ones
-# have tract alone, because ONNX Runtime is a library to be loaded, and come as a tarball without a .deb.
+# have tract alone, because ONNX Runtime is a library to be loaded; find names of machines in /etc/hosts and at name servers alone,
+# not such as camera.local; and come as a tarball without a .deb.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 root=$PWD
@@ -19,7 +20,7 @@ case "${1:-}" in
     armv7) triple=armv7-unknown-linux-gnueabihf architecture=armhf runner=ARMV7 ;;
     aarch64-musl) triple=aarch64-unknown-linux-musl architecture= runner=AARCH64 ;;
     x86_64-musl) triple=x86_64-unknown-linux-musl architecture= runner= ;;
-    *) sed -n '2,11s/^# \{0,1\}//p' "$0" >&2; exit 2 ;;
+    *) sed -n '2,12s/^# \{0,1\}//p' "$0" >&2; exit 2 ;;
 esac
 case $triple in
     *-musl)
