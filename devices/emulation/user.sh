@@ -2,24 +2,36 @@
 # The runtime's tests on a board's processor, emulated: its library's (kernels, engines, gallery, cameras, displays), then the
 # command line's, on both engines, with `unimo` built for the board and all else of this machine.
 #
-#   devices/emulation/user.sh aarch64|armv7 [small]
+#   devices/emulation/user.sh aarch64|armv7|aarch64-musl [small]
 #
-# `small` is what CI runs: the kernels, engines and picture preparation of the library, and captions, embeddings and a search of the
-# command line.
+# `aarch64-musl` is the static program, which has tract alone. `small` is what CI runs: the kernels, engines and picture preparation
+# of the library, and captions, embeddings and a search of the command line.
 #
 # Emulation is some hundred times slower than a board: nothing is to be read from its times.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 root=$PWD
-architecture=${1:-}
+architecture=${1:-} wheel= features=()
 case $architecture in
     aarch64) triple=aarch64-unknown-linux-gnu runner=UNIMO_RUNNER_AARCH64 wheel=manylinux_2_28_aarch64 ;;
-    armv7) triple=armv7-unknown-linux-gnueabihf runner=UNIMO_RUNNER_ARMV7 wheel= ;;
+    armv7) triple=armv7-unknown-linux-gnueabihf runner=UNIMO_RUNNER_ARMV7 ;;
+    aarch64-musl) triple=aarch64-unknown-linux-musl runner=UNIMO_RUNNER_AARCH64 ;;
     *) sed -n '2,10s/^# \{0,1\}//p' "$0" >&2; exit 2 ;;
+esac
+# As package.sh builds it, or it would be built twice.
+lacks=()
+case $triple in
+    *-musl)
+        linked=$triple features=(--no-default-features --features unimo/static)
+        # A part of it is about a search for ONNX Runtime.
+        lacks=(--skip exit_codes)
+        rustup target add "$triple"
+        ;;
+    *) linked=$triple.2.31 ;;
 esac
 case ${2:-all} in
     # `unimo bench` starts itself, which an emulated program cannot.
-    all) units=() suites=(caption_cli devices_cli search_cli) cases=(--skip captioning_is_measured) ;;
+    all) units=() suites=(caption_cli devices_cli search_cli) cases=(--skip captioning_is_measured "${lacks[@]}") ;;
     # Names of units and of tests: each is a part of those that run.
     small) units=(kernels:: engine:: image:: captioning::) suites=(caption_cli search_cli devices_cli)
         cases=(a_caption_line embeddings_are matching_gives pictures_are_added a_board_is_detected) ;;
@@ -45,12 +57,11 @@ fi
 
 export "CARGO_TARGET_$(tr 'a-z-' 'A-Z_' <<<"$triple")_RUNNER=${!runner}"
 say "the runtime's library"
-cargo-zigbuild test --release --package unimo --package unimo-devices --lib --target "$triple.2.31" -- "${units[@]}"
+cargo-zigbuild test --release --package unimo --package unimo-devices --lib --target "$linked" "${features[@]}" -- "${units[@]}"
 
 say "the command line"
-# As package.sh builds it, or it would be built twice.
 if commit=$(git describe --always --dirty 2>/dev/null); then export UNIMO_COMMIT=$commit; fi
-cargo zigbuild --release --package unimo --target "$triple.2.31"
+cargo zigbuild --release --package unimo --target "$linked" "${features[@]}"
 export UNIMO_PROGRAM=$target/$triple/release/unimo UNIMO_RUNNER=${!runner}
 tests=()
 for suite in "${suites[@]}"; do tests+=(--test "$suite"); done

@@ -337,5 +337,23 @@ Model\t\t: Raspberry Pi 4 Model B Rev 1.5
         std::fs::create_dir(folder.path().join("proc")).unwrap();
         std::fs::write(folder.path().join("proc/cpuinfo"), PI_4_CPUINFO).unwrap();
         assert_eq!(Machine::read(folder.path()).features, ["fp", "asimd", "evtstrm", "crc32", "cpuid"]);
+        std::fs::write(folder.path().join("proc/cpuinfo"), "processor\t: 0\nflags\t\t: fpu sse2 avx2\n").unwrap();
+        assert_eq!(Machine::read(folder.path()).features, ["fpu", "sse2", "avx2"]);
+    }
+
+    #[test]
+    fn versions_of_jetson_linux() {
+        let cases = [
+            ("# R35 (release), REVISION: 4.1, GCID: 1", Some("35.4.1")),
+            ("# R36 (release), REVISION: 4.3", Some("36.4.3")),
+            ("# R35 (release), REVISION: next, GCID: 1", None),
+            ("# Rx (release), REVISION: 4.1, GCID: 1", None),
+            ("# R35 (release), GCID: 1", None),
+            ("R35 (release), REVISION: 4.1", None),
+            ("", None),
+        ];
+        for (release, expected) in cases {
+            assert_eq!(jetson_linux(release).as_deref(), expected, "{release}");
+        }
     }
 }

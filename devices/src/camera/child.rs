@@ -22,7 +22,29 @@ const END: Duration = Duration::from_secs(2);
 /// Opens a Raspberry Pi's camera module.
 pub(super) fn open_rpicam(mut uri: CameraUri, options: &CameraOptions) -> Result<Box<dyn Camera>, CameraError> {
     let options = uri.wishes(options)?;
-    let number = number(&uri)?;
+    let call = rpicam(&mut uri, &options)?;
+    open(&uri, call, &options)
+}
+
+/// Opens a Jetson's camera module.
+pub(super) fn open_csi(mut uri: CameraUri, options: &CameraOptions) -> Result<Box<dyn Camera>, CameraError> {
+    let options = uri.wishes(options)?;
+    let call = csi(&mut uri, &options)?;
+    open(&uri, call, &options)
+}
+
+/// How a program is called.
+struct Call {
+    /// Names that it may have.
+    programs: &'static [&'static str],
+    /// Its arguments, with spaces between them.
+    arguments: String,
+    /// What it is to give, in words.
+    what: String,
+}
+
+fn rpicam(uri: &mut CameraUri, options: &CameraOptions) -> Result<Call, CameraError> {
+    let number = number(uri)?;
     let (width, height) = options.size.unwrap_or(DEFAULT_SIZE);
     let fps = options.fps.unwrap_or(FPS);
     let mut arguments = format!(
@@ -35,13 +57,11 @@ pub(super) fn open_rpicam(mut uri: CameraUri, options: &CameraOptions) -> Result
         }
     }
     // The name of today, and that of Raspberry Pi OS 11.
-    open(&uri, &["rpicam-vid", "libcamera-vid"], &arguments, format!("{width}x{height}, {fps}/s"), &options)
+    Ok(Call { programs: &["rpicam-vid", "libcamera-vid"], arguments, what: format!("{width}x{height}, {fps}/s") })
 }
 
-/// Opens a Jetson's camera module.
-pub(super) fn open_csi(mut uri: CameraUri, options: &CameraOptions) -> Result<Box<dyn Camera>, CameraError> {
-    let options = uri.wishes(options)?;
-    let number = number(&uri)?;
+fn csi(uri: &mut CameraUri, options: &CameraOptions) -> Result<Call, CameraError> {
+    let number = number(uri)?;
     let (width, height) = options.size.unwrap_or(DEFAULT_SIZE);
     let fps = options.fps.unwrap_or(FPS);
     // The rate as a fraction. The sensor runs in its own mode, and the converter makes the size.
@@ -52,7 +72,7 @@ pub(super) fn open_csi(mut uri: CameraUri, options: &CameraOptions) -> Result<Bo
          ! nvvidconv flip-method={flip} ! video/x-raw,format=I420,width={width},height={height} \
          ! videorate drop-only=true ! video/x-raw,framerate={rate} ! jpegenc quality=85 ! fdsink fd=1 sync=false"
     );
-    open(&uri, &["gst-launch-1.0"], &arguments, format!("{width}x{height}, {fps}/s"), &options)
+    Ok(Call { programs: &["gst-launch-1.0"], arguments, what: format!("{width}x{height}, {fps}/s") })
 }
 
 fn number(uri: &CameraUri) -> Result<u32, CameraError> {
@@ -61,19 +81,13 @@ fn number(uri: &CameraUri) -> Result<u32, CameraError> {
     number.map_err(|_| uri.bad(format!("{place} is no number of a camera; the first is 0")))
 }
 
-fn open(
-    uri: &CameraUri,
-    programs: &[&str],
-    arguments: &str,
-    what: String,
-    options: &CameraOptions,
-) -> Result<Box<dyn Camera>, CameraError> {
+fn open(uri: &CameraUri, call: Call, options: &CameraOptions) -> Result<Box<dyn Camera>, CameraError> {
     uri.finish()?;
     let source = Program {
-        names: programs.iter().map(|name| (*name).to_owned()).collect(),
+        names: call.programs.iter().map(|name| (*name).to_owned()).collect(),
         folders: std::env::var_os("PATH").map(|path| std::env::split_paths(&path).collect()).unwrap_or_default(),
-        arguments: arguments.split_whitespace().map(str::to_owned).collect(),
-        what,
+        arguments: call.arguments.split_whitespace().map(str::to_owned).collect(),
+        what: call.what,
         max_frame_bytes: options.max_frame_bytes,
     };
     Ok(Box::new(Recovering::open(uri.name(), source, options)?))
@@ -290,6 +304,56 @@ mod tests {
         assert!(camera.next(SOON).unwrap().is_some());
         let arguments = std::fs::read_to_string(folder.path().join("arguments")).unwrap();
         assert_eq!(arguments, "--camera 0 --output -\n");
+    }
+
+    #[test]
+    fn a_program_is_asked_to_end() {
+        // What ends it is in a file; a blank line says nothing.
+        let folder = folder(
+            "trap 'echo asked > end; exit 0' TERM; cat one.jpg; echo first >&2; echo >&2; \
+             while :; do sleep 0.02; [ ! -e fall ] || exit 3; done",
+        );
+        let record = Record::default();
+        let mut camera = camera(&folder, "", &quick(&record));
+        assert!(camera.next(SOON).unwrap().is_some());
+        std::fs::write(folder.path().join("fall"), b"").unwrap();
+        assert!(camera.next(SOON).unwrap().is_some());
+        assert_eq!(record.count("ended with exit status: 3: first; next attempt"), 1, "{:?}", record.lines());
+        std::fs::remove_file(folder.path().join("fall")).unwrap();
+        let asked = || std::fs::read_to_string(folder.path().join("end")).unwrap_or_default();
+        assert_eq!(asked(), "");
+        let mut other = self::camera(&folder, "", &quick(&record));
+        assert!(other.next(SOON).unwrap().is_some());
+        drop(other);
+        assert_eq!(asked(), "asked\n");
+    }
+
+    #[test]
+    fn wishes_become_arguments() {
+        let call = |uri: &str| {
+            let mut uri = CameraUri::parse(uri).unwrap();
+            let options = uri.wishes(&CameraOptions::default()).unwrap();
+            let call = if uri.scheme() == "csi" { csi } else { rpicam }(&mut uri, &options).unwrap();
+            uri.finish().unwrap();
+            (call.arguments, call.what)
+        };
+        let has = |uri: &str, parts: &[&str], lacks: &[&str], what: &str| {
+            let (arguments, found) = call(uri);
+            assert!(parts.iter().all(|part| arguments.contains(part)), "{uri}: {arguments}");
+            assert!(!lacks.iter().any(|part| arguments.contains(part)), "{uri}: {arguments}");
+            assert_eq!(found, what);
+        };
+        let usual = ["--camera 0 --codec mjpeg", "--width 640 --height 480 --framerate 10 --nopreview --timeout 0", "--output -"];
+        has("rpicam://", &usual, &["flip"], "640x480, 10/s");
+        let wished = ["--camera 1 ", "--width 320 --height 240 --framerate 2.5 ", "--output - --hflip --vflip"];
+        has("rpicam://1?size=320x240&fps=2.5&hflip=1&vflip=1", &wished, &[], "320x240, 2.5/s");
+        has("rpicam://0?vflip=1&hflip=0", &["--output - --vflip"], &["hflip"], "640x480, 10/s");
+
+        let usual =
+            ["sensor-id=0 !", "flip-method=0 !", "width=640,height=480 !", "framerate=10000/1000 ! jpegenc", "fdsink fd=1"];
+        has("csi://0", &usual, &[], "640x480, 10/s");
+        let wished = ["sensor-id=1 !", "flip-method=2 !", "width=1280,height=720 !", "framerate=2500/1000 ! jpegenc"];
+        has("csi://1?size=1280x720&fps=2.5&rotate=1", &wished, &[], "1280x720, 2.5/s");
     }
 
     #[test]

@@ -207,6 +207,36 @@ mod tests {
         assert!(camera.next(SOON).unwrap().is_none());
     }
 
+    /// Gives a picture after a call that a signal interrupted, and then fails.
+    struct Failing(Vec<Result<Vec<u8>, std::io::ErrorKind>>);
+
+    impl Read for Failing {
+        fn read(&mut self, buffer: &mut [u8]) -> std::io::Result<usize> {
+            match self.0.pop() {
+                Some(Ok(bytes)) => {
+                    buffer[..bytes.len()].copy_from_slice(&bytes);
+                    Ok(bytes.len())
+                }
+                Some(Err(kind)) => Err(kind.into()),
+                None => Ok(0),
+            }
+        }
+    }
+
+    #[test]
+    fn a_pipe_that_fails_is_an_error_and_is_not_opened_again() {
+        use std::io::ErrorKind::{Interrupted, PermissionDenied};
+        let jpeg = samples::jpeg(8, 6, 1);
+        let record = Record::default();
+        let reader = Failing(vec![Err(PermissionDenied), Ok(jpeg.clone()), Err(Interrupted)]);
+        let mut camera = pipe("pipe://-", reader, &record).unwrap();
+        assert_eq!(camera.next(SOON).unwrap().unwrap().data, FrameData::Jpeg(jpeg));
+        let error = camera.next(SOON).unwrap_err();
+        assert!(matches!(error, CameraError::Fault { fault: Fault::Io(_), .. }), "{error}");
+        assert!(camera.next(SOON).unwrap().is_none());
+        assert_eq!(record.lines().len(), 1, "{:?}", record.lines());
+    }
+
     #[test]
     fn raw_pictures() {
         let record = Record::default();

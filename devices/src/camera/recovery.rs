@@ -356,6 +356,17 @@ mod tests {
     }
 
     #[test]
+    fn waits_begin_anew_with_every_picture() {
+        let record = Record::default();
+        let options = CameraOptions { first_retry: Duration::from_millis(100), ..record.options() };
+        let lost = || Ok(vec![frame(0), Err(Fault::Closed)]);
+        let mut camera = open(vec![lost(), Err(Fault::Closed), lost(), Ok(vec![frame(0)])], &options).unwrap();
+        assert!((0..3).all(|_| camera.next(SOON).unwrap().is_some()));
+        let waits: Vec<String> = record.lines().iter().filter_map(|line| Some(line.split_once("in ")?.1.to_owned())).collect();
+        assert_eq!(waits, ["0.1 s", "0.2 s", "0.1 s"], "{:?}", record.lines());
+    }
+
+    #[test]
     fn nothing_but_damaged_pictures_is_as_good_as_silence() {
         let record = Record::default();
         let (stall_after, first_retry) = (Duration::from_millis(50), Duration::from_millis(1));
@@ -365,6 +376,31 @@ mod tests {
         let mut camera = open(scripts, &options).unwrap();
         assert!(camera.next(SOON).unwrap().is_some() && camera.next(SOON).unwrap().is_some());
         assert_eq!(camera.stats(), CameraStats { frames: 2, corrupt: 20, stalls: 1, reconnects: 1, skipped: 0 });
+
+        /// Never silent, and never whole.
+        struct Torn;
+        impl Link for Torn {
+            fn receive(&mut self, _: Duration) -> Result<Received, Fault> {
+                std::thread::sleep(Duration::from_millis(5));
+                corrupt()
+            }
+        }
+        struct Tearing(u32);
+        impl Connect for Tearing {
+            fn connect(&mut self) -> Result<Connected, Fault> {
+                self.0 += 1;
+                let link: Box<dyn Link> = match self.0 {
+                    1 => Box::new(Script([frame(0)].into())),
+                    2 => Box::new(Torn),
+                    _ => Box::new(Script([frame(1)].into())),
+                };
+                Ok(Connected { link, what: String::new(), adjusted: Vec::new() })
+            }
+        }
+        let mut camera = Recovering::open("cam".to_owned(), Tearing(0), &options).unwrap();
+        assert!(camera.next(SOON).unwrap().is_some() && camera.next(SOON).unwrap().is_some());
+        assert_eq!((camera.stats().stalls, camera.stats().reconnects), (2, 2), "{:?}", camera.stats());
+        assert!(camera.stats().corrupt >= 2, "{:?}", camera.stats());
     }
 
     #[test]
@@ -373,10 +409,11 @@ mod tests {
         let options = CameraOptions { first_retry: Duration::from_millis(1), ..record.options() };
         // The device counts from the start again once it is opened again; a number that goes back skips none.
         let first = [7, 8, 11].into_iter().map(frame).chain([Err(Fault::Unplugged)]).collect();
-        let second = [0, 2, 1].into_iter().map(frame).collect();
-        let mut camera = open(vec![Ok(first), Ok(second)], &options).unwrap();
-        let sequences: Vec<u64> = (0..6).map(|_| camera.next(SOON).unwrap().unwrap().sequence).collect();
-        assert_eq!(sequences, [0, 1, 4, 5, 7, 8]);
+        let second = [0, 2, 1].into_iter().map(frame).chain([Err(Fault::Unplugged)]).collect();
+        let third = vec![frame(20)];
+        let mut camera = open(vec![Ok(first), Ok(second), Ok(third)], &options).unwrap();
+        let sequences: Vec<u64> = (0..7).map(|_| camera.next(SOON).unwrap().unwrap().sequence).collect();
+        assert_eq!(sequences, [0, 1, 4, 5, 7, 8, 9]);
         assert_eq!(camera.stats().skipped, 3);
         assert_eq!(record.count("the device skipped 2 (2 so far)"), 1);
     }

@@ -271,6 +271,16 @@ mod tests {
     }
 
     #[test]
+    fn pictures_come_at_their_rate_and_waiting_is_no_stall() {
+        let options = CameraOptions { stall_after: Duration::from_millis(1), ..CameraOptions::default() };
+        let mut camera = super::super::open("test://scenes?size=8x8&fps=4", &options).unwrap();
+        assert!(camera.next(SOON).unwrap().is_some());
+        assert!(camera.next(Duration::from_millis(2)).unwrap_err().is_timeout());
+        assert!(camera.next(SOON).unwrap().is_some());
+        assert_eq!((camera.stats().frames, camera.stats().stalls), (2, 0));
+    }
+
+    #[test]
     fn shapes_look_like_themselves() {
         let object = |shape, x: f32| Object { shape, colour: [255; 3], centre: [x, 0.0], radius: 0.25, sway: [0.25, 0.0] };
         let scene = Scene { ground: [0; 3], objects: vec![object(Shape::Heart, -0.25), object(Shape::Cross, 0.25)] };

@@ -171,6 +171,10 @@ mod tests {
         assert_eq!(uri.take_number::<u64>("seed").unwrap(), Some(7));
         let options = uri.wishes(&CameraOptions { size: Some((1, 1)), ..CameraOptions::default() }).unwrap();
         assert_eq!((options.size, options.fps), (Some((64, 48)), Some(2.5)));
+        // What is not wished in the URI stays as it was.
+        let wished = CameraOptions { size: Some((1, 1)), fps: Some(9.0), ..CameraOptions::default() };
+        let options = parse("test://scenes?seed=7").wishes(&wished).unwrap();
+        assert_eq!((options.size, options.fps), (Some((1, 1)), Some(9.0)));
         let left = uri.finish().unwrap_err().to_string();
         assert!(left.contains("does not know the wish what"), "{left}");
 

@@ -125,6 +125,11 @@ mod tests {
         canvas.fill_solid(&Rectangle::new(Point::new(-9, -9), Size::new(5, 5)), Rgb888::WHITE).unwrap();
         assert_eq!(art(&canvas), "####..\n####..\n######\n###.##\n");
         assert_eq!(canvas.row(3)[5], [0, 255, 0]);
+        for (x, y) in [(6, 0), (-1, 1), (5, 4), (0, -1)] {
+            Pixel(Point::new(x, y), Rgb888::WHITE).draw(&mut canvas).unwrap();
+        }
+        Pixel(Point::new(5, 0), Rgb888::WHITE).draw(&mut canvas).unwrap();
+        assert_eq!(art(&canvas), "####.#\n####..\n######\n###.##\n");
         canvas.clear_black();
         assert_eq!(canvas, Canvas::new(6, 4));
     }

@@ -20,6 +20,8 @@ mod png;
 mod rotated;
 #[cfg(all(feature = "panels", any(target_os = "linux", test)))]
 mod ssd1306;
+pub mod table;
+mod text;
 #[cfg(all(feature = "panels", any(target_os = "linux", test)))]
 mod tft;
 
@@ -174,6 +176,9 @@ mod tests {
             ("out.png", "out.png: no display; there are fb://"),
             ("png://a.png?size=0x9", "size=0x9: say width and height"),
             ("png://a.png?size=9", "size=9: say width and height"),
+            ("png://a.png?size=8193x9", "size=8193x9: say width and height"),
+            ("png://a.png?size=9x8193", "size=9x8193: say width and height"),
+            ("PNG://", "no file is named"),
             ("png://a.png?rotate=45", "rotate=45: say 0, 90, 180 or 270"),
             ("png://a.png?rotate=x", "rotate=x: say 0, 90, 180 or 270"),
             ("png://a.png?colour=on", "colour is no option of png://"),
@@ -196,6 +201,7 @@ mod tests {
             ("ssd1306:///nowhere/i2c-9", "/nowhere/i2c-9 is not available: No such file"),
             ("st7789:///nowhere/spidev0.0?dc=25", "/nowhere/spidev0.0 is not available: No such file"),
             ("ili9341:///nowhere/spidev0.0", "say which line is the data/command pin"),
+            ("ssd1306:///dev/null", "/dev/null is not available: "),
             ("ssd1306:///dev/i2c-1?size=128x128", "panels have 128x64, 128x32"),
             ("ssd1306:///dev/i2c-1?address=0x100", "address=0x100: say"),
             ("png:///nowhere/out.png", "/nowhere/out.png is not available: there is no folder /nowhere"),

@@ -1,10 +1,10 @@
 //! A picture file in place of a screen.
 
 use std::fs::{self, File};
-use std::io::{BufWriter, Write};
+use std::io::{self, BufWriter, Write};
 use std::path::{Path, PathBuf};
 
-use png::{BitDepth, ColorType, Compression, Encoder};
+use png::{BitDepth, ColorType, Compression, Encoder, EncodingError};
 
 use super::address::Address;
 use super::{Canvas, Colours, Display, DisplayError, Geometry, check_size, is_bright};
@@ -30,30 +30,56 @@ impl PngFile {
         if path.is_dir() {
             return Err(DisplayError::unavailable(path, "it is a folder"));
         }
-        let mut beside = path.as_os_str().to_owned();
-        beside.push(format!(".{}.part", std::process::id()));
-        Ok(Self { path: path.to_path_buf(), beside: beside.into(), geometry })
+        Ok(Self { path: path.to_path_buf(), beside: beside(path), geometry })
     }
+}
 
-    fn write(&self, canvas: &Canvas) -> Result<(), png::EncodingError> {
-        let mut file = BufWriter::new(File::create(&self.beside)?);
-        let mut encoder = Encoder::new(&mut file, canvas.width(), canvas.height());
-        encoder.set_depth(BitDepth::Eight);
-        encoder.set_compression(Compression::Fast);
-        match self.geometry.colours {
-            Colours::Many => {
-                encoder.set_color(ColorType::Rgb);
-                encoder.write_header()?.write_image_data(canvas.pixels())?;
-            }
-            Colours::Two => {
-                encoder.set_color(ColorType::Grayscale);
-                let grey: Vec<u8> = canvas.colours().map(|colour| if is_bright(colour) { 255 } else { 0 }).collect();
-                encoder.write_header()?.write_image_data(&grey)?;
-            }
+/// Where a picture is written before it takes the place of what `path` holds.
+fn beside(path: &Path) -> PathBuf {
+    let mut beside = path.as_os_str().to_owned();
+    beside.push(format!(".{}.part", std::process::id()));
+    beside.into()
+}
+
+/// Writes a picture beside a file, and puts it in the file's place.
+fn replace(path: &Path, beside: &Path, canvas: &Canvas, colours: Colours) -> Result<(), EncodingError> {
+    let written = encode(beside, canvas, colours).and_then(|()| Ok(fs::rename(beside, path)?));
+    if written.is_err() {
+        // A half-written picture helps nobody; what stood there before still does.
+        let _ = fs::remove_file(beside);
+    }
+    written
+}
+
+fn encode(path: &Path, canvas: &Canvas, colours: Colours) -> Result<(), EncodingError> {
+    let mut file = BufWriter::new(File::create(path)?);
+    let mut encoder = Encoder::new(&mut file, canvas.width(), canvas.height());
+    encoder.set_depth(BitDepth::Eight);
+    encoder.set_compression(Compression::Fast);
+    match colours {
+        Colours::Many => {
+            encoder.set_color(ColorType::Rgb);
+            encoder.write_header()?.write_image_data(canvas.pixels())?;
         }
-        file.flush()?;
-        fs::rename(&self.beside, &self.path)?;
-        Ok(())
+        Colours::Two => {
+            encoder.set_color(ColorType::Grayscale);
+            let grey: Vec<u8> = canvas.colours().map(|colour| if is_bright(colour) { 255 } else { 0 }).collect();
+            encoder.write_header()?.write_image_data(&grey)?;
+        }
+    }
+    Ok(file.flush()?)
+}
+
+impl Canvas {
+    /// Writes the picture to a PNG file, which is replaced as a whole.
+    ///
+    /// # Errors
+    /// A file that cannot be written.
+    pub fn write_png(&self, path: &Path) -> io::Result<()> {
+        replace(path, &beside(path), self, Colours::Many).map_err(|error| match error {
+            EncodingError::IoError(error) => error,
+            error => io::Error::other(error),
+        })
     }
 }
 
@@ -64,11 +90,7 @@ impl Display for PngFile {
 
     fn present(&mut self, canvas: &Canvas) -> Result<(), DisplayError> {
         check_size(canvas, self.geometry)?;
-        self.write(canvas).map_err(|error| {
-            // A half-written picture helps nobody; what stood there before still does.
-            let _ = fs::remove_file(&self.beside);
-            DisplayError::write(&self.path, error)
-        })
+        replace(&self.path, &self.beside, canvas, self.geometry.colours).map_err(|error| DisplayError::write(&self.path, error))
     }
 }
 
@@ -124,6 +146,28 @@ mod tests {
         let said = display.present(&canvas(20)).unwrap_err().to_string();
         assert!(said.contains("cannot show a picture on") && said.contains("out.png"), "{said}");
         assert_eq!(read(&path).3, canvas(9).pixels());
+    }
+
+    #[test]
+    fn nothing_is_left_of_a_picture_that_has_no_place() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("out.png");
+        canvas(3).write_png(&path).unwrap();
+        assert_eq!(read(&path), (ColorType::Rgb, 5, 3, canvas(3).pixels().to_vec()));
+        fs::create_dir(beside(&path)).unwrap();
+        assert!(canvas(4).write_png(&path).is_err());
+        assert_eq!(read(&path).3, canvas(3).pixels(), "the picture that was there");
+        fs::remove_dir(beside(&path)).unwrap();
+
+        let mut display = PngFile::new(&path, Geometry { width: 5, height: 3, colours: Colours::Many }).unwrap();
+        // A folder with something in it takes the place of the file.
+        fs::remove_file(&path).unwrap();
+        fs::create_dir_all(path.join("inner")).unwrap();
+        assert!(display.present(&canvas(4)).is_err() && canvas(4).write_png(&path).is_err());
+        assert_eq!(fs::read_dir(folder.path()).unwrap().count(), 1, "a part of the picture is left");
+        let said = PngFile::new(&path, display.geometry()).err().unwrap().to_string();
+        assert!(said.ends_with("out.png is not available: it is a folder"), "{said}");
+        assert!(canvas(5).write_png(&folder.path().join("nowhere/out.png")).is_err());
     }
 
     #[test]

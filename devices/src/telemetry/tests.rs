@@ -125,9 +125,39 @@ fn a_jetson_with_nvidias_older_driver() {
         (&format!("{device}/in_current0_input"), "352\n"),
         (&format!("{device}/in_power0_input"), "1774\n"),
         (&format!("{device}/rail_name_1"), "POM_5V_GPU\n"),
+        (&format!("{device}/rail_name_2"), "NC\n"),
+        (&format!("{device}/in_voltage2_input"), "0\n"),
+        (&format!("{device}/in_current2_input"), "0\n"),
+        (&format!("{device}/in_power2_input"), "0\n"),
     ]);
     let expected = Rail { name: "POM_5V_IN".to_owned(), voltage_mv: 5040, current_ma: 352, power_mw: 1774.0 };
     assert_eq!(Telemetry::read(folder.path()).rails, [expected]);
+}
+
+#[test]
+fn what_the_hardware_tells_goes_first_and_a_name_is_never_empty() {
+    let policy = "sys/devices/system/cpu/cpufreq/policy4";
+    let folder = tree(&[
+        (&format!("{policy}/scaling_cur_freq"), "1800000\n"),
+        (&format!("{policy}/cpuinfo_cur_freq"), "1500398\n"),
+        (&format!("{policy}/scaling_governor"), "\n"),
+        // Without a name, and with an empty one.
+        ("sys/class/thermal/thermal_zone0/temp", "40000\n"),
+        ("sys/class/thermal/thermal_zone1/temp", "-1500\n"),
+        ("sys/class/thermal/thermal_zone1/type", "\n"),
+    ]);
+    let found = Telemetry::read(folder.path());
+    let clock = Clock {
+        policy: "policy4".to_owned(),
+        cores: String::new(),
+        current_mhz: 1500,
+        lowest_mhz: None,
+        highest_mhz: None,
+        governor: None,
+    };
+    assert_eq!(found.clocks, [clock]);
+    let zones: Vec<(&str, f64)> = found.temperatures.iter().map(|found| (found.zone.as_str(), found.temperature_c)).collect();
+    assert_eq!(zones, [("thermal_zone0", 40.0), ("thermal_zone1", -1.5)]);
 }
 
 #[test]

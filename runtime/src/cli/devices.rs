@@ -232,3 +232,75 @@ pub fn one_line(root: &Path) -> anyhow::Result<String> {
     let held_back = held_back.map(|now| format!(", HELD BACK: {}", causes(&now)));
     Ok(format!("{}{}{}", board.title, heat.unwrap_or_default(), held_back.unwrap_or_default()))
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn tree(files: &[(&str, &str)]) -> tempfile::TempDir {
+        let folder = tempfile::tempdir().unwrap();
+        for (name, contents) in files {
+            let file = folder.path().join(name);
+            std::fs::create_dir_all(file.parent().unwrap()).unwrap();
+            std::fs::write(file, contents).unwrap();
+        }
+        folder
+    }
+
+    #[test]
+    fn a_jetson_in_lines() {
+        let (monitor, policy) = ("sys/class/hwmon/hwmon1", "sys/devices/system/cpu/cpufreq/policy0");
+        let jetson = tree(&[
+            ("proc/device-tree/model", "NVIDIA Jetson Orin Nano Developer Kit\0"),
+            ("proc/cpuinfo", "processor\t: 0\n\nprocessor\t: 1\n"),
+            ("proc/meminfo", "MemTotal: 7802880 kB\n"),
+            ("etc/nv_tegra_release", "# R36 (release), REVISION: 4.3, GCID: 38968081\n"),
+            (&format!("{monitor}/name"), "ina3221\n"),
+            (&format!("{monitor}/in1_label"), "VDD_IN\n"),
+            (&format!("{monitor}/in1_input"), "5072\n"),
+            (&format!("{monitor}/curr1_input"), "1008\n"),
+            (&format!("{policy}/affected_cpus"), "0 1\n"),
+            (&format!("{policy}/scaling_cur_freq"), "729600\n"),
+            (&format!("{policy}/scaling_min_freq"), "115200\n"),
+            (&format!("{policy}/scaling_max_freq"), "1510400\n"),
+            (&format!("{policy}/scaling_governor"), "schedutil\n"),
+        ]);
+        let (Detected { board, machine }, telemetry) = look(jetson.path()).unwrap();
+        let (board, _) = board.unwrap();
+        assert_eq!(board.name, "jetson-orin-nano");
+        let expected = [
+            "model      NVIDIA Jetson Orin Nano Developer Kit",
+            "system     Jetson Linux 36.4.3",
+            "cores      2",
+            "memory     7620 MiB",
+        ];
+        assert_eq!(lines_of_machine(&machine), expected);
+        let power_mw = telemetry.power_mw(&board.telemetry.total_rails);
+        let expected = [
+            "clock      cores 0 1: 729 MHz of 115 to 1510, governor schedutil",
+            "power      VDD_IN: 5113 mW (5072 mV, 1008 mA)",
+            "power      the whole module: 5113 mW",
+            "absent     temperatures (no readable zone in /sys/class/thermal)",
+            "absent     throttling (no get_throttled of a Raspberry Pi's firmware)",
+        ];
+        assert_eq!(lines_of_telemetry(&telemetry, power_mw), expected);
+    }
+
+    #[test]
+    fn a_board_in_one_line() {
+        let pi = |throttled: &str| {
+            let tree = tree(&[
+                ("proc/device-tree/model", "Raspberry Pi 5 Model B Rev 1.0\0"),
+                ("sys/class/thermal/thermal_zone0/type", "cpu-thermal\n"),
+                ("sys/class/thermal/thermal_zone0/temp", "81250\n"),
+                ("sys/class/thermal/thermal_zone1/type", "rp1_adc\n"),
+                ("sys/class/thermal/thermal_zone1/temp", "95000\n"),
+                ("sys/devices/platform/soc/soc:firmware/get_throttled", throttled),
+            ]);
+            one_line(tree.path()).unwrap()
+        };
+        assert_eq!(pi("a0008"), "Raspberry Pi 5, 81.2 °C, HELD BACK: soft temperature limit");
+        // It was, and is no more.
+        assert_eq!(pi("50000"), "Raspberry Pi 5, 81.2 °C");
+    }
+}

@@ -129,6 +129,17 @@ fn a_server_that_is_not_there_or_gives_no_stream_is_an_error() {
     assert!(error.contains("a head of more than 16384 bytes"), "{error}");
     server.join().unwrap();
 
+    // One that listens and says nothing, or half of a head.
+    for beginning in [&b""[..], b"HTTP/1.1 200"] {
+        let (address, server) = serve(vec![(beginning.to_vec(), Duration::from_millis(400))]);
+        let options = CameraOptions { connect_timeout: Duration::from_millis(60), ..CameraOptions::default() };
+        let begun = Instant::now();
+        let error = camera(address, &options).err().unwrap().to_string();
+        assert!(error.ends_with("the server does not answer"), "{error}");
+        assert!(begun.elapsed() >= Duration::from_millis(60), "{:?}", begun.elapsed());
+        server.join().unwrap();
+    }
+
     let nobody = TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap();
     let error = camera(nobody, &CameraOptions::default()).err().unwrap().to_string();
     assert!(error.starts_with(&format!("mjpeg://{nobody}/stream?x=1: not there: ")), "{error}");

@@ -33,8 +33,10 @@ enum Act {
 struct Fake {
     capability: Capability,
     formats: Vec<(FourCc, Vec<Sizes>)>,
-    /// What the driver makes of a format: its stride.
+    /// What the driver makes of a format: its stride, its colours, and another format than asked for.
     stride: u32,
+    encoding: YuvEncoding,
+    other: Option<FourCc>,
     rate: Option<f32>,
     /// Errors of the calls by their names.
     errors: Vec<(&'static str, i32)>,
@@ -55,6 +57,8 @@ impl Fake {
             },
             formats: vec![(FourCc::YUYV, sizes.clone()), (FourCc::MJPEG, sizes), (FourCc::NV12, vec![Sizes::One(4, 2)])],
             stride: 0,
+            encoding: YuvEncoding::default(),
+            other: None,
             rate: Some(30.0),
             errors: Vec::new(),
             acts: acts.into(),
@@ -86,7 +90,8 @@ impl VideoDevice for Fake {
     }
 
     fn set_format(&mut self, fourcc: FourCc, width: u32, height: u32) -> io::Result<Format> {
-        let format = Format { fourcc, width, height, stride: self.stride, encoding: YuvEncoding::default() };
+        let (stride, encoding) = (self.stride, self.encoding);
+        let format = Format { fourcc: self.other.unwrap_or(fourcc), width, height, stride, encoding };
         self.call("set_format", format!("format {fourcc} {width}x{height}"), format)
     }
 
@@ -202,6 +207,17 @@ fn raw_pictures_are_converted_by_their_rows() {
 }
 
 #[test]
+fn colours_are_those_that_the_driver_says() {
+    let encoding = YuvEncoding { range: Range::Full, ..YuvEncoding::default() };
+    let wishes = Wishes { format: Some(FourCc::YUYV), size: Some((4, 2)), fps: None };
+    for (encoding, grey) in [(YuvEncoding::default(), 128), (encoding, 126)] {
+        let fake = Fake { encoding, ..Fake::webcam(vec![Act::Fill([126, 128].repeat(8), 0, false)]) };
+        let frame = open_fake(fake, wishes, &CameraOptions::default()).unwrap().next(SOON).unwrap().unwrap();
+        assert_eq!(frame.data, FrameData::Rgb8(vec![grey; 24]), "{encoding:?}");
+    }
+}
+
+#[test]
 fn damaged_pictures_are_counted_and_passed_over() {
     let record = Record::default();
     let acts = vec![
@@ -238,19 +254,20 @@ fn a_camera_that_is_unplugged_is_waited_for() {
         Ok(Fake { errors: vec![("set_format", EBUSY)], ..Fake::webcam(Vec::new()) }),
         Ok(Fake::webcam(vec![mjpeg(0), Act::Fail(ENODEV)])),
         Ok(Fake::webcam(vec![mjpeg(0), Act::Break(EIO)])),
+        Ok(Fake::webcam(vec![mjpeg(0), Act::Break(EAGAIN)])),
         Ok(Fake::webcam(vec![mjpeg(0), mjpeg(1)])),
     ]);
     let record = Record::default();
     let mut camera = open_fakes(devices, Wishes::default(), &quick(&record)).unwrap();
-    let sequences: Vec<u64> = (0..6).map(|_| camera.next(SOON).unwrap().unwrap().sequence).collect();
-    assert_eq!(sequences, [0, 1, 2, 3, 4, 5]);
-    let expected = CameraStats { frames: 6, corrupt: 0, reconnects: 3, stalls: 0, skipped: 0 };
+    let sequences: Vec<u64> = (0..7).map(|_| camera.next(SOON).unwrap().unwrap().sequence).collect();
+    assert_eq!(sequences, [0, 1, 2, 3, 4, 5, 6]);
+    let expected = CameraStats { frames: 7, corrupt: 0, reconnects: 4, stalls: 0, skipped: 0 };
     assert_eq!(camera.stats(), expected);
-    assert_eq!(record.count("it was unplugged; next attempt"), 3);
+    assert_eq!(record.count("it was unplugged; next attempt"), 4);
     for part in ["not there: No such file", "not allowed to open it", "busy: another program is using it; next attempt"] {
         assert_eq!(record.count(part), 1, "{part}: {:?}", record.lines());
     }
-    assert_eq!(record.count("open again, 8x6 MJPG"), 3);
+    assert_eq!(record.count("open again, 8x6 MJPG"), 4);
 }
 
 #[test]
@@ -273,6 +290,7 @@ fn cameras_that_cannot_be_opened() {
     let webcam = || Fake::webcam(Vec::new());
     let no_camera =
         |planes| Fake { capability: Capability { captures: false, captures_planes: planes, ..webcam().capability }, ..webcam() };
+    let no_stream = Fake { capability: Capability { streams: false, ..webcam().capability }, ..webcam() };
     let raw = Fake { formats: vec![(FourCc::new(*b"pRAA"), Vec::new()), (FourCc::new(*b"RG10"), Vec::new())], ..webcam() };
     let failing = |call, code| Ok(Fake { errors: vec![(call, code)], ..webcam() });
     let cases = [
@@ -283,6 +301,7 @@ fn cameras_that_cannot_be_opened() {
         (failing("start", EBUSY), "busy: another program is using it"),
         (failing("formats", ENODEV), "not there: No such device"),
         (Ok(no_camera(false)), "HD Webcam (uvcvideo) is no camera: a device may have several nodes"),
+        (Ok(no_stream), "HD Webcam (uvcvideo) is no camera"),
         (Ok(no_camera(true)), "gives its pictures in planes"),
         (Ok(raw), "gives pRAA, RG10, and MJPG, YUYV or NV12 is needed"),
     ];
@@ -294,6 +313,9 @@ fn cameras_that_cannot_be_opened() {
     let odd = Fake { formats: vec![(FourCc::YUYV, vec![Sizes::One(5, 3)])], ..webcam() };
     let error = open_fake(odd, Wishes::default(), &CameraOptions::default()).err().unwrap().to_string();
     assert!(error.contains("answered YUYV at 5x3"), "{error}");
+    let stubborn = Fake { other: Some(FourCc::new(*b"H264")), ..webcam() };
+    let error = open_fake(stubborn, Wishes::default(), &CameraOptions::default()).err().unwrap().to_string();
+    assert!(error.contains("was set to MJPG and answered H264 at 8x6"), "{error}");
 
     // Waiting helps where a device is missing, and not where it is the wrong one.
     let record = Record::default();

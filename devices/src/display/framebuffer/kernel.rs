@@ -161,9 +161,12 @@ mod tests {
         let expected = Geometry { width: 1280, height: 800, stride: 5120, start, format: PixelFormat::XRGB8888 };
         assert_eq!(described(&virtio, &fixed), Ok(expected));
 
-        // A table of 256 colours, and planes.
-        for other in [FixScreenInfo { visual: 3, ..fixed }, FixScreenInfo { kind: 1, ..fixed }] {
-            assert!(described(&virtio, &other).unwrap_err().contains("not plain red, green and blue"));
+        // A table of 256 colours, planes, and shades of grey.
+        let grey = VarScreenInfo { grayscale: 1, ..virtio };
+        for (variable, other) in
+            [(virtio, FixScreenInfo { visual: 3, ..fixed }), (virtio, FixScreenInfo { kind: 1, ..fixed }), (grey, fixed)]
+        {
+            assert!(described(&variable, &other).unwrap_err().contains("not plain red, green and blue"));
         }
     }
 }

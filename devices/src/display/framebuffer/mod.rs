@@ -261,6 +261,14 @@ mod tests {
         assert_eq!(written[..12], [0xAA, 0xAA, 0xAA, 0xAA, 0xAA, 0xAA, 0xAA, 0xAA, 255, 0, 0, 255]);
         assert_eq!(written[28..], [0x12, 0x34, 0x56, 255]);
 
+        // A start, and bytes between the rows.
+        std::fs::write(file.path(), [0xAA; 8]).unwrap();
+        let geometry = Geometry { stride: 13, start: 3, ..geometry };
+        Framebuffer::with_geometry(file.path(), geometry).unwrap().present(&canvas()).unwrap();
+        let written = std::fs::read(file.path()).unwrap();
+        assert_eq!((written.len(), &written[..7]), (3 + 13 + 12, &[0xAA, 0xAA, 0xAA, 255, 0, 0, 255][..]));
+        assert_eq!(written[24..], [0x12, 0x34, 0x56, 255]);
+
         let format = PixelFormat { bits: 24, alpha: NO_CHANNEL, ..PixelFormat::XRGB8888 };
         let geometry = Geometry { width: 3, height: 2, stride: 9, start: 0, format };
         Framebuffer::with_geometry(file.path(), geometry).unwrap().present(&canvas()).unwrap();
@@ -275,6 +283,7 @@ mod tests {
         let long = Channel { offset: 0, length: 10 };
         let cases = [
             (Geometry { width: 0, ..good }, "it has no pixels"),
+            (Geometry { height: 0, ..good }, "it has no pixels"),
             (Geometry { stride: 11, ..good }, "a row of 12 bytes has no room in 11"),
             (with(PixelFormat { bits: 8, ..PixelFormat::XRGB8888 }), "its pixels of 8 bits are not"),
             (with(PixelFormat { red: NO_CHANNEL, ..PixelFormat::XRGB8888 }), "are not red, green and blue"),

@@ -6,7 +6,6 @@
 //! letters follow from the screen alone, so that they do not change with every caption; a caption that is longer than its place
 //! scrolls.
 
-mod text;
 mod thumbnail;
 
 use std::fmt::Write;
@@ -16,8 +15,8 @@ use embedded_graphics::geometry::{Point, Size};
 use embedded_graphics::pixelcolor::{Rgb888, RgbColor};
 use embedded_graphics::primitives::Rectangle;
 
-use self::text::{FONTS, Font, readable, wrap};
 pub use self::thumbnail::Thumbnail;
+use super::text::{FONTS, Font, readable, wrap};
 use super::{Canvas, Colours, Geometry};
 
 /// How long a caption that scrolls stands still at its beginning and at its end.

@@ -145,6 +145,27 @@ fn long_captions_scroll() {
 }
 
 #[test]
+fn everything_stays_in_its_place_and_nothing_old_is_left() {
+    let long = format!("{CAPTION} while {CAPTION} and {CAPTION} and {CAPTION}");
+    for (width, height) in [(128, 32), (320, 240), (240, 320), (640, 480)] {
+        let layout = Layout::new(Geometry { width, height, colours: Colours::Many });
+        let with = |caption| View { caption, latency: Some(Duration::from_millis(132)), ..View::default() };
+        let inside = |canvas: &Canvas, place: Rectangle| {
+            let Point { x, y } = place.top_left;
+            let rows = (y as u32..y as u32 + place.size.height).map(|y| canvas.row(y));
+            rows.map(|row| row[x as usize..x as usize + place.size.width as usize].to_vec()).collect::<Vec<_>>()
+        };
+        let mut canvas = layout.canvas();
+        layout.draw(&mut canvas, &with(""), 0);
+        let figures = inside(&canvas, layout.figures);
+        layout.draw(&mut canvas, &with(&long), 0);
+        assert!(layout.hidden_lines(&long) > 0 && inside(&canvas, layout.figures) == figures, "{width}x{height}");
+        layout.draw(&mut canvas, &View::default(), 0);
+        assert_eq!(canvas, layout.canvas(), "{width}x{height}");
+    }
+}
+
+#[test]
 fn scrolling_rests_at_both_ends() {
     let milliseconds = Duration::from_millis;
     let cases = [

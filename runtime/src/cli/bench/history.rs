@@ -7,6 +7,8 @@ use std::process::ExitCode;
 use anyhow::Context;
 use clap::{Args, Subcommand};
 use serde::{Deserialize, Serialize};
+#[cfg(feature = "watch")]
+use unimo_devices::display::table::{self, Alignment};
 
 use super::report::markdown;
 use crate::cli::exit::NOTHING_FOUND;
@@ -16,6 +18,7 @@ const EXAMPLES: &str = "\
 Examples:
   unimo bench --duration 60s --ledger ledger.jsonl photo.jpg && unimo bench compare ledger.jsonl
   unimo bench table ledger.jsonl other-boards.jsonl > boards.md
+  unimo bench table ledger.jsonl --png boards.png
 
 Rows belong together that agree in machine, bundle, engine, provider, precision and threads. The newest of them is compared with the
 median of those before it; a change no larger than the noise, the largest distance of an earlier row from that median, is none. Rows
@@ -29,7 +32,7 @@ pub enum LedgerCommand {
     Compare(LedgerArgs),
     /// Print the newest rows of ledgers as a Markdown table
     #[command(after_help = EXAMPLES)]
-    Table(LedgerArgs),
+    Table(TableArgs),
 }
 
 #[derive(Debug, Args)]
@@ -40,6 +43,16 @@ pub struct LedgerArgs {
     /// Print one JSON document
     #[arg(long)]
     json: bool,
+}
+
+#[derive(Debug, Args)]
+pub struct TableArgs {
+    #[command(flatten)]
+    of: LedgerArgs,
+    /// Draw the table into this PNG file too
+    #[cfg(feature = "watch")]
+    #[arg(long, value_name = "FILE")]
+    png: Option<PathBuf>,
 }
 
 /// What is read of a ledger's line; lines of earlier versions lack some of it.
@@ -139,24 +152,30 @@ struct Comparison<'a> {
 }
 
 pub fn run(command: &LedgerCommand) -> anyhow::Result<ExitCode> {
-    let (LedgerCommand::Compare(args) | LedgerCommand::Table(args)) = command;
+    let (LedgerCommand::Compare(args) | LedgerCommand::Table(TableArgs { of: args, .. })) = command;
     let entries = read(&args.ledgers)?;
     if entries.is_empty() {
         eprintln!("there are no rows");
         return Ok(ExitCode::from(NOTHING_FOUND));
     }
     let comparisons = compare(&entries);
+    #[cfg(feature = "watch")]
+    if let LedgerCommand::Table(TableArgs { png: Some(path), .. }) = command {
+        table::draw(&columns(), &boards(&comparisons))?
+            .write_png(path)
+            .with_context(|| format!("cannot write the picture {}", path.display()))?;
+    }
     let output = Output::new(0);
     match command {
         LedgerCommand::Compare(args) if args.json => {
             output.json(&serde_json::json!({ "schema": SCHEMA, "comparisons": comparisons }))?;
         }
-        LedgerCommand::Table(args) if args.json => {
+        LedgerCommand::Table(args) if args.of.json => {
             let newest: Vec<&Entry> = comparisons.iter().map(|comparison| comparison.newest).collect();
             output.json(&serde_json::json!({ "schema": SCHEMA, "rows": newest }))?;
         }
         LedgerCommand::Compare(_) => table_of_changes(&comparisons).iter().try_for_each(|line| output.line(line))?,
-        LedgerCommand::Table(_) => table_of_boards(&comparisons).iter().try_for_each(|line| output.line(line))?,
+        LedgerCommand::Table(_) => markdown(&BOARDS, boards(&comparisons)).iter().try_for_each(|line| output.line(line))?,
     }
     Ok(output.finish())
 }
@@ -256,7 +275,26 @@ fn table_of_changes(comparisons: &[Comparison<'_>]) -> Vec<String> {
     markdown(&head, comparisons.iter().map(line).collect())
 }
 
-fn table_of_boards(comparisons: &[Comparison<'_>]) -> Vec<String> {
+/// The head of the table of boards.
+const BOARDS: [&str; 14] = [
+    "machine",
+    "engine",
+    "precision",
+    "threads",
+    "bundle",
+    "captions",
+    "p50 ms",
+    "p90 ms",
+    "p99 ms",
+    "peak MB",
+    "mJ",
+    "°C",
+    "date",
+    "version",
+];
+
+/// The cells of the table of boards.
+fn boards(comparisons: &[Comparison<'_>]) -> Vec<Vec<String>> {
     let line = |comparison: &Comparison<'_>| {
         let newest = comparison.newest;
         let mut cells = what(newest);
@@ -270,9 +308,16 @@ fn table_of_boards(comparisons: &[Comparison<'_>]) -> Vec<String> {
         cells.push(newest.commit.clone().unwrap_or_else(|| newest.version.clone()));
         cells
     };
-    let more = ["captions", "p50 ms", "p90 ms", "p99 ms", "peak MB", "mJ", "°C", "date", "version"];
-    let head: Vec<&str> = [&WHAT[..], &more].concat();
-    markdown(&head, comparisons.iter().map(line).collect())
+    comparisons.iter().map(line).collect()
+}
+
+/// The columns of the table of boards in a picture.
+#[cfg(feature = "watch")]
+fn columns() -> [(&'static str, Alignment); 14] {
+    BOARDS.map(|name| match name {
+        "machine" | "engine" | "precision" | "bundle" | "date" | "version" => (name, Alignment::Left),
+        _ => (name, Alignment::Right),
+    })
 }
 
 #[cfg(test)]
@@ -334,7 +379,7 @@ mod tests {
         let rows = [entry(1, 10.0), entry(2, 10.2), held_back(entry(3, 30.0))];
         let [comparison] = compare(&rows).try_into().unwrap();
         assert_eq!(comparison.verdict, Verdict::HeldBack);
-        assert!(table_of_boards(&[comparison])[2].contains("HELD BACK"));
+        assert!(boards(&[comparison])[0].contains(&"HELD BACK".to_owned()));
     }
 
     #[test]
@@ -366,5 +411,48 @@ mod tests {
         let (entries, left_out) = parse(&format!("{line}\n\n{{\"sch\n{line}\n"));
         assert_eq!((entries.len(), left_out), (2, 1));
         assert_eq!((entries[0].commit.as_ref(), entries[0].is_held_back()), (None, false));
+    }
+
+    #[test]
+    fn boards_have_a_cell_for_every_head() {
+        let mut row = entry(24, 41.26);
+        row.peak_memory = Some(74_600_000);
+        row.conditions.end_c = Some(61.4);
+        row.energy_mj = Some(1234.4);
+        row.commit = Some("abc".into());
+        let entries = [row];
+        let cells = boards(&compare(&entries));
+        let expected = "board|tract|i8|1|b|100|41.3|41.3|41.3|75|1234|61|2026-11-24|abc";
+        assert_eq!(cells.iter().map(|row| row.join("|")).collect::<Vec<_>>(), [expected]);
+        assert_eq!(cells[0].len(), BOARDS.len());
+    }
+
+    #[cfg(feature = "watch")]
+    #[test]
+    fn a_table_is_drawn_into_a_file() {
+        let folder = tempfile::tempdir().unwrap();
+        let (ledger, png) = (folder.path().join("ledger"), folder.path().join("boards.png"));
+        fs::write(&ledger, serde_json::to_string(&entry(24, 41.26)).unwrap()).unwrap();
+        let table = |png: &std::path::Path| {
+            let of = LedgerArgs { ledgers: vec![ledger.clone()], json: false };
+            run(&LedgerCommand::Table(TableArgs { of, png: Some(png.to_owned()) }))
+        };
+        table(&png).unwrap();
+        let picture = image::open(&png).unwrap().into_rgb8();
+        // Letters of 10 × 20 in rows of 28; 109 characters: those of the longest cells, and two between columns.
+        let widths = [7, 6, 9, 7, 6, 8, 6, 6, 6, 7, 2, 2, 10, 7];
+        assert_eq!(picture.dimensions(), (40 + 10 * (widths.iter().sum::<u32>() + 2 * 13), 40 + 2 * 28));
+        // The first column is words, whose last place is empty; the fourth numbers, whose first place is.
+        let ink = |character: u32, row: u32| {
+            let (left, top) = (20 + 10 * character, 20 + 28 * row);
+            (left..left + 10).any(|x| (top..top + 20).any(|y| picture.get_pixel(x, y).0 == [0; 3]))
+        };
+        assert_eq!([0, 4, 5, 6].map(|character| ink(character, 1)), [true, true, false, false]);
+        let threads = 7 + 2 + 6 + 2 + 9 + 2;
+        assert_eq!([0, 5, 6].map(|character| ink(threads + character, 1)), [false, false, true]);
+
+        let error = table(&folder.path().join("nowhere/boards.png")).unwrap_err();
+        let said = crate::cli::exit::sentence(&error);
+        assert!(said.starts_with("cannot write the picture ") && said.contains("No such file"), "{said}");
     }
 }

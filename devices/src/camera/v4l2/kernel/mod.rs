@@ -1,4 +1,9 @@
 //! The system calls of V4L2 (`linux/videodev2.h`), and the memory that a driver shares.
+//!
+//! Own definitions, and not the crate `v4l`'s (0.14): its bindings are generated from the system's header with libclang at every
+//! build, which a cross-build would need with its board's headers; its streams wait with a time limit, but leave out what `poll`
+//! tells of an unplugged device, and panic where the driver refuses to stop one; pictures of several planes it has as little as
+//! this module. Layouts and request numbers are checked against the header in the tests.
 #![allow(unsafe_code)]
 
 mod abi;
