@@ -32,10 +32,12 @@ pub(super) fn for_rows<const MOST: usize>(rows: usize, tile: &mut impl Tile) {
 
 /// Lays rows out for [`for_rows`]: the values of those that are worked on together side by side. Rows from `row` on begin at
 /// `row · length`.
-pub(super) fn pack<'a, T: Copy + Default>(rows: usize, most: usize, length: usize, row: impl Fn(usize) -> &'a [T]) -> Vec<T>
-where
-    T: 'a,
-{
+pub(super) fn pack<'a, T: Copy + Default + 'a>(
+    rows: usize,
+    most: usize,
+    length: usize,
+    row: impl Fn(usize) -> &'a [T],
+) -> Vec<T> {
     let mut packed = vec![T::default(); rows * length];
     for first in (0..rows).step_by(most) {
         let count = most.min(rows - first);
