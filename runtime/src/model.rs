@@ -384,5 +384,6 @@ fn tensor(name: GraphName, input: &str, tensor: Option<Tensor>) -> Result<Tensor
     })
 }
 
-#[cfg(all(test, feature = "tract"))]
+#[cfg(test)]
+#[cfg(feature = "tract")]
 mod tests;
