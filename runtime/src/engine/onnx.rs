@@ -65,6 +65,7 @@ fn parsed(source: &GraphSource<'_>, fuse: bool) -> Result<(ModelProto, Option<Ba
         fold(graph, &mut constants);
         backbone = network::take_backbone(graph, &constants);
         fusion::fuse_linears(graph, &constants);
+        fusion::fuse_attention(graph, &constants);
     } else {
         fold(graph, &mut constants);
     }

@@ -1,5 +1,6 @@
 //! The pure-Rust engine, [tract](https://github.com/sonos/tract).
 
+mod attention;
 mod linear;
 
 use std::sync::{Arc, Mutex, PoisonError};
@@ -17,6 +18,7 @@ use super::{check_names, checked_output, onnx, ordered_inputs, shape_error};
 use crate::bundle::manifest::{Dtype, GraphSignature};
 use crate::kernels::Scratch;
 
+pub(super) use self::attention::OPERATOR as ATTENTION;
 pub(super) use self::linear::OPERATOR as LINEAR;
 
 /// tract on the processor.
@@ -60,6 +62,7 @@ fn names(values: &[ValueInfoProto]) -> Vec<&str> {
 
 fn prepare(proto: &tract_onnx::pb::ModelProto) -> TractResult<Arc<TypedRunnableModel>> {
     let mut onnx = tract_onnx::onnx();
+    attention::register(&mut onnx);
     linear::register(&mut onnx);
     onnx.model_for_proto_model(proto)?.into_optimized()?.into_runnable()
 }

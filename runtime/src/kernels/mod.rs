@@ -1,11 +1,14 @@
-//! Arithmetic of our own where the built-in engine is slow: products with weights that stay in 8 bits in memory, and the
-//! convolutional backbone. Written once, compiled for several instruction sets and chosen at run time: the products through `pulp`
-//! (AVX-512, AVX2, NEON), those in integers with AVX-512 VNNI or ARM's dot product, the rest as plain loops over [`LANES`] floats through `multiversion`.
+//! Arithmetic of our own where the built-in engine is slow: products with weights that stay in 8 bits in memory, attention over a
+//! cache, and the convolutional backbone. Written once, compiled for several instruction sets and chosen at run time: products of
+//! floats through `pulp` (AVX-512, AVX2, NEON), those of integers with AVX-512 VNNI or ARM's dot product, the rest as plain loops over
+//! [`LANES`] floats through `multiversion`.
 
+mod attention;
 mod bottleneck;
 mod depthwise;
 mod matrix;
 
+pub(crate) use self::attention::{Cache, CachedAttention};
 pub(crate) use self::bottleneck::{Bottleneck, Network, Scratch, Stem};
 pub(crate) use self::depthwise::Depthwise;
 pub(crate) use self::matrix::{Activation, Layout, Matrix, Weights, multiplies_bytes};

@@ -22,7 +22,7 @@ pub(super) fn gelu_all(values: &mut [f32]) {
 
 /// e^x to about 2 ulp for x in [−87, 88], clamped outside (polynomial of Cephes' `expf`).
 #[inline(always)]
-fn exp(x: f32) -> f32 {
+pub(in crate::kernels) fn exp(x: f32) -> f32 {
     let x = x.clamp(-87.0, 88.0);
     // Adding and subtracting 1.5·2^23 rounds to the nearest integer without a call.
     let z = (x * std::f32::consts::LOG2_E + 12_582_912.0) - 12_582_912.0;

@@ -11,6 +11,7 @@ use std::ops::Range;
 use rayon::prelude::*;
 
 pub(crate) use self::activation::Activation;
+pub(super) use self::activation::exp;
 use self::activation::gelu_all;
 use self::finish::Finish;
 pub(super) use self::floats::lanes;

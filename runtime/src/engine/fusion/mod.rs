@@ -3,6 +3,9 @@
 //! - Products of rows with a constant matrix, with the bias and the GELU that follow: one [`LINEAR`] node. Weights of 8 bits stay so;
 //!   where the graph multiplies in integers, so does the node.
 //! - Rows of an 8-bit table: gathered as they are stored, and scaled then.
+//! - Attention over stacked caches ([`attention`]).
+
+mod attention;
 
 use std::borrow::Cow;
 use std::collections::{BTreeMap, BTreeSet};
@@ -10,6 +13,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use tract_onnx::pb::tensor_proto::DataType;
 use tract_onnx::pb::{AttributeProto, GraphProto, NodeProto, TensorProto, attribute_proto::AttributeType};
 
+pub(super) use self::attention::fuse_attention;
 use super::onnx::Constant;
 use super::tract::LINEAR;
 
@@ -148,14 +152,11 @@ fn fuse_biases(graph: &mut GraphProto, constants: &Constants<'_>) {
 
 /// `x · ½ · (1 + erf(x/√2))` as the exporter writes it.
 fn fuse_gelus(graph: &mut GraphProto, constants: &Constants<'_>) {
-    let number = |name: &str| -> Option<f32> {
-        let constant = constants.get(name).filter(|c| c.dtype == DataType::Float && c.bytes.len() == 4)?;
-        Some(f32::from_le_bytes(constant.bytes.as_chunks().0[0]))
-    };
     let readers = readers(graph);
     let reads = |node: usize, operator: &str, constant: f32, graph: &GraphProto| {
         let node = &graph.node[node];
-        node.op_type == operator && node.input.iter().filter_map(|input| number(input)).any(|c| (c - constant).abs() < 1e-6)
+        node.op_type == operator
+            && node.input.iter().filter_map(|input| number(constants, input)).any(|c| (c - constant).abs() < 1e-6)
     };
     for at in 0..graph.node.len() {
         if graph.node[at].op_type != LINEAR {
@@ -176,6 +177,12 @@ fn fuse_gelus(graph: &mut GraphProto, constants: &Constants<'_>) {
             take_over(graph, at, last, flag("gelu", true));
         }
     }
+}
+
+/// A constant of one float.
+fn number(constants: &Constants<'_>, name: &str) -> Option<f32> {
+    let constant = constants.get(name).filter(|c| c.dtype == DataType::Float && c.bytes.len() == 4)?;
+    Some(f32::from_le_bytes(constant.bytes.as_chunks().0[0]))
 }
 
 /// Lets a linear node compute what a later node gives.
