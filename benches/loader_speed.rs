@@ -112,11 +112,13 @@ fn main() -> anyhow::Result<()> {
 fn work(picture: &Encoded, number: usize, last: Stage, backbone: Option<&Backbone>, trained_blocks: usize) -> anyhow::Result<()> {
     let image = decode(&picture.bytes, &DecodeLimits::default())?;
     if last == Stage::Decoded {
-        return Ok(drop(std::hint::black_box(image)));
+        std::hint::black_box(image);
+        return Ok(());
     }
     let varied = view(&image, &picture.key, number);
     if last == Stage::Varied {
-        return Ok(drop(std::hint::black_box(varied)));
+        std::hint::black_box(varied);
+        return Ok(());
     }
     let pixels = ImagePreparation::default().tensor(&varied);
     match backbone {
