@@ -191,7 +191,8 @@ fn only_what_has_changed_is_sent() {
         canvas.row_mut(y)[x] = [255, 255, 255];
     }
     display.present(&canvas).unwrap();
-    let mut glass = glass.lock().unwrap();
+    let shared = glass;
+    let mut glass = shared.lock().unwrap();
     glass.finish();
     assert_eq!((glass.columns, glass.rows), ((200, 210), (10, 300)));
     for y in 0..320 {
@@ -199,6 +200,11 @@ fn only_what_has_changed_is_sent() {
             assert_eq!(glass.memory[y][x], rgb565(canvas.row(y as u32)[x]), "({x}, {y})");
         }
     }
+    // That is what is shown now.
+    glass.writes.clear();
+    drop(glass);
+    display.present(&canvas).unwrap();
+    assert!(shared.lock().unwrap().writes.is_empty());
 }
 
 #[test]
@@ -215,6 +221,14 @@ fn faults_are_told_and_recovered_from() {
     display.present(&other).unwrap();
     glass.lock().unwrap().finish();
     assert!(glass.lock().unwrap().memory.iter().flatten().all(|&pixel| pixel == 0));
+    // So is the picture that was shown before the fault.
+    glass.lock().unwrap().broken = true;
+    assert!(display.present(&canvas).is_err());
+    glass.lock().unwrap().broken = false;
+    glass.lock().unwrap().rows = (7, 7);
+    display.present(&other).unwrap();
+    glass.lock().unwrap().finish();
+    assert_eq!(glass.lock().unwrap().rows, (0, 319));
 
     let (_, display) = panel(Setup { size: (240, 240), offset: (0, 81), ..Setup::usual(Controller::St7789) }, false);
     let said = display.err().unwrap().to_string();
