@@ -31,7 +31,7 @@ case $triple in
 esac
 case ${2:-all} in
     # `unimo bench` starts itself, which an emulated program cannot.
-    all) units=() suites=(caption_cli devices_cli search_cli) cases=(--skip captioning_is_measured "${lacks[@]}") ;;
+    all) units=() suites=(caption_cli devices_cli search_cli gallery_durability) cases=(--skip captioning_is_measured "${lacks[@]}") ;;
     # Names of units and of tests: each is a part of those that run.
     small) units=(kernels:: engine:: image:: captioning::) suites=(caption_cli search_cli devices_cli)
         cases=(a_caption_line embeddings_are matching_gives pictures_are_added a_board_is_detected) ;;

@@ -82,6 +82,18 @@ impl Toy {
         self
     }
 
+    /// Integers as bytes, as the exporter writes them.
+    pub(crate) fn constant(mut self, name: &str, values: &[i64]) -> Self {
+        self.0.initializer.push(TensorProto {
+            name: name.to_owned(),
+            dims: vec![values.len() as i64],
+            data_type: DataType::Int64 as i32,
+            raw_data: values.iter().flat_map(|value| value.to_le_bytes()).collect(),
+            ..TensorProto::default()
+        });
+        self
+    }
+
     /// An 8-bit weight inside the file.
     pub(crate) fn levels(mut self, name: &str, dims: &[i64], values: &[i8]) -> Self {
         self.0.initializer.push(TensorProto {

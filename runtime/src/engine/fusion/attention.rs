@@ -209,3 +209,156 @@ fn order(node: &NodeProto) -> &[i64] {
 fn last_axis(node: &NodeProto) -> bool {
     node.attribute.iter().any(|attribute| attribute.name == "axis" && matches!(attribute.i, -1 | 2))
 }
+
+#[cfg(test)]
+mod tests {
+    use prost::Message;
+    use tract_onnx::pb::ModelProto;
+
+    use super::super::super::toy::{Attribute, Toy};
+    use super::super::super::tract::Tract;
+    use super::super::super::{Engine, GraphSource, Tensor, onnx};
+    use super::*;
+    use crate::bundle::manifest::{Dtype, GraphSignature, Sizes, TensorSignature};
+    use crate::kernels;
+
+    const SIZES: Sizes = Sizes { hypotheses: 2, slots: 4 };
+
+    fn signature() -> GraphSignature {
+        let tensor =
+            |name: &str, shape: &[usize]| TensorSignature { name: name.into(), shape: shape.to_vec(), dtype: Dtype::F32 };
+        let (prefix, past) = ([2, 2, 3, 2], [2, 2, 4, 2]);
+        let inputs = vec![
+            tensor("qkv", &[2, 12]),
+            tensor("prefix_keys", &prefix),
+            tensor("prefix_values", &prefix),
+            tensor("past_keys", &past),
+            tensor("past_values", &past),
+            tensor("mask", &[2, 4]),
+        ];
+        GraphSignature { name: "toy".into(), inputs, outputs: vec![tensor("y", &[2, 4])] }
+    }
+
+    /// Layer 1 of two, two heads of depth 2, as the exporter writes it.
+    fn model() -> ModelProto {
+        let mut toy = Toy::new(&signature());
+        for number in [0, 1, 2, 3, 4, 8, 12, -1, i64::MAX] {
+            toy = toy.constant(&format!("{number}"), &[number]);
+        }
+        toy = toy.constant("heads", &[-1, 2, 2]).constant("prefix", &[2, 3, 2]).constant("past", &[2, -1, 2]);
+        toy = toy.constant("joined", &[-1, 4]).floats("half", &[1], &[0.5]);
+        let order = |of: [i64; 3]| Attribute::Ints(of.to_vec());
+        for (name, start, end) in [("q", "0", "4"), ("k", "4", "8"), ("v", "8", "12")] {
+            let [columns, shaped] = ["columns", "shaped"].map(|part| format!("{name}/{part}"));
+            toy = toy
+                .node("Slice", &["qkv", start, end, "1"], &columns)
+                .node("Reshape", &[&columns, "heads"], &shaped)
+                .node("Transpose", &[&shaped], name)
+                .with("perm", order([1, 0, 2]));
+        }
+        for (name, shape) in
+            [("prefix_keys", "prefix"), ("prefix_values", "prefix"), ("past_keys", "past"), ("past_values", "past")]
+        {
+            let [one, layer] = ["one", "layer"].map(|part| format!("{name}/{part}"));
+            toy = toy.node("Slice", &[name, "1", "2", "0"], &one).node("Reshape", &[&one, shape], &layer);
+        }
+        let last = || Attribute::Int(-1);
+        toy.node("Mul", &["q", "half"], "query")
+            .node("Transpose", &["prefix_keys/layer"], "pk")
+            .with("perm", order([0, 2, 1]))
+            .node("MatMul", &["query", "pk"], "of_prefix")
+            .node("Mul", &["query", "k"], "product")
+            .node("ReduceSum", &["product", "-1"], "of_self")
+            .with("keepdims", Attribute::Int(1))
+            .node("Transpose", &["past_keys/layer"], "sk")
+            .with("perm", order([0, 2, 1]))
+            .node("MatMul", &["query", "sk"], "scores")
+            .node("Add", &["scores", "mask"], "of_past")
+            .node("Concat", &["of_prefix", "of_self", "of_past"], "all")
+            .with("axis", Attribute::Int(2))
+            .node("Softmax", &["all"], "p")
+            .with("axis", last())
+            .node("Slice", &["p", "0", "3", "2"], "to_prefix")
+            .node("Slice", &["p", "3", "4", "2"], "to_self")
+            .node("Slice", &["p", "4", "9223372036854775807", "2"], "to_past")
+            .node("MatMul", &["to_prefix", "prefix_values/layer"], "from_prefix")
+            .node("Mul", &["to_self", "v"], "from_self")
+            .node("MatMul", &["to_past", "past_values/layer"], "from_past")
+            .node("Add", &["from_prefix", "from_self"], "sum")
+            .node("Add", &["sum", "from_past"], "total")
+            .node("Transpose", &["total"], "turned")
+            .with("perm", order([1, 0, 2]))
+            .node("Reshape", &["turned", "joined"], "y")
+            .model()
+    }
+
+    fn run(model: &ModelProto) -> (Vec<f32>, usize) {
+        let (signature, onnx) = (signature(), model.encode_to_vec());
+        let source = GraphSource { signature: &signature, sizes: SIZES, onnx: &onnx, external: &|_| None };
+        let parsed = onnx::parse(&source).unwrap().0.graph.unwrap();
+        let fused = parsed.node.iter().filter(|node| node.op_type == ATTENTION).count();
+        let numbers = |(seed, input): (usize, &TensorSignature)| {
+            let count = input.shape.iter().product::<usize>();
+            let number = |i: usize| ((i * 7 + seed * 3) as f32).sin();
+            let hidden = |i: usize| if (i + i / 4) % 2 == 0 { -1e4 } else { 0.0 };
+            let values = (0..count).map(|i| if input.name == "mask" { hidden(i) } else { number(i) }).collect();
+            Tensor::f32(&input.shape, values).unwrap()
+        };
+        let tensors: Vec<Tensor> = signature.inputs.iter().enumerate().map(numbers).collect();
+        let inputs: Vec<(&str, &Tensor)> = signature.inputs.iter().map(|input| input.name.as_str()).zip(&tensors).collect();
+        let outputs = Tract::new(1).unwrap().load(&source).unwrap().run(&inputs).unwrap();
+        (outputs[0].floats().to_vec(), fused)
+    }
+
+    fn node<'a>(model: &'a mut ModelProto, output: &str) -> &'a mut NodeProto {
+        model.graph.as_mut().unwrap().node.iter_mut().find(|node| node.output[0] == output).unwrap()
+    }
+
+    #[test]
+    fn attention_over_caches_is_one_operator_and_gives_the_same() {
+        let (found, fused) = run(&model());
+        // Something in between that another node reads too: left to tract.
+        let mut shared = model();
+        let y = node(&mut shared, "y").clone();
+        let graph = shared.graph.as_mut().unwrap();
+        *graph.node.last_mut().unwrap() = NodeProto { output: vec!["z".into()], ..y };
+        graph.node.push(node_of("ReduceMax", &["p"], "most", vec![]));
+        graph.node.push(node_of("Min", &["most", "zero"], "none", vec![]));
+        graph.node.push(node_of("Add", &["z", "none"], "same", vec![]));
+        graph.node.push(node_of("Reshape", &["same", "joined"], "y", vec![]));
+        let mut zero = graph.initializer.iter().find(|tensor| tensor.name == "half").unwrap().clone();
+        (zero.name, zero.raw_data) = ("zero".into(), vec![0; 4]);
+        graph.initializer.push(zero);
+        let (expected, unfused) = run(&shared);
+        assert_eq!((fused, unfused), (usize::from(kernels::available()), 0));
+        for (found, expected) in found.iter().zip(&expected) {
+            assert!((found - expected).abs() < 1e-6, "{found} {expected}");
+        }
+    }
+
+    #[test]
+    fn what_differs_in_anything_is_left_alone() {
+        type Change = fn(&mut ModelProto);
+        let changes: [(&str, Change); 9] = [
+            ("another layer's values", |m| node(m, "past_values/one").input[1..3].clone_from_slice(&["0".into(), "1".into()])),
+            ("a cache that is no input", |m| node(m, "past_values/one").input[0] = "past_values/half".into()),
+            ("keys as values", |m| node(m, "from_self").input[1] = "k".into()),
+            ("another query", |m| node(m, "scores").input[0] = "q".into()),
+            ("queries from elsewhere", |m| node(m, "q/columns").input[1..3].clone_from_slice(&["4".into(), "8".into()])),
+            ("a product more", |m| node(m, "total").input[0] = "from_prefix".into()),
+            ("a difference", |m| node(m, "sum").op_type = "Sub".into()),
+            ("a softmax over heads", |m| node(m, "p").attribute[0].i = 0),
+            ("rows in another order", |m| node(m, "turned").attribute[0].ints = vec![1, 2, 0]),
+        ];
+        let usual = run(&model()).0;
+        for (what, change) in changes {
+            let mut model = model();
+            let half = node_of("Mul", &["past_values", "half"], "past_values/half", vec![]);
+            model.graph.as_mut().unwrap().node.insert(0, half);
+            change(&mut model);
+            let (found, fused) = run(&model);
+            assert_eq!(fused, 0, "{what}");
+            assert_ne!(found, usual, "{what}");
+        }
+    }
+}
