@@ -300,7 +300,7 @@ mod tests {
         let numbers = |(seed, input): (usize, &TensorSignature)| {
             let count = input.shape.iter().product::<usize>();
             let number = |i: usize| ((i * 7 + seed * 3) as f32).sin();
-            let hidden = |i: usize| if (i + i / 4) % 2 == 0 { -1e4 } else { 0.0 };
+            let hidden = |i: usize| if (i + i / 4).is_multiple_of(2) { -1e4 } else { 0.0 };
             let values = (0..count).map(|i| if input.name == "mask" { hidden(i) } else { number(i) }).collect();
             Tensor::f32(&input.shape, values).unwrap()
         };
