@@ -190,8 +190,8 @@ fn every_form_is_measured_on_the_engines_that_run_it() {
         let options = UpgradeOptions { force: true, forms, gate: Some(gate(max_drop)) };
         upgrade(&plain, &out, &options, &drawn_samples(1), &|done, all| told.set((done, all)))
     };
-    let error = run(MaxDrop(-9.0)).unwrap_err().to_string();
-    assert!(error.starts_with("i8-dynamic loses ") && !out.exists(), "{error}");
+    let error = format!("{:#}", run(MaxDrop(-9.0)).unwrap_err());
+    assert!(error.contains(": i8-dynamic loses ") && !out.exists(), "{error}");
     let (_, forms) = run(MaxDrop(9.0)).unwrap();
     let measured: Vec<&String> = forms.iter().flat_map(|form| form.figures.keys()).collect();
     assert_eq!(measured, ["i8-dynamic", "i8-dynamic-tract", "i8-static"]);

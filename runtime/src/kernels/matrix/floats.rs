@@ -6,7 +6,7 @@ use pulp::{Arch, Simd, WithSimd};
 
 use super::finish::Finish;
 use super::tile::{Tile, for_rows, pack};
-use super::{Layout, WIDEST, Weights};
+use super::{Layout, WIDEST};
 
 /// Rows that one call of the innermost loop works on where there are 32 registers, and where there are 16.
 const ROWS_MANY: usize = 12;
@@ -30,13 +30,18 @@ enum Values {
 }
 
 impl Panels {
-    pub fn new(weights: Weights<'_>, shape: [usize; 2], transposed: bool) -> Self {
+    pub fn of_floats(values: &[f32], shape: [usize; 2], transposed: bool) -> Self {
+        Self::new(shape, |width| Values::F32(panels(values, shape, transposed, width)))
+    }
+
+    /// 8-bit levels, which stay so in memory.
+    pub fn of_levels(levels: &[i8], shape: [usize; 2], transposed: bool) -> Self {
+        Self::new(shape, |width| Values::I8(panels(levels, shape, transposed, width)))
+    }
+
+    fn new(shape: [usize; 2], values: impl FnOnce(usize) -> Values) -> Self {
         let width = REGISTERS * lanes();
-        let values = match weights {
-            Weights::F32(values) => Values::F32(panels(values, shape, transposed, width)),
-            Weights::I8(levels, _) | Weights::Integers(levels, _) => Values::I8(panels(levels, shape, transposed, width)),
-        };
-        Self { arch: Arch::new(), inputs: shape[0], width, values }
+        Self { arch: Arch::new(), inputs: shape[0], width, values: values(width) }
     }
 
     /// Outputs of a panel.

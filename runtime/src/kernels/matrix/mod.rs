@@ -65,6 +65,16 @@ enum Panels {
     Integers(integers::Panels),
 }
 
+impl Panels {
+    /// Outputs of a panel.
+    fn width(&self) -> usize {
+        match self {
+            Self::Floats(panels) => panels.width(),
+            Self::Integers(panels) => panels.width(),
+        }
+    }
+}
+
 /// A constant matrix and a bias, laid out for products with rows: panels of some outputs, as wide as this processor's registers
 /// make good.
 #[derive(Debug)]
@@ -93,18 +103,12 @@ impl Matrix {
             return None;
         }
         let shape = [inputs, outputs];
-        let (panels, width) = match weights {
-            Weights::F32(_) | Weights::I8(..) => {
-                let panels = floats::Panels::new(weights, shape, transposed);
-                let width = panels.width();
-                (Panels::Floats(panels), width)
-            }
-            Weights::Integers(levels, _) => {
-                let panels = integers::Panels::new(levels, shape, transposed)?;
-                let width = panels.width();
-                (Panels::Integers(panels), width)
-            }
+        let panels = match weights {
+            Weights::F32(values) => Panels::Floats(floats::Panels::of_floats(values, shape, transposed)),
+            Weights::I8(levels, _) => Panels::Floats(floats::Panels::of_levels(levels, shape, transposed)),
+            Weights::Integers(levels, _) => Panels::Integers(integers::Panels::new(levels, shape, transposed)?),
         };
+        let width = panels.width();
         let padded = |values: &[f32]| {
             let mut values = values.to_vec();
             values.resize(outputs.next_multiple_of(width), 0.0);
