@@ -184,6 +184,8 @@ fn every_form_is_measured_on_the_engines_that_run_it() {
     write_corpus(&shards, &CorpusOptions { seed: 9, count: 4, ..Default::default() }).unwrap();
     export(&CHECKPOINT, &plain, &options(&[]), &drawn_samples(1), &|_, _| ()).unwrap();
     let gate = |max_drop| Gate { development: Development::read(std::slice::from_ref(&shards), 4).unwrap().into(), max_drop };
+    // The folder outlives a run of the tests.
+    let _ = fs::remove_file(&out);
     let told = std::cell::Cell::new((0, 0));
     let run = |max_drop| {
         let forms = options(&[Form::Dynamic, Form::Static]).forms;
