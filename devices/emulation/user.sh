@@ -59,6 +59,14 @@ export "CARGO_TARGET_$(tr 'a-z-' 'A-Z_' <<<"$triple")_RUNNER=${!runner}"
 say "the runtime's library"
 cargo-zigbuild test --release --package unimo --package unimo-devices --lib --target "$linked" "${features[@]}" -- "${units[@]}"
 
+# The emulated processor is a Raspberry Pi 4's; a Pi 5's has the dot product of bytes, for which there are kernels.
+newer=${!runner/cortex-a72/cortex-a76}
+if [ "$newer" != "${!runner}" ]; then
+    say "the runtime's library, on a processor with the dot product"
+    env "CARGO_TARGET_$(tr 'a-z-' 'A-Z_' <<<"$triple")_RUNNER=$newer" cargo-zigbuild test --release --package unimo \
+        --package unimo-devices --lib --target "$linked" "${features[@]}" -- kernels:: engine::
+fi
+
 say "the command line"
 if commit=$(git describe --always --dirty 2>/dev/null); then export UNIMO_COMMIT=$commit; fi
 cargo zigbuild --release --package unimo --target "$linked" "${features[@]}"
@@ -69,3 +77,7 @@ for engine in tract ${library:+ort}; do
     say "on $engine"
     UNIMO_ENGINE=$engine ORT_DYLIB_PATH=$library cargo test --release --workspace "${tests[@]}" -- "${cases[@]}"
 done
+if [ "$newer" != "${!runner}" ]; then
+    say "on tract, on a processor with the dot product"
+    UNIMO_RUNNER=$newer UNIMO_ENGINE=tract cargo test --release --workspace --test caption_cli -- a_caption_line matching_gives
+fi
