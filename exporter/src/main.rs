@@ -79,7 +79,7 @@ enum Command {
 /// Other forms of 8-bit graphs.
 #[derive(Debug, clap::Args)]
 struct FormArgs {
-    /// Further forms of the i8 graphs: dynamic (for ONNX Runtime on processors), static (for TensorRT)
+    /// Further forms of the i8 graphs: dynamic (for processors), static (for TensorRT)
     #[arg(long, value_delimiter = ',', value_name = "LIST")]
     form: Vec<Form>,
     /// Shards on whose pictures and captions the static form is calibrated

@@ -52,7 +52,7 @@ pub enum Form {
     /// In floats: weights are expanded, when they are loaded or as they are read. Every precision has it, every engine runs it.
     Expanded,
     /// Products of 8-bit numbers: what a weight is multiplied with is quantized as it comes (`DynamicQuantizeLinear`,
-    /// `MatMulInteger`). For ONNX Runtime on the processor.
+    /// `MatMulInteger`). For processors, on ONNX Runtime and tract; the latter rounds each row by itself.
     Dynamic,
     /// Products of 8-bit numbers: what a weight is multiplied with is quantized by a scale that calibration fixed
     /// (`QuantizeLinear`, `DequantizeLinear`). For TensorRT.

@@ -1,7 +1,6 @@
 //! The structures and requests of V4L2, as `linux/videodev2.h` lays them out.
 //!
-//! Own definitions, and not a crate's: those that exist generate them from the system's headers with libclang, which a
-//! cross-build does not have. Layouts and request numbers are checked against the header in the tests.
+//! Layouts and request numbers are checked against the header in the tests.
 #![allow(dead_code, reason = "the kernel's structures are declared whole")]
 
 use std::ffi::{c_int, c_long, c_ulong};
