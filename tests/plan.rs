@@ -2,7 +2,7 @@
 
 use std::path::Path;
 
-use unimo_tests::program;
+use unimo_tests::{command, program};
 use unimo_train::backbone::random_file;
 use unimo_train::recipe::Recipe;
 
@@ -54,6 +54,14 @@ fn the_shipped_models_plan_is_sound() {
     for said in ["350 steps", "2,000 steps", "400 steps", "900 steps", "500 steps", "step 250", "420 steps"] {
         assert!(card.contains(said), "the model card does not speak of {said}");
     }
+    // Named without a folder it lies in the current one, and so do its recipes.
+    let here = command("unimo-train")
+        .args(["plan", "--config", "edge-s.toml", "--backbone", "b", "--pairs", "p", "--out", "nowhere", "--show"])
+        .current_dir(Path::new(&config).parent().unwrap())
+        .output()
+        .unwrap();
+    let here = String::from_utf8(here.stdout).unwrap();
+    assert!(here.contains("--recipe ./edge-s-pretrain.toml"), "{here}");
     // A slip in a late stage is found before the first one runs.
     let folder = tempfile::tempdir().unwrap();
     let text = std::fs::read_to_string(&config).unwrap().replace("\"--shares\"", "\"--slices\"");

@@ -130,7 +130,8 @@ fn parse(stage: &Stage, words: Vec<String>) -> Result<Cli> {
 
 /// The words of a stage's command, and what it makes.
 fn expand(stage: &Stage, args: &Args) -> Result<(Vec<String>, PathBuf)> {
-    let recipes = args.config.parent().unwrap_or(Path::new("."));
+    // A file named without a folder has an empty parent.
+    let recipes = args.config.parent().filter(|folder| !folder.as_os_str().is_empty()).unwrap_or(Path::new("."));
     let one = |word: &str| {
         let places = [("{out}", args.out.as_path()), ("{backbone}", &args.backbone), ("{recipes}", recipes)];
         places.iter().fold(word.to_owned(), |word, (name, path)| word.replace(name, &path.display().to_string()))
