@@ -18,9 +18,11 @@ pub fn without_rights(folder: &Path, reads: &[&Path], arguments: &[&str]) -> Out
     allow(folder, 0o555);
     let mut command = command("unimo");
     if fs::metadata("/proc/self").is_ok_and(|own| own.uid() == 0) {
-        // A copy where everybody may go: the build folder need not be such a place.
+        // A copy where everybody may go: the build folder need not be such a place. Another process writes it: a child that another
+        // test starts at that moment would inherit a file open for writing here, and the kernel starts no program that is (ETXTBSY).
         let program = folder.with_file_name("unimo");
-        fs::copy(path("unimo"), &program).expect("the folder's own folder can be written");
+        let copied = Command::new("cp").args([&path("unimo"), &program]).status().expect("cp can be started");
+        assert!(copied.success(), "the folder's own folder can be written");
         for open in [folder.parent().expect("a folder of the test's own"), program.as_path()].iter().chain(reads) {
             allow(open, 0o755);
         }
