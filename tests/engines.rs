@@ -19,8 +19,7 @@ static BUNDLE: LazyLock<PathBuf> = LazyLock::new(|| {
     let folder = Path::new(env!("CARGO_TARGET_TMPDIR")).join("engines");
     let checkpoint = random_checkpoint(&folder.join("checkpoint"), "pico", 3).unwrap();
     let out = folder.join("bundle.tar");
-    let precisions = vec![Precision::F32, Precision::F16, Precision::I8];
-    let options = ExportOptions { precisions, force: true, ..Default::default() };
+    let options = ExportOptions { precisions: Precision::ALL.to_vec(), force: true, ..Default::default() };
     export(&checkpoint, &out, &options, &drawn_samples(1), &|_, _| ()).unwrap();
     out
 });
@@ -41,7 +40,7 @@ fn embeddings_scores_and_captions_agree_in_every_precision() {
     if !ort_is_there() {
         return;
     }
-    for precision in [Precision::F32, Precision::F16, Precision::I8] {
+    for precision in Precision::ALL {
         let both = [EngineKind::Tract, EngineKind::Ort].map(|e| open(BundleSource::Path(BUNDLE.clone()), e, Some(precision)));
         for sample in drawn_samples(3) {
             let [a, b] = both.each_ref().map(|model| model.see(&sample.image).unwrap());

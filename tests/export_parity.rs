@@ -16,6 +16,7 @@ use unimo::engine::{self, EngineOptions, Graph, GraphSource, Tensor};
 use unimo::tokenizer::{CLS, PAD, SEP};
 use unimo_export::checkpoint::Checkpoint;
 use unimo_export::export::{ExportOptions, Written, export};
+use unimo_export::from_bundle;
 use unimo_export::gate::Gate;
 use unimo_export::parity;
 use unimo_export::quality::{Development, MaxDrop};
@@ -52,7 +53,7 @@ fn exported() -> &'static Exported {
     static EXPORTED: OnceLock<Exported> = OnceLock::new();
     EXPORTED.get_or_init(|| {
         let (checkpoint, out) = (checkpoint(), tempfile::tempdir().unwrap());
-        let all = options(&[Precision::F32, Precision::F16, Precision::I8]);
+        let all = options(&Precision::ALL);
         let reports = export(checkpoint.path(), &out.path().join("bundle"), &all, &drawn_samples(2), &|_, _| ()).unwrap();
         Exported { checkpoint, out, reports }
     })
@@ -178,8 +179,9 @@ fn smaller_weights_change_little() {
     let full = outputs(&bundle, Precision::F32);
     let size = |precision: Precision| bundle.length(&format!("{precision}/weights.bin")).unwrap() as f64;
     // 16-bit weights are off by up to 2⁻¹¹ of their size, at random: a few 1e-4 of an output after some layers. 8-bit ones by
-    // up to 1/254 of the largest of their channel: some thirty times as much.
-    for (precision, least, share) in [(Precision::F16, 0.9999, 0.53), (Precision::I8, 0.98, 0.29)] {
+    // up to 1/254 of the largest of their channel: some thirty times as much. 4-bit ones by up to 1/16 of the largest of their block;
+    // most of a pico model is its backbone, which has none.
+    for (precision, least, share) in [(Precision::F16, 0.9999, 0.53), (Precision::I8, 0.98, 0.29), (Precision::I4, 0.95, 0.285)] {
         let small = outputs(&bundle, precision);
         for (name, full) in &full {
             let dot = |a: &[f32], b: &[f32]| a.iter().zip(b).map(|(a, b)| f64::from(a * b)).sum::<f64>();
@@ -247,6 +249,30 @@ fn weights_that_are_kept_in_16_bits_are_as_in_f16() {
 }
 
 #[test]
+fn a_bundle_is_a_checkpoint_again() {
+    let (exported, out) = (exported(), tempfile::tempdir().unwrap());
+    let bundle = open(&exported.bundle());
+    for (precision, tolerance) in [(Precision::F32, 1e-5), (Precision::I8, 1e-5), (Precision::I4, 1e-5)] {
+        let (folder, again) = (out.path().join(format!("{precision}")), out.path().join(format!("{precision}.tar")));
+        from_bundle::write(&bundle, Some(precision), &folder).unwrap();
+        let error = format!("{:#}", from_bundle::write(&bundle, None, &folder).unwrap_err());
+        assert!(error.ends_with("is already there"), "{error}");
+        export(&folder, &again, &options(&[Precision::F32]), &drawn_samples(1), &|_, _| ()).unwrap();
+        let (before, after) = (outputs(&bundle, precision), outputs(&open(&again), Precision::F32));
+        for (name, before) in &before {
+            let largest = before.iter().fold(0f32, |largest, v| largest.max(v.abs()));
+            let error = before.iter().zip(&after[name]).map(|(b, a)| (b - a).abs()).fold(0.0, f32::max) / largest;
+            assert!(error < tolerance, "{precision} {name}: {error}");
+        }
+    }
+    // Quantized once more, 8-bit weights are what they were.
+    let again = out.path().join("again");
+    export(&out.path().join("i8"), &again, &options(&[Precision::I8]), &drawn_samples(1), &|_, _| ()).unwrap();
+    let (before, after) = (bundle.read("i8/weights.bin").unwrap(), fs::read(again.join("i8/weights.bin")).unwrap());
+    assert!(before.len() == after.len() && before.iter().zip(&after).filter(|(b, a)| b != a).count() * 100 < before.len());
+}
+
+#[test]
 fn the_report_covers_every_output() {
     let exported = exported();
     let manifest = open(&exported.bundle()).manifest().clone();
@@ -297,7 +323,7 @@ fn equal_checkpoints_give_equal_bytes() {
     let (exported, out) = (exported(), tempfile::tempdir().unwrap());
     let elsewhere = copy(exported.checkpoint.path());
     let again = out.path().join("bundle");
-    let all = options(&[Precision::F32, Precision::F16, Precision::I8]);
+    let all = options(&Precision::ALL);
     export(elsewhere.path(), &again, &all, &drawn_samples(1), &|_, _| ()).unwrap();
     let (first, second) = (files(&exported.bundle()), files(&again));
     assert_eq!(first.keys().collect::<Vec<_>>(), second.keys().collect::<Vec<_>>());

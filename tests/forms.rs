@@ -1,4 +1,4 @@
-//! Promise: the forms of 8-bit graphs compute what the expanded form does, over the same weights; the static one keeps TensorRT's
+//! Promise: the forms of 8- and 4-bit graphs compute what the expanded form does, over the same weights; the static one keeps TensorRT's
 //! rules. There is no bundle with a form that does not.
 //!
 //! Forms run on ONNX Runtime; without one these tests say so, as those of `engines.rs`.
@@ -168,7 +168,10 @@ fn an_upgrade_adds_forms_and_leaves_weights_alone() {
     export(&CHECKPOINT, &plain, &options(&[]), &drawn_samples(1), &|_, _| ()).unwrap();
     let options = UpgradeOptions { force: true, forms: options(&[Form::Dynamic]).forms, gate: None };
     let (_, forms) = upgrade(&plain, &out, &options, &drawn_samples(1), &|_, _| ()).unwrap();
-    assert_eq!(forms.len(), 1);
+    assert_eq!(
+        forms.iter().map(|(precision, form)| (*precision, form.form)).collect::<Vec<_>>(),
+        [(Precision::I8, Form::Dynamic)]
+    );
     let [before, after] = [&plain, &out].map(|bundle| open(bundle));
     assert_eq!(after.manifest().forms(Precision::I8), [Form::Expanded, Form::Dynamic]);
     assert_eq!(before.read("i8/weights.bin").unwrap(), after.read("i8/weights.bin").unwrap());
@@ -195,7 +198,7 @@ fn every_form_is_measured_on_the_engines_that_run_it() {
     let error = format!("{:#}", run(MaxDrop(-9.0)).unwrap_err());
     assert!(error.contains(": i8-dynamic loses ") && !out.exists(), "{error}");
     let (_, forms) = run(MaxDrop(9.0)).unwrap();
-    let measured: Vec<&String> = forms.iter().flat_map(|form| form.figures.keys()).collect();
+    let measured: Vec<&String> = forms.iter().flat_map(|(_, form)| form.figures.keys()).collect();
     assert_eq!(measured, ["i8-dynamic", "i8-dynamic-tract", "i8-static"]);
     assert_eq!(told.get(), (16, 16), "four pictures: expanded, dynamic twice, static");
     let manifest = open(&out).manifest().clone();
@@ -204,6 +207,45 @@ fn every_form_is_measured_on_the_engines_that_run_it() {
     {
         let figures = manifest.figures(Precision::I8, form, engine).unwrap();
         assert!(figures["images"] == 4.0 && figures["text_to_image_r10"] == 1.0, "{form} {engine}: {figures:?}");
+    }
+}
+
+#[test]
+fn four_bit_graphs_have_a_dynamic_form_that_both_engines_run() {
+    if !ort_is_there() {
+        return;
+    }
+    let out = scratch("four-bit.tar");
+    let all = options(&[Form::Dynamic, Form::Static]);
+    let options = ExportOptions { precisions: vec![Precision::I4, Precision::I8], ..all };
+    let written = export(&CHECKPOINT, &out, &options, &drawn_samples(1), &|_, _| ()).unwrap();
+    let names = |of: &Written| of.forms.iter().map(|form| form.form).collect::<Vec<_>>();
+    assert_eq!([names(&written[0]), names(&written[1])], [vec![Form::Dynamic], vec![Form::Dynamic, Form::Static]]);
+    let bundle = open(&out);
+    assert_eq!(bundle.manifest().forms(Precision::I4), [Form::Expanded, Form::Dynamic]);
+    for form in [Form::Expanded, Form::Dynamic] {
+        let file = Manifest::form_file(Precision::I4, form, "decode");
+        let decode = ModelProto::decode(bundle.read(&file).unwrap()).unwrap();
+        // Two layers of four products; the output layer's two have 8 bits.
+        assert_eq!(operators(&decode, "MatMulNBits"), 8);
+        assert_eq!(operators(&decode, "MatMulInteger"), if form == Form::Dynamic { 2 } else { 0 });
+    }
+    let sample = &drawn_samples(1)[0];
+    let seen = |engine, form| {
+        let options = EngineOptions { engine, form, precision: Some(Precision::I4), ..EngineOptions::default() };
+        let model = Model::open(&BundleSource::Path(out.clone()), &options).unwrap();
+        let seen = model.see(&sample.image).unwrap();
+        model.caption(&seen, &model.decode_options()).unwrap();
+        seen.embedding
+    };
+    let expected = seen(EngineKind::Tract, Some(Form::Expanded));
+    let largest = expected.iter().fold(0f32, |largest, value| largest.max(value.abs()));
+    let both = |engine| [Form::Expanded, Form::Dynamic].map(|form| (engine, form));
+    for (engine, form) in [EngineKind::Tract, EngineKind::Ort].into_iter().flat_map(both) {
+        let found = seen(engine, Some(form));
+        let error = found.iter().zip(&expected).map(|(f, e)| (f - e).abs()).fold(0.0, f32::max) / largest;
+        let (least, most) = if form == Form::Expanded { (0.0, 1e-3) } else { (1e-6, forms::TOLERANCE as f32) };
+        assert!((least..=most).contains(&error), "{engine}, {form}: {error}");
     }
 }
 
@@ -218,7 +260,9 @@ fn what_cannot_be_checked_is_not_written() {
         format!("{error:#}")
     };
     let error = refused(&|options| options.precisions = vec![Precision::F16]);
-    assert!(error.contains("export with --precision i8"), "{error}");
+    assert!(error.contains("neither i8 nor i4 is given"), "{error}");
+    let error = refused(&|options| (options.precisions, options.forms.forms) = (vec![Precision::I4], vec![Form::Static]));
+    assert!(error.contains("the static form is one of 8-bit graphs"), "{error}");
     let error = refused(&|options| options.forms.forms = vec![Form::Expanded]);
     assert!(error.contains("the expanded form is always there"), "{error}");
     let error = refused(&|options| {

@@ -24,13 +24,13 @@ use crate::writing::{About, Writing, publish, sibling};
 pub struct ExportOptions {
     /// Precisions, the default one first.
     pub precisions: Vec<Precision>,
-    /// Beginnings of the names of weights that 8-bit precision keeps in 16 bits.
+    /// Beginnings of the names of weights that 8- and 4-bit precision keep in 16 bits.
     pub keep_f16: Vec<String>,
     /// Text slots of the graphs, `[CLS]` and `[SEP]` included.
     pub max_text: usize,
     /// Decoding defaults.
     pub decoding: DecodingDefaults,
-    /// Further forms of the 8-bit graphs.
+    /// Further forms of the 8- and 4-bit graphs.
     pub forms: FormOptions,
     /// Measured quality for the manifest, per precision.
     pub quality: BTreeMap<String, BTreeMap<String, f64>>,
@@ -117,9 +117,7 @@ fn write_and_check(
     if let Some(beginning) = options.keep_f16.iter().find(|beginning| !source.has(beginning)) {
         bail!("no weight's name begins with `{beginning}`; there are such as `backbone.`, `image.feature` and `layers.0.`");
     }
-    if !options.forms.forms.is_empty() && !options.precisions.contains(&Precision::I8) {
-        bail!("other forms are those of 8-bit graphs: export with --precision i8 too");
-    }
+    options.forms.check(&options.precisions)?;
     write(&source, partial, options)?;
     let bundle = Bundle::open(&BundleSource::Path(partial.to_path_buf()))?;
     bundle.verify()?;
@@ -131,13 +129,8 @@ fn write_and_check(
         if !parity.holds() {
             bail!("the exported {precision} graphs do not compute what the checkpoint does:\n{parity}");
         }
-        let forms = match precision {
-            Precision::I8 => {
-                let graphs = Graphs::new(&source, options.max_text, &bundle.manifest().image, options.storage(precision));
-                forms::add(partial, &graphs, precision, &options.forms, samples)?
-            }
-            _ => Vec::new(),
-        };
+        let graphs = Graphs::new(&source, options.max_text, &bundle.manifest().image, options.storage(precision));
+        let forms = forms::add(partial, &graphs, precision, &options.forms, samples)?;
         written.push(Written { precision, parity, figures: None, forms });
     }
     if let Some(gate) = &options.gate {
@@ -163,7 +156,7 @@ fn pass(
         reference = sibling(bundle, "f32");
         write(source, &reference, &ExportOptions { precisions: vec![Precision::F32], ..options.clone() })?;
     }
-    let measured = |w: &Written| usize::from(w.precision != Precision::F32) + gate::runs(&w.forms);
+    let measured = |w: &Written| usize::from(w.precision != Precision::F32) + w.forms.iter().map(gate::runs).sum::<usize>();
     let all = (1 + written.iter().map(measured).sum::<usize>() as u64) * gate.development.len() as u64;
     let done = std::cell::Cell::new(0);
     let note = |n| {
@@ -180,7 +173,9 @@ fn pass(
         let all = one.figures.get_or_insert_default();
         all.extend(figures);
         put_figures(bundle, one.precision.name(), all)?;
-        gate.pass_forms(bundle, one.precision, &full, &mut one.forms, options.forms.library.as_deref(), &note)?;
+        for form in &mut one.forms {
+            gate.pass_form(bundle, one.precision, &full, form, options.forms.library.as_deref(), &note)?;
+        }
     }
     Ok(())
 }

@@ -1,4 +1,4 @@
-//! The other forms of a bundle's 8-bit graphs: written over the same weights, and compared with the expanded form.
+//! The other forms of a bundle's 8- and 4-bit graphs: written over the same weights, and compared with the expanded form.
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
@@ -22,7 +22,7 @@ use crate::writing::Writing;
 /// Forms to add, and what that needs.
 #[derive(Debug, Clone, Default)]
 pub struct FormOptions {
-    /// [`Form::Dynamic`], [`Form::Static`] or both; only 8-bit weights have them.
+    /// [`Form::Dynamic`], [`Form::Static`] or both; a precision gets those of them that it can have ([`Precision::forms`]).
     pub forms: Vec<Form>,
     /// Pictures and texts to calibrate the static form on.
     pub calibration: Vec<Sample>,
@@ -30,6 +30,32 @@ pub struct FormOptions {
     pub range: Range,
     /// ONNX Runtime's library, on which the forms are checked; it is looked for if none is named.
     pub library: Option<PathBuf>,
+}
+
+impl FormOptions {
+    /// Those of the forms that a precision can have.
+    #[must_use]
+    pub fn of(&self, precision: Precision) -> Vec<Form> {
+        self.forms.iter().copied().filter(|form| precision.forms().contains(form)).collect()
+    }
+
+    /// Refuses forms that none of the precisions can have.
+    ///
+    /// # Errors
+    /// The first of them.
+    pub fn check(&self, precisions: &[Precision]) -> Result<()> {
+        if self.forms.contains(&Form::Expanded) {
+            bail!("the expanded form is always there; others are dynamic and static");
+        }
+        let impossible = |form: &&Form| !precisions.iter().any(|precision| precision.forms().contains(form));
+        match self.forms.iter().find(impossible) {
+            Some(Form::Static) => {
+                bail!("the static form is one of 8-bit graphs, and there are none: i8 is among no precisions given")
+            }
+            Some(form) => bail!("the {form} form is one of 8- and 4-bit graphs, and there are none: neither i8 nor i4 is given"),
+            None => Ok(()),
+        }
+    }
 }
 
 /// A form that was written.
@@ -49,10 +75,10 @@ pub struct WrittenForm {
 /// worth is for the gate to say.
 pub const TOLERANCE: f64 = 0.1;
 
-/// Adds forms of the `precision` graphs to the bundle in `folder`; on failure the folder is no bundle any more.
+/// Adds those of the forms that the `precision` graphs can have to the bundle in `folder`; on failure the folder is no bundle any more.
 ///
 /// # Errors
-/// A precision without other forms, no ONNX Runtime to check them on, no pictures to calibrate on, graphs that TensorRT's rules
+/// No ONNX Runtime to check them on, no pictures to calibrate on, graphs that TensorRT's rules
 /// forbid, or outputs that differ by more than [`TOLERANCE`].
 pub fn add(
     folder: &Path,
@@ -61,23 +87,18 @@ pub fn add(
     options: &FormOptions,
     samples: &[Sample],
 ) -> Result<Vec<WrittenForm>> {
-    if options.forms.is_empty() {
+    let forms = options.of(precision);
+    if forms.is_empty() {
         return Ok(Vec::new());
-    }
-    if options.forms.contains(&Form::Expanded) {
-        bail!("the expanded form is always there; others are dynamic and static");
-    }
-    if precision != Precision::I8 {
-        bail!("only 8-bit weights have other forms than the expanded one, not {precision}");
     }
     let open = || Bundle::open(&BundleSource::Path(folder.to_path_buf()));
     let bundle = open()?;
-    let calibrated = match options.forms.contains(&Form::Static) {
+    let calibrated = match forms.contains(&Form::Static) {
         true => calibrate(&bundle, graphs, precision, &options.calibration, options.range)?,
         false => Calibrated::new(),
     };
     let (mut writing, manifest) = Writing::again(folder)?;
-    for &form in &options.forms {
+    for &form in &forms {
         writing.put_graphs(graphs, precision, form, &|graph| match form {
             Form::Static => {
                 calibrated.get(graph).map(Products::Static).with_context(|| format!("graph {graph} was not calibrated"))
@@ -97,7 +118,7 @@ pub fn add(
         }
         Ok(WrittenForm { form, parity, figures: BTreeMap::new() })
     };
-    options.forms.iter().map(compared).collect()
+    forms.iter().map(compared).collect()
 }
 
 fn obeys_tensorrt(bundle: &Bundle, precision: Precision) -> Result<()> {

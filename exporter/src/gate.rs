@@ -22,29 +22,27 @@ pub struct Gate {
 }
 
 impl Gate {
-    /// Measures forms of a precision in a bundle's folder, refuses one that loses more than it may against the reference, and
-    /// writes the figures into the manifest.
-    pub(crate) fn pass_forms(
+    /// Measures a form of a precision in a bundle's folder, refuses one that loses more than it may against the reference, and writes
+    /// the figures into the manifest.
+    pub(crate) fn pass_form(
         &self,
         bundle: &Path,
         precision: Precision,
         reference: &Figures,
-        forms: &mut [WrittenForm],
+        written: &mut WrittenForm,
         library: Option<&Path>,
         note: &dyn Fn(u64),
     ) -> Result<()> {
-        for written in forms {
-            for &engine in engines(written.form) {
-                let mut figures = self.development.measure(bundle, (precision, written.form, engine), library, note)?;
-                let name = Manifest::quality_name(precision, written.form, engine);
-                self.max_drop.check(&name, &figures, reference)?;
-                // The form was compared on ONNX Runtime.
-                if engine == EngineKind::Ort {
-                    figures.extend(errors(&written.parity));
-                }
-                put_figures(bundle, &name, &figures)?;
-                written.figures.insert(name, figures);
+        for &engine in engines(written.form) {
+            let mut figures = self.development.measure(bundle, (precision, written.form, engine), library, note)?;
+            let name = Manifest::quality_name(precision, written.form, engine);
+            self.max_drop.check(&name, &figures, reference)?;
+            // The form was compared on ONNX Runtime.
+            if engine == EngineKind::Ort {
+                figures.extend(errors(&written.parity));
             }
+            put_figures(bundle, &name, &figures)?;
+            written.figures.insert(name, figures);
         }
         Ok(())
     }
@@ -59,9 +57,9 @@ fn engines(form: Form) -> &'static [EngineKind] {
     }
 }
 
-/// How often [`Gate::pass_forms`] measures.
-pub(crate) fn runs(forms: &[WrittenForm]) -> usize {
-    forms.iter().map(|written| engines(written.form).len()).sum()
+/// How often [`Gate::pass_form`] measures.
+pub(crate) fn runs(written: &WrittenForm) -> usize {
+    engines(written.form).len()
 }
 
 /// Each output's error as a figure, with three significant digits.

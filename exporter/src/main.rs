@@ -14,6 +14,7 @@ use unimo::engine::EngineKind;
 use unimo_export::calibrate::Range;
 use unimo_export::export::{ExportOptions, export};
 use unimo_export::forms::{FormOptions, WrittenForm};
+use unimo_export::from_bundle;
 use unimo_export::gate::Gate;
 use unimo_export::parity::Sample;
 use unimo_export::quality::{Development, Figures, MaxDrop};
@@ -27,6 +28,8 @@ const EXAMPLES: &str = "Examples:
   unimo-export --checkpoint runs/edge-s-caption --out edge-s.tar --precision i8 --keep-f16 backbone.,image.feature
   unimo-export backbone --bundle runtime/bundle/default.tar --out mobilenetv2.safetensors
   unimo-export --checkpoint runs/pico --out pico.tar --precision i8 --form dynamic,static --calibrate flickr8k/train-0000.tar
+  unimo-export checkpoint --bundle runtime/bundle/default.tar --out default-checkpoint
+  unimo-export --checkpoint default-checkpoint --out small.tar --precision i4 --keep-f16 backbone.,image.feature --form dynamic
   unimo-export upgrade --bundle old.tar --out new.tar
   unimo-export upgrade --bundle old.tar --out new.tar --form dynamic --measure flickr8k/dev-0000.tar
 
@@ -58,6 +61,18 @@ enum Command {
         #[arg(long, value_name = "FILE")]
         out: PathBuf,
     },
+    /// Write a bundle's weights as a checkpoint: to train the model further, or to export it in another precision
+    Checkpoint {
+        /// Bundle: a folder or a .tar
+        #[arg(long, value_name = "BUNDLE")]
+        bundle: PathBuf,
+        /// Which of its precisions [default: the widest]
+        #[arg(long, value_name = "NAME")]
+        precision: Option<Precision>,
+        /// Folder to write
+        #[arg(long, value_name = "FOLDER")]
+        out: PathBuf,
+    },
     /// Write a bundle of an earlier version anew: this version's graphs over the same weights
     Upgrade {
         /// Bundle: a folder or a .tar
@@ -76,10 +91,10 @@ enum Command {
     },
 }
 
-/// Other forms of 8-bit graphs.
+/// Other forms of 8- and 4-bit graphs.
 #[derive(Debug, clap::Args)]
 struct FormArgs {
-    /// Further forms of the i8 graphs: dynamic (for processors), static (for TensorRT)
+    /// Further forms: dynamic (i8 and i4, for processors), static (i8, for TensorRT)
     #[arg(long, value_delimiter = ',', value_name = "LIST")]
     form: Vec<Form>,
     /// Shards on whose pictures and captions the static form is calibrated
@@ -140,10 +155,10 @@ struct ExportArgs {
     /// Where to write: a name that ends in .tar, or a folder
     #[arg(long, value_name = "PATH")]
     out: Option<PathBuf>,
-    /// Precisions of the stored weights, the default one first
+    /// Precisions of the stored weights, the default one first: f32, f16, i8, i4
     #[arg(long, value_delimiter = ',', default_value = "f16", value_name = "LIST")]
     precision: Vec<Precision>,
-    /// Beginnings of the names of weights that i8 keeps in 16 bits, where a gate refuses it otherwise
+    /// Beginnings of the names of weights that i8 and i4 keep in 16 bits, where a gate refuses it otherwise
     #[arg(long, value_delimiter = ',', value_name = "NAMES")]
     keep_f16: Vec<String>,
     /// Shards whose pictures and captions are compared on [default: drawn scenes]
@@ -255,11 +270,16 @@ fn dispatch(cli: Cli) -> Result<()> {
             let bytes = unimo_export::backbone_file::extract(&Bundle::open(&BundleSource::Path(bundle))?)?;
             std::fs::write(&out, bytes).with_context(|| format!("cannot write {}", out.display()))
         }
+        Some(Command::Checkpoint { bundle, precision, out }) => {
+            from_bundle::write(&Bundle::open(&BundleSource::Path(bundle))?, precision, &out)?;
+            println!("{}", out.display());
+            Ok(())
+        }
         Some(Command::Upgrade { bundle, out, forms, measure, force }) => {
             let options = UpgradeOptions { force, forms: forms.options()?, gate: measure.gate()? };
             let (report, forms) = with_progress(|progress| upgrade(&bundle, &out, &options, &drawn_samples(3), progress))?;
             println!("{report}");
-            forms.iter().for_each(|form| print_form(Precision::I8, form));
+            forms.iter().for_each(|(precision, form)| print_form(*precision, form));
             println!("{}", out.display());
             Ok(())
         }

@@ -1,4 +1,7 @@
-//! The one quantizer of weights: 8 bits, symmetric, a scale for each output channel.
+//! The one quantizer of weights: 8 bits, symmetric, a scale for each output channel; or 4 bits with a scale for each block of inputs of
+//! an output.
+
+use half::f16;
 
 /// Clipping that is tried for each channel, as shares of its largest magnitude: a few outliers may be cut where that makes the
 /// rest finer. The share with the smallest squared error wins; on a tie the larger one.
@@ -59,9 +62,104 @@ fn scale(values: &[f32]) -> f32 {
     tried.into_iter().reduce(|best, other| if other.1 < best.1 { other } else { best }).map_or(1.0, |(scale, _)| scale)
 }
 
+/// Inputs of an output that share a scale where weights have 4 bits.
+pub const BLOCK: usize = 32;
+/// What a 4-bit level is stored too large by.
+const OFFSET: f32 = 8.0;
+/// Scales that are tried for each block, from the largest on, as shares of what would make its largest magnitude the last level. Of
+/// normal values the best errs by 0.7 % more (squares) than the best of all scales.
+fn block_shares() -> impl Iterator<Item = f32> {
+    (0..=24).map(|step| 1.1 - 0.025 * step as f32)
+}
+
+/// A matrix in 4 bits, as ONNX Runtime's `MatMulNBits` reads it: `value ≈ (level − 8) · scale[block]`.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Blocks {
+    /// Levels `[outputs, inputs]`, two a byte, the lower half first.
+    pub levels: Vec<u8>,
+    /// Scales `[outputs, inputs / BLOCK]`; they may be negative.
+    pub scales: Vec<f16>,
+}
+
+/// Quantizes rows `[outputs, inputs]`, each block of [`BLOCK`] values with the scale that errs least.
+///
+/// # Panics
+/// Where the values are no whole blocks.
+#[must_use]
+pub fn quantize_blocks(rows: &[f32]) -> Blocks {
+    let (blocks, rest) = rows.as_chunks::<BLOCK>();
+    assert!(rest.is_empty(), "inputs are no whole blocks");
+    let scales: Vec<f16> = blocks.iter().map(block_scale).collect();
+    let levels = blocks.iter().zip(&scales).flat_map(|(block, scale)| {
+        let level = move |value: f32| (block_level(value, scale.to_f32()) + OFFSET) as u8;
+        block.as_chunks::<2>().0.iter().map(move |&[first, second]| level(first) | level(second) << 4)
+    });
+    Blocks { levels: levels.collect(), scales }
+}
+
+/// The values `[outputs, inputs]` that quantized ones stand for.
+///
+/// # Panics
+/// Where there are not as many scales as blocks.
+#[must_use]
+pub fn dequantize_blocks(blocks: &Blocks) -> Vec<f32> {
+    let (levels, rest) = blocks.levels.as_chunks::<{ BLOCK / 2 }>();
+    assert!(rest.is_empty() && levels.len() == blocks.scales.len(), "a scale for each block");
+    let values = |(levels, scale): (&[u8; BLOCK / 2], &f16)| {
+        let scale = scale.to_f32();
+        let both = |byte: u8| [byte & 0xf, byte >> 4].map(|level| (f32::from(level) - OFFSET) * scale);
+        levels.map(both).as_flattened().to_vec()
+    };
+    levels.iter().zip(&blocks.scales).flat_map(values).collect()
+}
+
+fn block_level(value: f32, scale: f32) -> f32 {
+    (value / scale).round_ties_even().clamp(-OFFSET, OFFSET - 1.0)
+}
+
+/// The scale of one block, 1 where all of it is zero. There is one level more below zero than above: the largest magnitude may be given
+/// it, by a negative scale where it is positive.
+fn block_scale(values: &[f32; BLOCK]) -> f16 {
+    let extreme = values.iter().fold(0f32, |extreme, &value| if value.abs() > extreme.abs() { value } else { extreme });
+    let error = |scale: f16| {
+        let scale = scale.to_f32();
+        values.iter().map(|&v| f64::from(block_level(v, scale) * scale - v).powi(2)).sum::<f64>()
+    };
+    let ends = [-extreme / OFFSET, extreme / (OFFSET - 1.0)];
+    let scales = ends.into_iter().flat_map(|end| block_shares().map(move |share| f16::from_f32(end * share)));
+    let tried = scales.filter(|scale| scale.to_f32() != 0.0);
+    let tried = tried.map(|scale| (scale, error(scale)));
+    tried.reduce(|best, other| if other.1 < best.1 { other } else { best }).map_or(f16::ONE, |(scale, _)| scale)
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn every_block_has_the_scale_that_errs_least() {
+        // Exact in one block with its largest value below zero, in one with it above; and nothing.
+        let below: Vec<f32> = (0..32).map(|i| (i % 16 - 8) as f32 * 0.25).collect();
+        let above: Vec<f32> = below.iter().map(|v| -v).collect();
+        let rows = [below.clone(), above, vec![0.0; 32]].concat();
+        let blocks = quantize_blocks(&rows);
+        assert_eq!(blocks.scales.iter().map(|s| s.to_f32()).collect::<Vec<_>>(), [0.25, -0.25, 1.0]);
+        assert_eq!(blocks.levels[..2], [0x10, 0x32], "the lower half is the first of two");
+        assert_eq!(dequantize_blocks(&blocks), rows);
+        // An independent search over a fine grid finds scales that are little better.
+        let wild: Vec<f32> = (0..2048).map(|i| (0..4).map(|k| ((i * i + 7 * k) as f32 * 0.37).sin()).sum()).collect();
+        let found = dequantize_blocks(&quantize_blocks(&wild));
+        let error = |a: &[f32], b: &[f32]| a.iter().zip(b).map(|(a, b)| f64::from(a - b).powi(2)).sum::<f64>();
+        let finest = |block: &[f32]| {
+            let with = |scale: f32| block.iter().map(|v| (v / scale).round().clamp(-8.0, 7.0) * scale).collect::<Vec<_>>();
+            let scales = (50..2000).flat_map(|i| [1.0, -1.0].map(|sign| sign * i as f32 * 5e-4));
+            scales.map(|scale| error(&with(scale), block)).fold(f64::MAX, f64::min)
+        };
+        let (ours, finest) = (error(&found, &wild), wild.chunks(32).map(finest).sum::<f64>());
+        assert!(ours < 1.05 * finest, "{ours} {finest}");
+        // Scales below what 16 bits can hold.
+        assert_eq!(dequantize_blocks(&quantize_blocks(&[1e-9; 32])), [0.0; 32]);
+    }
 
     #[test]
     fn every_channel_has_the_scale_that_errs_least() {

@@ -6,10 +6,7 @@ use std::io::Read;
 use std::path::Path;
 
 use anyhow::{Context, Result, bail};
-use prost::Message;
 use serde::Deserialize;
-use tract_onnx::pb::tensor_proto::DataType;
-use tract_onnx::pb::{ModelProto, NodeProto, TensorProto};
 use unimo::bundle::manifest::{
     DecodingDefaults, Dtype, Form, GraphSignature, Manifest, ModelSizes, Precision, SCHEMA, Size, Sizes, WEIGHTS,
 };
@@ -20,9 +17,9 @@ use unimo::tokenizer::{CLS, PAD, SEP, Tokenizer};
 
 use crate::forms::{self, FormOptions, WrittenForm};
 use crate::gate::{self, Gate, put_figures};
-use crate::graph::{Element, Storage, StoredWeight, WeightStore};
 use crate::graphs::Graphs;
 use crate::parity::{ParityReport, Sample};
+use crate::stored;
 use crate::writing::{About, Writing, publish, sibling};
 
 /// Largest difference of a graph's outputs before and after, as a share of the output's largest magnitude: the same sums of the
@@ -50,7 +47,7 @@ struct AnyManifest {
 pub struct UpgradeOptions {
     /// Replaces a bundle that is already there.
     pub force: bool,
-    /// Forms to add to the 8-bit graphs.
+    /// Forms to add to the 8- and 4-bit graphs.
     pub forms: FormOptions,
     /// What the forms are measured on, and what they may lose against the expanded form.
     pub gate: Option<Gate>,
@@ -68,7 +65,7 @@ pub fn upgrade(
     options: &UpgradeOptions,
     samples: &[Sample],
     progress: &dyn Fn(u64, u64),
-) -> Result<(ParityReport, Vec<WrittenForm>)> {
+) -> Result<(ParityReport, Vec<(Precision, WrittenForm)>)> {
     if out.exists() && !options.force {
         bail!("{} is already there; --force replaces it", out.display());
     }
@@ -91,28 +88,46 @@ fn add_forms(
     options: &UpgradeOptions,
     samples: &[Sample],
     progress: &dyn Fn(u64, u64),
-) -> Result<Vec<WrittenForm>> {
-    if options.forms.forms.is_empty() {
-        return Ok(Vec::new());
+) -> Result<Vec<(Precision, WrittenForm)>> {
+    let from = parse(file(old, MANIFEST)?)?;
+    options.forms.check(&from.precisions)?;
+    let mut written = Vec::new();
+    for &precision in &from.precisions {
+        let graphs = graphs_of(&from, precision, old)?;
+        written
+            .extend(forms::add(folder, &graphs, precision, &options.forms, samples)?.into_iter().map(|form| (precision, form)));
     }
-    let (from, precision) = (parse(file(old, MANIFEST)?)?, Precision::I8);
-    if !from.precisions.contains(&precision) {
-        bail!("it has no 8-bit graphs, which alone have other forms");
-    }
-    let graphs = graphs_of(&from, precision, old)?;
-    let mut forms = forms::add(folder, &graphs, precision, &options.forms, samples)?;
     if let Some(gate) = &options.gate {
-        let all = (1 + gate::runs(&forms) as u64) * gate.development.len() as u64;
-        let done = std::cell::Cell::new(0);
-        let note = |n| {
-            done.set(done.get() + n);
-            progress(done.get(), all);
-        };
+        measure(gate, folder, &mut written, options.forms.library.as_deref(), progress)?;
+    }
+    Ok(written)
+}
+
+/// Measures forms, each against the expanded form of its precision.
+fn measure(
+    gate: &Gate,
+    folder: &Path,
+    written: &mut [(Precision, WrittenForm)],
+    library: Option<&Path>,
+    progress: &dyn Fn(u64, u64),
+) -> Result<()> {
+    let precisions = written.chunk_by(|a, b| a.0 == b.0).count();
+    let runs = precisions + written.iter().map(|(_, form)| gate::runs(form)).sum::<usize>();
+    let all = (runs * gate.development.len()) as u64;
+    let done = std::cell::Cell::new(0);
+    let note = |n| {
+        done.set(done.get() + n);
+        progress(done.get(), all);
+    };
+    for forms in written.chunk_by_mut(|a, b| a.0 == b.0) {
+        let precision = forms[0].0;
         let expanded = gate.development.measure(folder, (precision, Form::Expanded, EngineKind::Tract), None, &note)?;
         put_figures(folder, precision.name(), &expanded)?;
-        gate.pass_forms(folder, precision, &expanded, &mut forms, options.forms.library.as_deref(), &note)?;
+        for (_, form) in forms {
+            gate.pass_form(folder, precision, &expanded, form, library, &note)?;
+        }
     }
-    Ok(forms)
+    Ok(())
 }
 
 /// Every file of a bundle by its path inside.
@@ -154,7 +169,8 @@ fn file<'a>(old: &'a BTreeMap<String, Vec<u8>>, name: &str) -> Result<&'a Vec<u8
 
 /// The graphs of this version over the weights of a bundle.
 fn graphs_of(from: &AnyManifest, precision: Precision, old: &BTreeMap<String, Vec<u8>>) -> Result<Graphs> {
-    let weights = weights_of(from, precision, old)?;
+    let names = from.graphs.iter().map(|graph| graph.name.as_str());
+    let weights = stored::weights(names, precision, &|name| Ok(file(old, name)?.as_slice()))?;
     Ok(Graphs { sizes: from.model.clone(), signatures: GraphSignature::contract(&from.model, &from.image), weights })
 }
 
@@ -191,44 +207,6 @@ fn write(old: &BTreeMap<String, Vec<u8>>, folder: &Path, samples: &[Sample]) -> 
         bail!("the new graph {} computes another {}:\n{report}", other.graph, other.output);
     }
     Ok(report)
-}
-
-/// Where the weights of a precision lie, as its graphs say.
-fn weights_of(manifest: &AnyManifest, precision: Precision, old: &BTreeMap<String, Vec<u8>>) -> Result<WeightStore> {
-    let mut entries = BTreeMap::new();
-    for signature in &manifest.graphs {
-        let name = Manifest::graph_file(precision, &signature.name);
-        let graph = ModelProto::decode(file(old, &name)?.as_slice()).with_context(|| format!("{name} is not ONNX"))?;
-        let graph = graph.graph.unwrap_or_default();
-        for tensor in graph.initializer.iter().filter(|tensor| !tensor.external_data.is_empty()) {
-            let axis = axis_of_scales(&graph.node, &tensor.name);
-            entries.insert(tensor.name.clone(), stored(tensor, axis).with_context(|| format!("weight `{}`", tensor.name))?);
-        }
-    }
-    let storage = Storage { precision, keep_f16: Vec::new() };
-    Ok(WeightStore::of_file(storage, entries, file(old, &format!("{precision}/{WEIGHTS}"))?.clone()))
-}
-
-/// The axis along which an 8-bit weight has a scale for each index.
-fn axis_of_scales(nodes: &[NodeProto], weight: &str) -> Option<usize> {
-    let node = nodes.iter().find(|node| node.op_type == "DequantizeLinear" && node.input[0] == weight)?;
-    let axis = node.attribute.iter().find(|attribute| attribute.name == "axis")?;
-    usize::try_from(axis.i).ok()
-}
-
-fn stored(tensor: &TensorProto, axis: Option<usize>) -> Result<StoredWeight> {
-    let number = |key: &str| -> Result<usize> {
-        let entry = tensor.external_data.iter().find(|e| e.key == key).with_context(|| format!("no {key}"))?;
-        entry.value.parse().with_context(|| format!("{key} {:?}", entry.value))
-    };
-    let element = match DataType::try_from(tensor.data_type) {
-        Ok(DataType::Float) => Element::F32,
-        Ok(DataType::Float16) => Element::F16,
-        Ok(DataType::Int8) => Element::I8 { axis: axis.context("has no scales")? },
-        _ => bail!("has the unsupported type {}", tensor.data_type),
-    };
-    let shape = tensor.dims.iter().map(|&d| usize::try_from(d).context("a negative size")).collect::<Result<_>>()?;
-    Ok(StoredWeight { shape, offset: number("offset")?, length: number("length")?, element })
 }
 
 /// Runs every graph whose signature is what it was, before and after.

@@ -74,7 +74,7 @@ pub struct Processor {
 pub struct Run {
     /// Engines and their providers, the preferred first.
     pub engines: Vec<Engine>,
-    /// Precision of the weights: `f32`, `f16` or `i8`.
+    /// Precision of the weights: `f32`, `f16`, `i8` or `i4`.
     pub precision: String,
     /// Threads; all cores where it is not said.
     pub threads: Option<u32>,
@@ -220,7 +220,7 @@ mod tests {
             // The engine inside the program is there when no other is.
             let last = board.run.engines.last().unwrap();
             assert_eq!((last.engine.as_str(), last.provider.as_str()), ("tract", "cpu"), "{}", board.name);
-            assert!(["f32", "f16", "i8"].contains(&board.run.precision.as_str()), "{}", board.name);
+            assert!(["f32", "f16", "i8", "i4"].contains(&board.run.precision.as_str()), "{}", board.name);
             assert!(!board.triples.is_empty() && (board.is_generic() || board.budget.is_some()), "{}", board.name);
             let scheme = crate::source::scheme(&board.camera.uri).unwrap().0;
             assert!(crate::camera::is_scheme(scheme), "{}", board.name);

@@ -14,12 +14,17 @@ use tract_onnx::pb::{
 };
 use unimo::bundle::manifest::{Dtype, GraphSignature, Size, Symbol, TensorSignature, WEIGHTS};
 
+use crate::quantize::BLOCK;
+
 pub use operators::Convolution;
 pub use products::{OBSERVED, Products, Scales};
+pub(crate) use weights::transposed;
 pub use weights::{Element, Storage, StoredWeight, WeightStore};
 
 /// Operator set that the graphs are written in.
 pub const OPSET: i64 = 17;
+/// ONNX Runtime's own operators, where a graph has any, and their set's version.
+const CONTRIB: (&str, i64) = ("com.microsoft", 1);
 /// ONNX file format that goes with [`OPSET`].
 const IR_VERSION: i64 = 8;
 
@@ -165,7 +170,7 @@ impl<'w> GraphBuilder<'w> {
     /// A weight of the store as f32: 16-bit ones pass a `Cast`, 8-bit ones a `DequantizeLinear`.
     ///
     /// # Errors
-    /// No such weight.
+    /// No such weight, or one in 4 bits, which only products read.
     pub fn weight(&mut self, name: &str) -> Result<Value, GraphError> {
         if let Some(value) = self.used.get(name) {
             return Ok(value.clone());
@@ -181,6 +186,9 @@ impl<'w> GraphBuilder<'w> {
                 let (scales, _) = self.stored(&WeightStore::scales_of(name))?;
                 let axis = Attribute::Int(axis as i64);
                 value = self.node("DequantizeLinear", &[&value, &scales], &[("axis", axis)], value.shape.clone(), Dtype::F32);
+            }
+            Element::I4 { .. } => {
+                return Err(GraphError::Shape { operator: "DequantizeLinear", reason: format!("`{name}` has 4 bits") });
             }
         }
         self.used.insert(name.to_owned(), value.clone());
@@ -199,10 +207,15 @@ impl<'w> GraphBuilder<'w> {
             Element::F32 => DataType::Float,
             Element::F16 => DataType::Float16,
             Element::I8 { .. } => DataType::Int8,
+            Element::I4 { .. } => DataType::Uint8,
+        };
+        let sizes = match (stored.element, stored.shape.as_slice()) {
+            (Element::I4 { axis }, shape) => vec![shape[axis], shape[1 - axis] / BLOCK, BLOCK / 2],
+            (_, shape) => shape.to_vec(),
         };
         self.graph.initializer.push(TensorProto {
             name: name.to_owned(),
-            dims: dims(&stored.shape),
+            dims: dims(&sizes),
             data_type: data_type as i32,
             data_location: Some(DataLocation::External as i32),
             external_data: vec![
@@ -281,6 +294,7 @@ impl<'w> GraphBuilder<'w> {
         self.graph.node.push(NodeProto {
             name: outputs.first().copied().unwrap_or_default().to_owned(),
             op_type: operator.to_owned(),
+            domain: if operator == products::BLOCKS { CONTRIB.0.to_owned() } else { String::new() },
             input: inputs.iter().map(|&input| input.to_owned()).collect(),
             output: outputs.iter().map(|&output| output.to_owned()).collect(),
             attribute,
@@ -317,9 +331,11 @@ impl<'w> GraphBuilder<'w> {
             self.graph.output.push(value_info(&promised.name, &shape, promised.dtype));
         }
         self.graph.output.extend(self.observed.iter().map(|tensor| value_info(&tensor.name, &dims_of(tensor), tensor.dtype)));
+        let contrib = self.graph.node.iter().any(|node| node.domain == CONTRIB.0);
+        let sets = [("", OPSET)].into_iter().chain(contrib.then_some(CONTRIB));
         Ok(ModelProto {
             ir_version: IR_VERSION,
-            opset_import: vec![OperatorSetIdProto { domain: String::new(), version: OPSET }],
+            opset_import: sets.map(|(domain, version)| OperatorSetIdProto { domain: domain.to_owned(), version }).collect(),
             producer_name: "unimo-export".to_owned(),
             producer_version: env!("CARGO_PKG_VERSION").to_owned(),
             graph: Some(self.graph),

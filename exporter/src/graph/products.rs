@@ -7,12 +7,14 @@ use unimo::bundle::manifest::{Dtype, Size, TensorSignature};
 
 use super::operators::{Built, product_shape, refuse};
 use super::{Attribute, Dim, Element, GraphBuilder, GraphError, Value, WeightStore};
+use crate::quantize::BLOCK;
 
 /// Scales of what 8-bit weights of one graph are multiplied with, by the weight's name: `value ≈ level · scale`, levels from −128
 /// to 127.
 pub type Scales = BTreeMap<String, f32>;
 
-/// How products with 8-bit weights are written; products with others are always in floats.
+/// How products with 8-bit weights are written; products with wider ones are always in floats. 4-bit ones are [`BLOCKS`] nodes, in
+/// floats too but in [`Self::Dynamic`].
 #[derive(Debug, Clone, Copy)]
 pub enum Products<'a> {
     /// In floats, the weight behind a `DequantizeLinear`.
@@ -25,6 +27,9 @@ pub enum Products<'a> {
     /// In floats; what [`Self::Static`] would quantize is an output of the graph too, called [`OBSERVED`] and the weight's name.
     Observed,
 }
+
+/// ONNX Runtime's product with a 4-bit matrix.
+pub(super) const BLOCKS: &str = "MatMulNBits";
 
 /// Beginning of the names of outputs that calibration reads.
 pub const OBSERVED: &str = "observed/";
@@ -41,9 +46,12 @@ impl GraphBuilder<'_> {
     /// No such weight, shapes that do not fit, or no scale where one is needed.
     pub fn product(&mut self, x: &Value, weight: &str, transposed: bool) -> Built {
         let outputs = if transposed { 0 } else { 1 };
-        let eight = self.element(weight)? == Element::I8 { axis: outputs };
-        if eight && matches!(self.products, Products::Dynamic) {
-            return self.dynamic_product(x, weight, transposed);
+        match self.element(weight)? {
+            Element::I4 { axis } if axis == outputs => return self.block_product(x, weight, axis),
+            Element::I8 { axis } if axis == outputs && matches!(self.products, Products::Dynamic) => {
+                return self.dynamic_product(x, weight, transposed);
+            }
+            _ => {}
         }
         let x = &if transposed { x.clone() } else { self.entering(x, weight, outputs)? };
         let mut w = self.weight(weight)?;
@@ -51,6 +59,25 @@ impl GraphBuilder<'_> {
             w = self.transpose(&w, &[1, 0])?;
         }
         self.matmul(x, &w)
+    }
+
+    /// `x · W` of a 4-bit matrix, whose outputs lie along `axis`.
+    fn block_product(&mut self, x: &Value, weight: &str, axis: usize) -> Built {
+        let (levels, _) = self.stored(weight)?;
+        let scales = self.weight(&WeightStore::scales_of(weight))?;
+        let [inputs, outputs] = [levels.shape[1 - axis], levels.shape[axis]];
+        let shape = product_shape(&x.shape, &[inputs, outputs])?;
+        let size = |dim: Dim| Attribute::Int(dim.fixed().unwrap_or_default() as i64);
+        // What the other side is rounded to: 1 is not at all, 4 is to 8 bits.
+        let accuracy = if matches!(self.products, Products::Dynamic) { 4 } else { 1 };
+        let attributes = [
+            ("K", size(inputs)),
+            ("N", size(outputs)),
+            ("bits", Attribute::Int(4)),
+            ("block_size", Attribute::Int(BLOCK as i64)),
+            ("accuracy_level", Attribute::Int(accuracy)),
+        ];
+        Ok(self.node(BLOCKS, &[x, &levels, &scales], &attributes, shape, Dtype::F32))
     }
 
     /// `Σ xᵢ·wᵢⱼ = Σ (levelᵢ − zero)·levelᵢⱼ · scale · scaleⱼ`, the sum in integers.

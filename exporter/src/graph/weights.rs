@@ -2,17 +2,20 @@
 
 use std::collections::BTreeMap;
 
+use anyhow::{Context, Result, bail};
 use half::f16;
 use half::slice::HalfFloatSliceExt;
 use unimo::bundle::manifest::Precision;
 
-use crate::quantize::{dequantize, quantize};
+use crate::quantize::{BLOCK, Blocks, Quantized, dequantize, dequantize_blocks, quantize, quantize_blocks};
 
 /// Tensors start at multiples of this, so that they can be used where they lie.
 const ALIGNMENT: usize = 64;
 /// Channels of fewer values are stored in 16 bits where others are in 8: depthwise kernels have nine, for which a scale would
 /// cost half of what it saves.
 const LEAST_CHANNEL: usize = 32;
+/// Beginning of the names of the matrices that are stored in 4 bits where any are: all rows of the layers meet them, at every token.
+const LAYERS: &str = "layers.";
 
 /// How a weight's elements are stored.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -26,6 +29,12 @@ pub enum Element {
         /// The axis of the channels.
         axis: usize,
     },
+    /// 4-bit levels of a matrix, to be multiplied by the 16-bit scales of [`WeightStore::scales_of`]: one for each [`BLOCK`] inputs of an
+    /// output.
+    I4 {
+        /// The axis of the outputs.
+        axis: usize,
+    },
 }
 
 /// How the weights of one precision are stored.
@@ -33,7 +42,7 @@ pub enum Element {
 pub struct Storage {
     /// The precision.
     pub precision: Precision,
-    /// Beginnings of the names of weights that 8-bit precision keeps in 16 bits, because what depends on them would lose too
+    /// Beginnings of the names of weights that 8- and 4-bit precision keep in 16 bits, because what depends on them would lose too
     /// much.
     pub keep_f16: Vec<String>,
 }
@@ -48,8 +57,10 @@ impl Storage {
         match self.precision {
             _ if shape.len() < 2 => Element::F32,
             Precision::F32 => Element::F32,
-            Precision::I8 if values >= LEAST_CHANNEL * shape[axis] && !kept => Element::I8 { axis },
-            Precision::F16 | Precision::I8 => Element::F16,
+            Precision::F16 => Element::F16,
+            Precision::I8 | Precision::I4 if kept || values < LEAST_CHANNEL * shape[axis] => Element::F16,
+            Precision::I4 if name.starts_with(LAYERS) && shape[1 - axis].is_multiple_of(BLOCK) => Element::I4 { axis },
+            Precision::I8 | Precision::I4 => Element::I8 { axis },
         }
     }
 }
@@ -62,8 +73,19 @@ impl Element {
             Self::F32 => values.to_vec(),
             Self::F16 => values.iter().map(|&v| f16::from_f32(v).to_f32()).collect(),
             Self::I8 { axis } => dequantize(&quantize(values, shape, axis), shape, axis),
+            Self::I4 { axis: 0 } => dequantize_blocks(&quantize_blocks(values)),
+            Self::I4 { .. } => {
+                let rows = dequantize_blocks(&quantize_blocks(&transposed(values, shape)));
+                transposed(&rows, &[shape[1], shape[0]])
+            }
         }
     }
+}
+
+/// A matrix `[rows, columns]` as `[columns, rows]`.
+pub(crate) fn transposed(values: &[f32], shape: &[usize]) -> Vec<f32> {
+    let (rows, columns) = (shape[0], shape[1]);
+    (0..columns).flat_map(|column| (0..rows).map(move |row| values[row * columns + column])).collect()
 }
 
 /// Where a weight lies.
@@ -115,6 +137,11 @@ impl WeightStore {
         let offset = self.bytes.len();
         let mut scales = None;
         match element {
+            Element::I4 { axis } => {
+                let blocks = if axis == 0 { quantize_blocks(values) } else { quantize_blocks(&transposed(values, shape)) };
+                self.bytes.extend(blocks.levels);
+                scales = Some((blocks.scales.iter().map(|scale| scale.to_f32()).collect(), Element::F16));
+            }
             Element::F32 => self.bytes.extend(values.iter().flat_map(|v| v.to_le_bytes())),
             Element::F16 => {
                 let mut halves = vec![f16::ZERO; values.len()];
@@ -124,17 +151,17 @@ impl WeightStore {
             Element::I8 { axis } => {
                 let quantized = quantize(values, shape, axis);
                 self.bytes.extend(quantized.levels.iter().map(|level| level.cast_unsigned()));
-                scales = Some(quantized.scales);
+                scales = Some((quantized.scales, Element::F32));
             }
         }
         let entry = StoredWeight { shape: shape.to_vec(), offset, length: self.bytes.len() - offset, element };
         self.entries.insert(name.to_owned(), entry);
-        if let Some(scales) = scales {
-            self.store(&Self::scales_of(name), &[scales.len()], &scales, Element::F32);
+        if let Some((scales, element)) = scales {
+            self.store(&Self::scales_of(name), &[scales.len()], &scales, element);
         }
     }
 
-    /// Name under which the scales of an 8-bit weight are stored.
+    /// Name under which the scales of an 8- or 4-bit weight are stored.
     #[must_use]
     pub fn scales_of(name: &str) -> String {
         format!("{name}.scale")
@@ -144,6 +171,45 @@ impl WeightStore {
     #[must_use]
     pub fn get(&self, name: &str) -> Option<&StoredWeight> {
         self.entries.get(name)
+    }
+
+    /// A weight's values, as they are after storing them.
+    ///
+    /// # Errors
+    /// No such weight, or bytes that are not what its shape needs.
+    pub fn values(&self, name: &str) -> Result<Vec<f32>> {
+        let stored = self.get(name).with_context(|| format!("there is no weight `{name}`"))?;
+        let read = || -> Result<Vec<f32>> {
+            let end = stored.offset.checked_add(stored.length).context("a range beyond memory")?;
+            let bytes = self.bytes.get(stored.offset..end).context("lies outside the weights")?;
+            let scales = || self.values(&Self::scales_of(name));
+            let values = match stored.element {
+                Element::F32 => bytes.as_chunks().0.iter().map(|&b| f32::from_le_bytes(b)).collect(),
+                Element::F16 => bytes.as_chunks().0.iter().map(|&b| f16::from_le_bytes(b).to_f32()).collect(),
+                Element::I8 { axis } => {
+                    let levels = bytes.iter().map(|b| b.cast_signed()).collect();
+                    let quantized = Quantized { levels, scales: scales()? };
+                    if quantized.scales.len() != stored.shape[axis] {
+                        bail!("{} scales for {} channels", quantized.scales.len(), stored.shape[axis]);
+                    }
+                    dequantize(&quantized, &stored.shape, axis)
+                }
+                Element::I4 { axis } => {
+                    let scales: Vec<f16> = scales()?.into_iter().map(f16::from_f32).collect();
+                    if scales.len() * BLOCK != 2 * bytes.len() {
+                        bail!("{} scales for {} levels", scales.len(), 2 * bytes.len());
+                    }
+                    let rows = dequantize_blocks(&Blocks { levels: bytes.to_vec(), scales });
+                    let of_rows = [stored.shape[axis], stored.shape[1 - axis]];
+                    if axis == 0 || rows.len() != of_rows[0] * of_rows[1] { rows } else { transposed(&rows, &of_rows) }
+                }
+            };
+            if values.len() != stored.shape.iter().product::<usize>() {
+                bail!("{} values, expected {:?}", values.len(), stored.shape);
+            }
+            Ok(values)
+        };
+        read().with_context(|| format!("weight `{name}`"))
     }
 
     /// The file's content.

@@ -2,7 +2,7 @@
 
 use super::{Builder, EPS};
 use crate::checkpoint::Checkpoint;
-use crate::graph::{Dim, GraphError, Value, WeightStore};
+use crate::graph::{Dim, GraphError, Value, WeightStore, transposed};
 
 /// Keys and values of one layer, `[heads, rows, depth]` each.
 pub(super) struct LayerCache {
@@ -26,10 +26,6 @@ pub(super) enum Context<'a> {
     },
 }
 
-fn transposed(values: &[f32], rows: usize, columns: usize) -> Vec<f32> {
-    (0..columns).flat_map(|c| (0..rows).map(move |r| values[r * columns + c])).collect()
-}
-
 /// Adds the Transformer's and the heads' weights.
 pub(super) fn add_weights(store: &mut WeightStore, checkpoint: &Checkpoint) {
     for (name, shape) in checkpoint.config().weights() {
@@ -41,7 +37,7 @@ pub(super) fn add_weights(store: &mut WeightStore, checkpoint: &Checkpoint) {
         }
         let table = name == "text.token.weight" || name == "text.position.weight";
         match shape[..] {
-            [rows, columns] if !table => store.add(&name, &[columns, rows], 1, &transposed(values, rows, columns)),
+            [rows, columns] if !table => store.add(&name, &[columns, rows], 1, &transposed(values, &shape)),
             _ => store.add(&name, &shape, 0, values),
         }
     }

@@ -15,9 +15,14 @@ pub enum Precision {
     F16,
     /// 8-bit integers with scales.
     I8,
+    /// The layers' matrices in 4-bit integers with a scale for each 32 inputs of an output, the others as in [`Self::I8`].
+    I4,
 }
 
 impl Precision {
+    /// All of them.
+    pub const ALL: [Self; 4] = [Self::F32, Self::F16, Self::I8, Self::I4];
+
     /// The name on the command line, in the manifest and of the bundle's sub-folder.
     #[must_use]
     pub fn name(self) -> &'static str {
@@ -25,6 +30,18 @@ impl Precision {
             Self::F32 => "f32",
             Self::F16 => "f16",
             Self::I8 => "i8",
+            Self::I4 => "i4",
+        }
+    }
+
+    /// The forms that graphs of this precision can have.
+    #[must_use]
+    pub fn forms(self) -> &'static [Form] {
+        match self {
+            Self::F32 | Self::F16 => &[Form::Expanded],
+            Self::I8 => &Form::ALL,
+            // TensorRT multiplies 4-bit matrices with 16-bit numbers only.
+            Self::I4 => &[Form::Expanded, Form::Dynamic],
         }
     }
 }
@@ -39,10 +56,8 @@ impl FromStr for Precision {
     type Err = String;
 
     fn from_str(name: &str) -> Result<Self, String> {
-        [Self::F32, Self::F16, Self::I8]
-            .into_iter()
-            .find(|precision| precision.name() == name)
-            .ok_or_else(|| format!("{name} is none of f32, f16, i8"))
+        let found = Self::ALL.into_iter().find(|precision| precision.name() == name);
+        found.ok_or_else(|| format!("{name} is none of f32, f16, i8, i4"))
     }
 }
 
@@ -51,8 +66,9 @@ impl FromStr for Precision {
 pub enum Form {
     /// In floats: weights are expanded, when they are loaded or as they are read. Every precision has it, every engine runs it.
     Expanded,
-    /// Products of 8-bit numbers: what a weight is multiplied with is quantized as it comes (`DynamicQuantizeLinear`,
-    /// `MatMulInteger`). For processors, on ONNX Runtime and tract; the latter rounds each row by itself.
+    /// Products of 8-bit numbers, or of 8- and 4-bit ones: what a weight is multiplied with is quantized as it comes
+    /// (`DynamicQuantizeLinear`, `MatMulInteger`; `MatMulNBits`). For processors, on ONNX Runtime and tract; the latter rounds each row
+    /// by itself.
     Dynamic,
     /// Products of 8-bit numbers: what a weight is multiplied with is quantized by a scale that calibration fixed
     /// (`QuantizeLinear`, `DequantizeLinear`). For TensorRT.

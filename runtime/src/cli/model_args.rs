@@ -25,7 +25,7 @@ pub struct ModelArgs {
     /// What the engine computes on: cpu, cuda, tensorrt, xnnpack [default: cpu, or what goes with `--engine auto`]
     #[arg(long, value_name = "NAME", env = "UNIMO_PROVIDER", hide_env_values = true)]
     provider: Option<Provider>,
-    /// Weights to run: f32, f16, i8 [default: the bundle's first]
+    /// Weights to run: f32, f16, i8, i4 [default: the bundle's first]
     #[arg(long, value_name = "NAME")]
     precision: Option<Precision>,
     /// Form of the graphs: expanded, dynamic, static [default: what the engine is fastest with here]

@@ -4,6 +4,8 @@
 //! compiled in with the feature `tract`, ONNX Runtime is loaded at run time with the feature `ort`.
 
 #[cfg(feature = "tract")]
+mod blocks;
+#[cfg(feature = "tract")]
 mod cost;
 mod form;
 #[cfg(feature = "tract")]

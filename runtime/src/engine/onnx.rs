@@ -2,7 +2,7 @@
 //!
 //! Every constant is brought into memory here, checked against the file it comes from, and in the form that is run: a 16-bit
 //! weight behind a `Cast` becomes a 32-bit one, an 8-bit one behind a `DequantizeLinear` too unless a kernel of ours takes it as it
-//! is ([`fusion`]), a matrix behind a `Transpose` a transposed one. tract would repeat the casts of large constants at every run; and
+//! is ([`fusion`]), a matrix behind a `Transpose` a transposed one. A 4-bit one stays so with tract, too. tract would repeat the casts of large constants at every run; and
 //! a token table that serves both the embedding and the output layer becomes two constants, each in the order its use wants, though
 //! it is stored once.
 
@@ -16,7 +16,7 @@ use tract_onnx::pb::tensor_shape_proto::dimension;
 use tract_onnx::pb::{GraphProto, ModelProto, NodeProto, TensorProto, ValueInfoProto, type_proto};
 
 use super::network::{self, Backbone};
-use super::{EngineError, GraphSource, fusion};
+use super::{EngineError, GraphSource, blocks, fusion};
 use crate::bundle::SharedBytes;
 use crate::bundle::manifest::{Sizes, Symbol};
 use crate::kernels;
@@ -63,11 +63,14 @@ fn parsed(source: &GraphSource<'_>, fuse: bool) -> Result<(ModelProto, Option<Ba
     if fuse {
         fusion::fuse_levels(graph, &mut constants);
         fold(graph, &mut constants);
+        blocks::check(graph, &constants).map_err(load)?;
+        fusion::fuse_blocks(graph, &constants);
         backbone = network::take_backbone(graph, &constants);
         fusion::fuse_linears(graph, &constants);
         fusion::fuse_attention(graph, &constants);
     } else {
         fold(graph, &mut constants);
+        blocks::check(graph, &constants).map_err(load)?;
     }
     forget_unread(graph, &mut constants);
     graph.initializer = inline;

@@ -106,6 +106,30 @@ impl Toy {
         self
     }
 
+    /// A 4-bit weight inside the file, two levels a byte.
+    pub(crate) fn nibbles(mut self, name: &str, dims: &[i64], bytes: &[u8]) -> Self {
+        self.0.initializer.push(TensorProto {
+            name: name.to_owned(),
+            dims: dims.to_vec(),
+            data_type: DataType::Uint8 as i32,
+            raw_data: bytes.to_vec(),
+            ..TensorProto::default()
+        });
+        self
+    }
+
+    /// A 16-bit weight inside the file.
+    pub(crate) fn halves(mut self, name: &str, dims: &[i64], values: &[f32]) -> Self {
+        self.0.initializer.push(TensorProto {
+            name: name.to_owned(),
+            dims: dims.to_vec(),
+            data_type: DataType::Float16 as i32,
+            raw_data: halves(values),
+            ..TensorProto::default()
+        });
+        self
+    }
+
     /// A 16-bit weight at a byte of `weights.bin`.
     pub(crate) fn external(mut self, name: &str, dims: &[i64], offset: usize) -> Self {
         let length = 2 * dims.iter().product::<i64>();

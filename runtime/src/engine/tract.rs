@@ -185,7 +185,9 @@ mod tests {
     use tract_onnx::pb::tensor_proto::DataType;
     use tract_onnx::pb::tensor_shape_proto::dimension;
     use tract_onnx::pb::{GraphProto, ModelProto, type_proto};
+    use tract_onnx::prelude::{IntoTValue, tvec};
 
+    use super::super::cost::graph_cost;
     use super::super::toy::{Attribute, Toy, halves};
     use super::*;
     use crate::bundle::manifest::{Sizes, TensorSignature};
@@ -331,6 +333,71 @@ mod tests {
         let source = GraphSource { signature: &signature, sizes: SIZES, onnx: &onnx, external: &|_| None };
         let parsed = onnx::parse(&source).unwrap().0.graph.unwrap();
         assert!(parsed.node.iter().all(|node| node.op_type != LINEAR));
+    }
+
+    #[test]
+    fn four_bit_products_are_one_operator_or_tracts_own() {
+        let tensor = |name: &str, width| TensorSignature { name: name.to_owned(), shape: vec![2, width], dtype: Dtype::F32 };
+        let signature = GraphSignature { name: "toy".to_owned(), inputs: vec![tensor("x", 64)], outputs: vec![tensor("y", 3)] };
+        let levels: Vec<u8> = (0..96).map(|i| (i * 37) as u8).collect();
+        let scales: Vec<f32> = (0..6).map(|i| 0.25 - 0.125 * i as f32).collect();
+        let toy = |accuracy, block| {
+            Toy::new(&signature)
+                .nibbles("w4", &[3, 2, 16], &levels)
+                .halves("scales16", &[6], &scales)
+                .floats("bias", &[3], &[1.0, 2.0, 3.0])
+                .node("Cast", &["scales16"], "scales")
+                .with("to", Attribute::Int(DataType::Float as i64))
+                .node("MatMulNBits", &["x", "w4", "scales"], "product")
+                .with("K", Attribute::Int(64))
+                .with("N", Attribute::Int(3))
+                .with("bits", Attribute::Int(4))
+                .with("block_size", Attribute::Int(block))
+                .with("accuracy_level", Attribute::Int(accuracy))
+                .node("Add", &["product", "bias"], "y")
+                .model()
+        };
+        let x: Vec<f32> = (0..128).map(|i| ((i * 29 % 64) as f32 - 20.0) / 16.0).collect();
+        let expected = |row: usize, n: usize| -> f32 {
+            let term = |k: usize| {
+                let byte = levels[n * 32 + k / 2];
+                let level = if k % 2 == 0 { byte & 15 } else { byte >> 4 };
+                (f32::from(level) - 8.0) * scales[n * 2 + k / 32] * x[row * 64 + k]
+            };
+            (0..64).map(term).sum::<f32>() + [1.0, 2.0, 3.0][n]
+        };
+        let input = Tensor::f32(&[2, 64], x.clone()).unwrap();
+        for (accuracy, tolerance) in [(1, 1e-3), (4, 1.0)] {
+            let model = toy(accuracy, 32);
+            let onnx = model.encode_to_vec();
+            let source = GraphSource { signature: &signature, sizes: SIZES, onnx: &onnx, external: &|_| None };
+            let operators = |graph: &GraphProto| graph.node.iter().map(|node| node.op_type.clone()).collect::<Vec<_>>();
+            let plain = onnx::parse_plain(&source).unwrap();
+            assert_eq!(operators(plain.graph.as_ref().unwrap()), ["MatMulNBits", "Add"]);
+            let runnable =
+                tract_onnx::onnx().model_for_proto_model(&plain).unwrap().into_optimized().unwrap().into_runnable().unwrap();
+            let y = runnable.run(tvec!(to_tract(&input).unwrap().into_tvalue())).unwrap();
+            for (at, found) in floats(&y[0]).unwrap().iter().enumerate() {
+                assert!((found - expected(at / 3, at % 3)).abs() < 1e-3, "tract's own: {found}");
+            }
+            assert_eq!(graph_cost(&source).unwrap().operations, 2 * 2 * 64 * 3);
+            if kernels::available() {
+                let parsed = onnx::parse(&source).unwrap().0.graph.unwrap();
+                assert_eq!((operators(&parsed), parsed.initializer.len()), (vec![LINEAR.to_owned()], 0));
+                assert_eq!(weight(&parsed.node[0]).raw_data, levels, "weights stay in 4 bits");
+            }
+            let y = load(&model, &signature, 1).unwrap().run(&[("x", &input)]).unwrap();
+            let mut furthest = 0f32;
+            for (at, found) in y[0].floats().iter().enumerate() {
+                furthest = furthest.max((found - expected(at / 3, at % 3)).abs());
+            }
+            assert!(furthest < tolerance, "{accuracy}: {furthest}");
+            // What is rounded to 8 bits is not what is not.
+            assert!(accuracy == 1 || !kernels::available() || furthest > 1e-3, "{furthest}");
+        }
+        // Blocks of another size are none that bundles hold.
+        let error = load(&toy(1, 16), &signature, 1).err().unwrap().to_string();
+        assert!(error.contains("MatMulNBits of [\"product\"] is none of 4 bits in whole blocks of 32"), "{error}");
     }
 
     fn weight(node: &tract_onnx::pb::NodeProto) -> tract_onnx::pb::TensorProto {

@@ -1,4 +1,4 @@
-//! Arithmetic of our own where the built-in engine is slow: products with weights that stay in 8 bits in memory, attention over a
+//! Arithmetic of our own where the built-in engine is slow: products with weights that stay in 8 or 4 bits in memory, attention over a
 //! cache, and the convolutional backbone. Written once, compiled for several instruction sets and chosen at run time: products of
 //! floats through `pulp` (AVX-512, AVX2, NEON), those of integers with AVX-512 VNNI or ARM's dot product, the rest as plain loops over
 //! [`LANES`] floats through `multiversion`.
@@ -11,7 +11,7 @@ mod matrix;
 pub(crate) use self::attention::{Cache, CachedAttention};
 pub(crate) use self::bottleneck::{Bottleneck, Network, Scratch, Stem};
 pub(crate) use self::depthwise::Depthwise;
-pub(crate) use self::matrix::{Activation, Layout, Matrix, Weights, multiplies_bytes};
+pub(crate) use self::matrix::{Activation, BLOCK, Layout, Matrix, Weights, multiplies_bytes};
 
 /// Whether this processor has vector instructions that the kernels know; tract's own know more, such as 32-bit ARM's.
 pub(crate) fn available() -> bool {

@@ -78,7 +78,7 @@ pub struct BenchArgs {
     /// What ONNX Runtime computes on: cpu, cuda, tensorrt, xnnpack; tract always computes on cpu
     #[arg(long, value_name = "NAME", default_value_t)]
     provider: Provider,
-    /// Weights to run: f32, f16, i8 [default: all of the bundle]
+    /// Weights to run: f32, f16, i8, i4 [default: all of the bundle]
     #[arg(long, value_delimiter = ',', value_name = "NAMES")]
     precision: Vec<Precision>,
     /// Forms of the graphs: expanded, dynamic, static [default: what each engine is fastest with here, and expanded]

@@ -1,7 +1,7 @@
 //! Parts of a graph that our own kernels compute: found in the ONNX file, before tract sees it.
 //!
-//! - Products of rows with a constant matrix, with the bias and the GELU that follow: one [`LINEAR`] node. Weights of 8 bits stay so;
-//!   where the graph multiplies in integers, so does the node.
+//! - Products of rows with a constant matrix, with the bias and the GELU that follow: one [`LINEAR`] node. Weights of 8 and of 4 bits
+//!   stay so; where the graph multiplies in integers, so does the node.
 //! - Rows of an 8-bit table: gathered as they are stored, and scaled then.
 //! - Attention over stacked caches ([`attention`]).
 
@@ -14,6 +14,7 @@ use tract_onnx::pb::tensor_proto::DataType;
 use tract_onnx::pb::{AttributeProto, GraphProto, NodeProto, TensorProto, attribute_proto::AttributeType};
 
 pub(super) use self::attention::fuse_attention;
+use super::blocks::Product;
 use super::onnx::Constant;
 use super::tract::LINEAR;
 
@@ -111,6 +112,17 @@ fn fuse_dynamic(graph: &mut GraphProto, constants: &Constants<'_>) {
     let products = graph.node.iter().filter(|node| node.op_type == "MatMulInteger");
     for (at, node) in products.filter_map(fused).collect::<Vec<_>>() {
         graph.node[at] = node;
+    }
+}
+
+/// Fuses products with 4-bit matrices; once their scales, stored in 16 bits, are folded.
+pub(super) fn fuse_blocks(graph: &mut GraphProto, constants: &Constants<'_>) {
+    for node in &mut graph.node {
+        let Some(product) = Product::of(node, constants) else { continue };
+        let dims = vec![product.outputs as i64, product.inputs as i64 / 2];
+        let levels = Constant { dtype: product.levels.dtype, dims, bytes: Cow::Borrowed(&*product.levels.bytes) };
+        let weight = [tensor("weight", &levels), tensor("scales", product.scales), flag("integers", product.integers)];
+        *node = linear(node.input[0].clone(), node.output[0].clone(), weight.into());
     }
 }
 

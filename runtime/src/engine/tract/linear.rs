@@ -1,4 +1,4 @@
-//! Products with constant matrices as an operator of tract's: `activation(x · W + bias)`, `W` in 8 or 32 bits.
+//! Products with constant matrices as an operator of tract's: `activation(x · W + bias)`, `W` in 4, 8 or 32 bits.
 
 use std::fmt;
 use std::sync::Arc;
@@ -20,8 +20,8 @@ pub(super) fn register(onnx: &mut Onnx) {
     onnx.op_register.insert(OPERATOR, build);
 }
 
-/// Reads the attributes `weight` (`[inputs, outputs]`, or `[outputs, inputs]` with `transposed`), `scales` (of 8-bit weights),
-/// `integers` (8-bit weights are multiplied as such), `bias` and `gelu`.
+/// Reads the attributes `weight` (`[inputs, outputs]`, or `[outputs, inputs]` with `transposed`; of 4 bits `[outputs, inputs / 2]` bytes),
+/// `scales` (of weights of 8 and 4 bits), `integers` (such weights are multiplied as such), `bias` and `gelu`.
 fn build(_: &ParsingContext, node: &NodeProto) -> TractResult<(Box<dyn InferenceOp>, Vec<String>)> {
     let attribute = |name: &str| node.attribute.iter().find(|attribute| attribute.name == name);
     let tensor = |name: &str| attribute(name).and_then(|attribute| attribute.t.as_ref());
@@ -29,9 +29,18 @@ fn build(_: &ParsingContext, node: &NodeProto) -> TractResult<(Box<dyn Inference
     let weight = tensor("weight").context("a linear operator without a weight")?;
     let &[rows, columns] = weight.dims.as_slice() else { bail!("a weight of {} dimensions", weight.dims.len()) };
     let (rows, columns) = (usize::try_from(rows)?, usize::try_from(columns)?);
-    let shape = if flag("transposed") { [columns, rows] } else { [rows, columns] };
+    let four = weight.data_type == OnnxType::Uint8 as i32;
+    let shape = match (four, flag("transposed")) {
+        (true, _) => [2 * columns, rows],
+        (false, true) => [columns, rows],
+        (false, false) => [rows, columns],
+    };
     let (levels, scales, values);
-    let weights = if weight.data_type == OnnxType::Int8 as i32 {
+    let weights = if four {
+        scales = floats(tensor("scales").context("4-bit weights without scales")?);
+        let levels = weight.raw_data.as_slice();
+        if flag("integers") { Weights::FourBitIntegers(levels, &scales) } else { Weights::I4(levels, &scales) }
+    } else if weight.data_type == OnnxType::Int8 as i32 {
         levels = weight.raw_data.iter().map(|byte| byte.cast_signed()).collect::<Vec<i8>>();
         scales = floats(tensor("scales").context("8-bit weights without scales")?);
         if flag("integers") { Weights::Integers(&levels, &scales) } else { Weights::I8(&levels, &scales) }

@@ -6,7 +6,7 @@ use pulp::{Arch, Simd, WithSimd};
 
 use super::finish::Finish;
 use super::tile::{Tile, for_rows, pack};
-use super::{Layout, WIDEST};
+use super::{BLOCK, Layout, Nibbles, WIDEST};
 
 /// Rows that one call of the innermost loop works on where there are 32 registers, and where there are 16.
 const ROWS_MANY: usize = 12;
@@ -27,6 +27,8 @@ pub(super) struct Panels {
 enum Values {
     F32(Vec<f32>),
     I8(Vec<i8>),
+    /// Bytes `[inputs, width / 2]` a panel: the first half of the outputs in the lower halves. Scales `[inputs / BLOCK, width]` a panel.
+    I4(Vec<u8>, Vec<f32>),
 }
 
 impl Panels {
@@ -37,6 +39,23 @@ impl Panels {
     /// 8-bit levels, which stay so in memory.
     pub fn of_levels(levels: &[i8], shape: [usize; 2], transposed: bool) -> Self {
         Self::new(shape, |width| Values::I8(panels(levels, shape, transposed, width)))
+    }
+
+    /// 4-bit levels, which stay so in memory.
+    pub fn of_nibbles(nibbles: Nibbles<'_>) -> Self {
+        let Nibbles { inputs, outputs, .. } = nibbles;
+        Self::new([inputs, outputs], |width| {
+            let padded = outputs.next_multiple_of(width);
+            let mut levels = vec![0; padded * inputs / 2];
+            for output in 0..outputs {
+                for input in 0..inputs {
+                    let (at, half) = (output % width % (width / 2), output % width / (width / 2));
+                    let byte = &mut levels[(output / width * inputs + input) * width / 2 + at];
+                    *byte |= nibbles.stored(output, input) << (4 * half);
+                }
+            }
+            Values::I4(levels, nibbles.scales_in_panels(width))
+        })
     }
 
     fn new(shape: [usize; 2], values: impl FnOnce(usize) -> Values) -> Self {
@@ -130,10 +149,30 @@ impl Product<'_> {
                     expanded.extend(panels[panel * size..][..size].iter().map(|&level| f32::from(level)));
                     &expanded
                 }
+                Values::I4(levels, scales) => {
+                    let scales = &scales[panel * size / BLOCK..][..size / BLOCK];
+                    expand(&levels[panel * size / 2..][..size / 2], scales, width, &mut expanded);
+                    &expanded
+                }
             };
             let weights = S::as_simd_f32s(weights).0.as_chunks::<REGISTERS>().0;
             let mut tile = FloatTile { simd, x: &packed, inputs, weights, panel, finish: &mut self.finish };
-            for_rows::<MOST>(self.rows, &mut tile);
+            for_rows(MOST, self.rows, &mut tile);
+        }
+    }
+}
+
+/// A panel of 4-bit levels as floats `[inputs, width]`.
+#[inline(always)]
+fn expand(levels: &[u8], scales: &[f32], width: usize, to: &mut Vec<f32>) {
+    let half = width / 2;
+    to.clear();
+    for (levels, scales) in levels.chunks_exact(BLOCK * half).zip(scales.chunks_exact(width)) {
+        for levels in levels.chunks_exact(half) {
+            to.extend(levels.iter().zip(scales).map(|(byte, scale)| f32::from(byte & 0xf) * scale - Nibbles::OFFSET * scale));
+            to.extend(
+                levels.iter().zip(&scales[half..]).map(|(byte, scale)| f32::from(byte >> 4) * scale - Nibbles::OFFSET * scale),
+            );
         }
     }
 }

@@ -4,6 +4,7 @@ mod activation;
 mod finish;
 mod floats;
 mod integers;
+mod nibbles;
 mod tile;
 
 use std::ops::Range;
@@ -16,11 +17,14 @@ use self::activation::gelu_all;
 use self::finish::Finish;
 pub(super) use self::floats::lanes;
 pub(crate) use self::integers::multiplies_bytes;
+use self::nibbles::Nibbles;
 
 /// Multiplications from which on it pays to wake other threads.
 const WORTH_SHARING: usize = 1 << 17;
 /// The widest panel of any instruction set.
 const WIDEST: usize = 32;
+/// Inputs of an output that share a scale where weights have 4 bits.
+pub(crate) const BLOCK: usize = 32;
 
 /// Where rows lie in a slice: row m begins at `start + (m / width) · line + (m % width) · step`.
 #[derive(Debug, Clone, Copy)]
@@ -57,12 +61,18 @@ pub(crate) enum Weights<'a> {
     I8(&'a [i8], &'a [f32]),
     /// The same, multiplied as integers: each row is rounded to 256 levels between its least and its largest value.
     Integers(&'a [i8], &'a [f32]),
+    /// 4-bit levels, each 8 too large, `[outputs, inputs]` in any case, two a byte with the lower half first; scales
+    /// `[outputs, inputs / BLOCK]`. Multiplied as floats.
+    I4(&'a [u8], &'a [f32]),
+    /// The same, multiplied as integers.
+    FourBitIntegers(&'a [u8], &'a [f32]),
 }
 
 #[derive(Debug)]
 enum Panels {
     Floats(floats::Panels),
     Integers(integers::Panels),
+    Blocks(integers::Blocks),
 }
 
 impl Panels {
@@ -71,6 +81,7 @@ impl Panels {
         match self {
             Self::Floats(panels) => panels.width(),
             Self::Integers(panels) => panels.width(),
+            Self::Blocks(panels) => panels.width(),
         }
     }
 }
@@ -84,7 +95,7 @@ pub(crate) struct Matrix {
     /// Outputs of a panel.
     width: usize,
     panels: Panels,
-    /// Of each output, padded to whole panels; none for 32-bit weights.
+    /// Of each output, padded to whole panels; none for weights of 32 and of 4 bits.
     scales: Option<Vec<f32>>,
     /// Of each output, padded to whole panels.
     bias: Vec<f32>,
@@ -97,6 +108,7 @@ impl Matrix {
         let (given, scales) = match weights {
             Weights::F32(values) => (values.len(), None),
             Weights::I8(levels, scales) | Weights::Integers(levels, scales) => (levels.len(), Some(scales)),
+            Weights::I4(levels, _) | Weights::FourBitIntegers(levels, _) => (2 * levels.len(), None),
         };
         let fits = given == count && count > 0 && scales.is_none_or(|s| s.len() == outputs);
         if !fits || bias.is_some_and(|b| b.len() != outputs) {
@@ -107,6 +119,10 @@ impl Matrix {
             Weights::F32(values) => Panels::Floats(floats::Panels::of_floats(values, shape, transposed)),
             Weights::I8(levels, _) => Panels::Floats(floats::Panels::of_levels(levels, shape, transposed)),
             Weights::Integers(levels, _) => Panels::Integers(integers::Panels::new(levels, shape, transposed)?),
+            Weights::I4(levels, scales) => Panels::Floats(floats::Panels::of_nibbles(Nibbles::new(levels, scales, shape)?)),
+            Weights::FourBitIntegers(levels, scales) => {
+                Panels::Blocks(integers::Blocks::new(Nibbles::new(levels, scales, shape)?))
+            }
         };
         let width = panels.width();
         let padded = |values: &[f32]| {
@@ -189,6 +205,7 @@ impl Matrix {
         match &self.panels {
             Panels::Floats(weights) => weights.multiply(panels, rows, x, finish),
             Panels::Integers(weights) => weights.multiply(panels, rows, x, finish),
+            Panels::Blocks(weights) => weights.multiply(panels, rows, x, finish),
         }
         if activation == Activation::Gelu {
             for row in 0..rows {

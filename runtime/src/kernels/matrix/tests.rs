@@ -45,14 +45,37 @@ fn products_of_every_shape_and_form() {
 }
 
 #[test]
+fn four_bit_blocks_are_multiplied_as_floats() {
+    for rows in [1, 3, 13] {
+        for [inputs, outputs] in [[32, 1], [64, 31], [32, 33], [64, 80]] {
+            let (x, bias) = (numbers(rows * inputs, 0.0), numbers(outputs, 3.0));
+            let levels: Vec<u8> = (0..inputs * outputs / 2).map(|i| (i * 37 + i / 7) as u8).collect();
+            let scales: Vec<f32> = numbers(inputs * outputs / BLOCK, 4.0).iter().map(|v| v / 8.0).collect();
+            let matrix = Matrix::new(Weights::I4(&levels, &scales), [inputs, outputs], false, Some(&bias)).unwrap();
+            let mut y = vec![9.0; rows * outputs];
+            matrix.multiply(rows, (&x, Layout::dense(inputs)), None, Activation::None, (&mut y, Layout::dense(outputs)));
+            let value = |k: usize, n: usize| {
+                let (byte, at) = (levels[(n * inputs + k) / 2], n * inputs + k);
+                (f32::from(if k % 2 == 0 { byte & 15 } else { byte >> 4 }) - 8.0) * scales[at / 32]
+            };
+            near(&y, &expected(&x, &value, &bias, [inputs, outputs]));
+        }
+    }
+}
+
+#[test]
 fn threads_share_the_outputs() {
     let pool = rayon::ThreadPoolBuilder::new().num_threads(3).build().unwrap();
-    let (rows, inputs, outputs) = (5, 300, 333);
+    let (rows, inputs, outputs) = (5, 320, 333);
     let (x, w, bias) = (numbers(rows * inputs, 0.0), numbers(inputs * outputs, 9.0), numbers(outputs, 3.0));
     let matrix = Matrix::new(Weights::F32(&w), [inputs, outputs], false, Some(&bias)).unwrap();
     let levels: Vec<i8> = w.iter().map(|v| (v * 127.0) as i8).collect();
     let integers = Matrix::new(Weights::Integers(&levels, &bias), [inputs, outputs], false, Some(&bias)).unwrap();
-    for matrix in [matrix, integers] {
+    let nibbles: Vec<u8> = (0..inputs * outputs / 2).map(|i| (i * 37) as u8).collect();
+    let blocks = numbers(inputs * outputs / BLOCK, 1.0);
+    let four = |weights| Matrix::new(weights, [inputs, outputs], false, Some(&bias)).unwrap();
+    let (floats, levels) = (four(Weights::I4(&nibbles, &blocks)), four(Weights::FourBitIntegers(&nibbles, &blocks)));
+    for matrix in [matrix, integers, floats, levels] {
         let (from, to) = (Layout::dense(inputs), Layout { start: 2, width: 2, line: 900, step: 400 });
         let mut alone = vec![7.0; 2 + 3 * 900];
         let mut shared = alone.clone();
@@ -90,6 +113,13 @@ fn sizes_that_do_not_fit_are_refused() {
     assert!(Matrix::new(Weights::I8(&[0; 6], &[0.0; 2]), [2, 3], false, None).is_none());
     assert!(Matrix::new(Weights::F32(&[]), [0, 3], false, None).is_none());
     assert!(Matrix::new(Weights::F32(&[]), [usize::MAX, 3], false, None).is_none());
+    assert!(Matrix::new(Weights::I4(&[0; 48], &[0.0; 3]), [32, 3], false, None).is_some());
+    for (bytes, scales, inputs) in [(47, 3, 32), (48, 2, 32), (48, 3, 16), (24, 3, 16), (0, 0, 0)] {
+        let (levels, scales) = (vec![0; bytes], vec![0.0; scales]);
+        for weights in [Weights::I4(&levels, &scales), Weights::FourBitIntegers(&levels, &scales)] {
+            assert!(Matrix::new(weights, [inputs, 3], false, None).is_none(), "{bytes} {inputs}");
+        }
+    }
     let (levels, scales) = ([1; 65_537], [1.0]);
     assert!(Matrix::new(Weights::Integers(&levels[1..], &scales), [65_536, 1], false, None).is_some());
     assert!(Matrix::new(Weights::Integers(&levels, &scales), [65_537, 1], false, None).is_none());

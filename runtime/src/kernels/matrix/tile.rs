@@ -6,12 +6,15 @@ pub(super) trait Tile {
     fn run<const ROWS: usize>(&mut self, row: usize);
 }
 
-/// Runs a tile on all rows, `MOST` at once as long as there are so many.
+/// The most rows that are worked on together.
+pub(super) const MOST_ROWS: usize = 12;
+
+/// Runs a tile on all rows, `most` at once as long as there are so many; no more than [`MOST_ROWS`].
 #[inline(always)]
-pub(super) fn for_rows<const MOST: usize>(rows: usize, tile: &mut impl Tile) {
+pub(super) fn for_rows(most: usize, rows: usize, tile: &mut impl Tile) {
     let mut row = 0;
     while row < rows {
-        let count = (rows - row).min(MOST);
+        let count = (rows - row).min(most);
         match count {
             1 => tile.run::<1>(row),
             2 => tile.run::<2>(row),
@@ -24,7 +27,7 @@ pub(super) fn for_rows<const MOST: usize>(rows: usize, tile: &mut impl Tile) {
             9 => tile.run::<9>(row),
             10 => tile.run::<10>(row),
             11 => tile.run::<11>(row),
-            _ => tile.run::<MOST>(row),
+            _ => tile.run::<MOST_ROWS>(row),
         }
         row += count;
     }

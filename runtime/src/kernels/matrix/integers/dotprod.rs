@@ -1,10 +1,13 @@
 //! ARM's dot product: `sdot` adds four products of signed bytes to each of four sums.
 #![allow(unsafe_code)]
 
-use std::arch::aarch64::{int8x16_t, int32x4_t, vdupq_n_s32, vld1q_s8, vreinterpretq_s8_s32, vst1q_s32};
+use std::arch::aarch64::{
+    float32x4_t, int8x16_t, int32x4_t, vandq_u8, vcvtq_f32_s32, vdupq_n_f32, vdupq_n_s8, vdupq_n_s32, vdupq_n_u8, vfmaq_f32,
+    vld1q_f32, vld1q_s8, vld1q_u8, vreinterpretq_s8_s32, vreinterpretq_s8_u8, vshrq_n_u8, vst1q_f32, vst1q_s32, vsubq_s8,
+};
 use std::arch::{asm, is_aarch64_feature_detected};
 
-use super::{Dot, GROUP, Product, WIDEST};
+use super::{Dot, GROUP, WIDEST, Work, blocks};
 
 /// Only [`run`] calls its functions.
 pub(super) struct DotProduct;
@@ -15,9 +18,9 @@ pub(super) fn available() -> bool {
 
 /// # Panics
 /// Where this processor does not have the instruction.
-pub(super) fn run(product: Product<'_>) {
+pub(super) fn run(work: impl Work) {
     assert!(available());
-    product.run::<DotProduct, { DotProduct::ROWS }>();
+    work.run::<DotProduct>();
 }
 
 /// Four sums, or the weights that add to them, in each of four registers.
@@ -26,6 +29,7 @@ impl Dot for DotProduct {
     const WIDTH: usize = 16;
     const LEAST: i32 = -128;
     type Sums = [int32x4_t; 4];
+    type Floats = [float32x4_t; 4];
     type Weights = [int8x16_t; 4];
 
     #[inline(always)]
@@ -35,10 +39,30 @@ impl Dot for DotProduct {
     }
 
     #[inline(always)]
+    fn zero_floats() -> Self::Floats {
+        // SAFETY: as above.
+        unsafe { [vdupq_n_f32(0.0); 4] }
+    }
+
+    #[inline(always)]
     fn load(weights: &[i8]) -> Self::Weights {
         let quarters = weights.as_chunks::<16>().0;
         // SAFETY: as above, and 16 bytes are read where there are 16.
         [0, 1, 2, 3].map(|quarter: usize| unsafe { vld1q_s8(quarters[quarter].as_ptr()) })
+    }
+
+    #[inline(always)]
+    fn load_halves(weights: &[u8]) -> Self::Weights {
+        let bytes = weights.as_chunks::<16>().0;
+        // SAFETY: as above.
+        unsafe {
+            let (lowest, offset) = (vdupq_n_u8(0xf), vdupq_n_s8(blocks::OFFSET));
+            let bytes = [vld1q_u8(bytes[0].as_ptr()), vld1q_u8(bytes[1].as_ptr())];
+            let level = |half| vsubq_s8(vreinterpretq_s8_u8(half), offset);
+            let lower = bytes.map(|bytes| level(vandq_u8(bytes, lowest)));
+            let upper = bytes.map(|bytes| level(vshrq_n_u8::<4>(bytes)));
+            [lower[0], lower[1], upper[0], upper[1]]
+        }
     }
 
     #[inline(always)]
@@ -67,6 +91,23 @@ impl Dot for DotProduct {
         for (to, sums) in to.as_chunks_mut::<4>().0.iter_mut().zip(sums) {
             // SAFETY: as above, and 16 bytes are written where there are 16.
             unsafe { vst1q_s32(to.as_mut_ptr(), sums) }
+        }
+    }
+
+    #[inline(always)]
+    fn add_scaled(mut floats: Self::Floats, sums: Self::Sums, scales: &[f32]) -> Self::Floats {
+        for ((floats, sums), scales) in floats.iter_mut().zip(sums).zip(scales.as_chunks::<4>().0) {
+            // SAFETY: as above, and 4 floats are read where there are 4.
+            *floats = unsafe { vfmaq_f32(*floats, vcvtq_f32_s32(sums), vld1q_f32(scales.as_ptr())) };
+        }
+        floats
+    }
+
+    #[inline(always)]
+    fn store_floats(floats: Self::Floats, to: &mut [f32; WIDEST]) {
+        for (to, floats) in to.as_chunks_mut::<4>().0.iter_mut().zip(floats) {
+            // SAFETY: as above, and 4 floats are written where there are 4.
+            unsafe { vst1q_f32(to.as_mut_ptr(), floats) }
         }
     }
 }

@@ -1,5 +1,7 @@
-//! Products in integers: 8-bit levels on both sides, sums in 32 bits, in one instruction where the processor has it.
+//! Products in integers: 8-bit levels on one side, 8- or 4-bit ones on the other, sums in 32 bits, in one instruction where the
+//! processor has it.
 
+mod blocks;
 #[cfg(target_arch = "aarch64")]
 mod dotprod;
 mod plain;
@@ -10,6 +12,7 @@ use std::ops::Range;
 
 use multiversion::multiversion;
 
+pub(super) use self::blocks::Panels as Blocks;
 use super::finish::Finish;
 use super::tile::{Tile, for_rows, pack};
 use super::{Layout, WIDEST};
@@ -55,6 +58,25 @@ impl Instructions {
             Self::DotProduct => dotprod::DotProduct::WIDTH,
         }
     }
+
+    /// Does work with them.
+    ///
+    /// # Panics
+    /// Where this processor does not have them.
+    fn run(self, work: impl Work) {
+        match self {
+            Self::Plain => plain::run(work),
+            #[cfg(target_arch = "x86_64")]
+            Self::Vnni => vnni::run(work),
+            #[cfg(target_arch = "aarch64")]
+            Self::DotProduct => dotprod::run(work),
+        }
+    }
+}
+
+/// What is done with a set of instructions.
+trait Work {
+    fn run<D: Dot>(self);
 }
 
 /// Whether this processor multiplies bytes, and adds the products to 32-bit sums, in one instruction that is known here.
@@ -64,7 +86,7 @@ pub(crate) fn multiplies_bytes() -> bool {
 
 /// A set of such instructions.
 trait Dot {
-    /// Rows that one call of the innermost loop works on.
+    /// Rows that one call of the innermost loop works on where it keeps sums of integers alone.
     const ROWS: usize;
     /// Outputs of a panel.
     const WIDTH: usize;
@@ -72,15 +94,23 @@ trait Dot {
     const LEAST: i32;
     /// Sums of a row with a panel.
     type Sums: Copy;
+    /// The same in floats.
+    type Floats: Copy;
     /// Weights of a panel from [`GROUP`] inputs.
     type Weights: Copy;
 
     fn zero() -> Self::Sums;
+    fn zero_floats() -> Self::Floats;
     /// Reads [`GROUP`] levels for each of a panel's outputs.
     fn load(weights: &[i8]) -> Self::Weights;
+    /// Reads as many levels of 4 bits, each [`blocks::OFFSET`] too large: the lower half of them from the bytes' lower halves.
+    fn load_halves(weights: &[u8]) -> Self::Weights;
     /// Adds to each output's sum the products of its levels with those of a row.
     fn add(sums: Self::Sums, weights: Self::Weights, x: [u8; GROUP]) -> Self::Sums;
     fn store(sums: Self::Sums, to: &mut [i32; WIDEST]);
+    /// Adds to each output's float its sum times its scale.
+    fn add_scaled(floats: Self::Floats, sums: Self::Sums, scales: &[f32]) -> Self::Floats;
+    fn store_floats(floats: Self::Floats, to: &mut [f32; WIDEST]);
 }
 
 /// Levels in panels, each `[inputs / GROUP, width, GROUP]`, filled up with zeros.
@@ -123,14 +153,7 @@ impl Panels {
 
     /// Multiplies rows with some of the panels.
     pub fn multiply(&self, panels: Range<usize>, rows: usize, x: (&[f32], Layout), finish: Finish<'_>) {
-        let product = Product { weights: self, panels, rows, x, finish };
-        match self.instructions {
-            Instructions::Plain => plain::run(product),
-            #[cfg(target_arch = "x86_64")]
-            Instructions::Vnni => vnni::run(product),
-            #[cfg(target_arch = "aarch64")]
-            Instructions::DotProduct => dotprod::run(product),
-        }
+        self.instructions.run(Product { weights: self, panels, rows, x, finish });
     }
 }
 
@@ -143,20 +166,24 @@ struct Product<'a> {
     finish: Finish<'a>,
 }
 
-impl Product<'_> {
+/// Rows rounded to levels, [`GROUP`] together and the last ones filled up with anything, and what they stand for.
+fn quantized<D: Dot>(rows: usize, (x, from): (&[f32], Layout), inputs: usize) -> (Vec<[u8; GROUP]>, Vec<Row>) {
+    let groups = inputs.div_ceil(GROUP);
+    let mut levels = vec![[0; GROUP]; rows * groups];
+    let of_row =
+        |(row, levels): (usize, &mut [[u8; GROUP]])| quantize(&x[from.at(row)..][..inputs], D::LEAST, levels.as_flattened_mut());
+    let ranges = levels.chunks_exact_mut(groups).enumerate().map(of_row).collect();
+    (levels, ranges)
+}
+
+impl Work for Product<'_> {
     /// Panel by panel, as in floats.
     #[inline(always)]
-    fn run<D: Dot, const MOST: usize>(mut self) {
+    fn run<D: Dot>(mut self) {
         let weights = self.weights;
-        let (x, from) = self.x;
         let groups = weights.inputs.div_ceil(GROUP);
-        let mut levels = vec![[0; GROUP]; self.rows * groups];
-        let ranges: Vec<Row> = levels
-            .chunks_exact_mut(groups)
-            .enumerate()
-            .map(|(row, levels)| quantize(&x[from.at(row)..][..weights.inputs], D::LEAST, levels.as_flattened_mut()))
-            .collect();
-        let packed = pack(self.rows, MOST, groups, |row| &levels[row * groups..][..groups]);
+        let (levels, ranges) = quantized::<D>(self.rows, self.x, weights.inputs);
+        let packed = pack(self.rows, D::ROWS, groups, |row| &levels[row * groups..][..groups]);
         let size = groups * GROUP * D::WIDTH;
         for panel in self.panels {
             let mut tile = IntegerTile {
@@ -169,7 +196,7 @@ impl Product<'_> {
                 finish: &mut self.finish,
                 dot: std::marker::PhantomData::<D>,
             };
-            for_rows::<MOST>(self.rows, &mut tile);
+            for_rows(D::ROWS, self.rows, &mut tile);
         }
     }
 }

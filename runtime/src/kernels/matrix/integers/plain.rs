@@ -2,13 +2,13 @@
 
 use multiversion::multiversion;
 
-use super::{Dot, GROUP, Product, WIDEST};
+use super::{Dot, GROUP, WIDEST, Work, blocks};
 
 pub(super) struct Plain;
 
 #[multiversion(targets("x86_64+avx512f+avx512dq+avx512bw+avx512vl+avx2+fma", "x86_64+avx2+fma"))]
-pub(super) fn run<'a>(product: Product<'a>) {
-    product.run::<Plain, { Plain::ROWS }>();
+pub(super) fn run<W: Work>(work: W) {
+    work.run::<Plain>();
 }
 
 impl Dot for Plain {
@@ -16,6 +16,7 @@ impl Dot for Plain {
     const WIDTH: usize = 16;
     const LEAST: i32 = 0;
     type Sums = [i32; 16];
+    type Floats = [f32; 16];
     type Weights = [[i8; GROUP]; 16];
 
     #[inline(always)]
@@ -24,9 +25,25 @@ impl Dot for Plain {
     }
 
     #[inline(always)]
+    fn zero_floats() -> Self::Floats {
+        [0.0; 16]
+    }
+
+    #[inline(always)]
     fn load(weights: &[i8]) -> Self::Weights {
         let mut loaded = [[0; GROUP]; 16];
         loaded.as_flattened_mut().copy_from_slice(weights);
+        loaded
+    }
+
+    #[inline(always)]
+    fn load_halves(weights: &[u8]) -> Self::Weights {
+        let mut loaded = [[0; GROUP]; 16];
+        let (lower, upper) = loaded.as_flattened_mut().split_at_mut(32);
+        for ((lower, upper), byte) in lower.iter_mut().zip(upper).zip(weights) {
+            *lower = (byte & 0xf).cast_signed() - blocks::OFFSET;
+            *upper = (byte >> 4).cast_signed() - blocks::OFFSET;
+        }
         loaded
     }
 
@@ -43,5 +60,18 @@ impl Dot for Plain {
     #[inline(always)]
     fn store(sums: Self::Sums, to: &mut [i32; WIDEST]) {
         to[..16].copy_from_slice(&sums);
+    }
+
+    #[inline(always)]
+    fn add_scaled(mut floats: Self::Floats, sums: Self::Sums, scales: &[f32]) -> Self::Floats {
+        for ((float, sum), scale) in floats.iter_mut().zip(sums).zip(scales) {
+            *float += sum as f32 * scale;
+        }
+        floats
+    }
+
+    #[inline(always)]
+    fn store_floats(floats: Self::Floats, to: &mut [f32; WIDEST]) {
+        to[..16].copy_from_slice(&floats);
     }
 }

@@ -1,4 +1,4 @@
-use super::super::{Activation, Matrix, Weights};
+use super::super::{Activation, Matrix, Nibbles, Weights};
 use super::*;
 
 fn numbers(count: usize, seed: f32) -> Vec<f32> {
@@ -111,5 +111,48 @@ fn sums_of_the_largest_levels_fit() {
         matrix.multiply(1, (&x, Layout::dense(inputs)), None, Activation::None, (&mut y, Layout::dense(outputs)));
         let sum = 255.0 * (inputs - 1) as f32;
         assert_eq!(y, [-128.0 * sum, 127.0 * sum, sum], "{instructions:?}");
+    }
+}
+
+/// 4-bit levels `[outputs, inputs]` of every kind, and scales of both signs.
+fn blocks([inputs, outputs]: [usize; 2]) -> (Vec<u8>, Vec<f32>) {
+    let levels = (0..inputs * outputs / 2).map(|i| (i * 37 + i / 7) as u8).collect();
+    (levels, numbers(inputs * outputs / super::super::BLOCK, 4.0))
+}
+
+#[test]
+fn four_bit_blocks_give_the_sums_of_the_formula() {
+    for instructions in all() {
+        for rows in [1, 2, 3, 5, 6, 7, 13] {
+            for [inputs, outputs] in [[32, 1], [64, 16], [96, 40], [32, 31], [256, 96]] {
+                let (x, bias) = (numbers(rows * inputs, 0.0), numbers(outputs, 3.0));
+                let (levels, scales) = blocks([inputs, outputs]);
+                let level = |n: usize, k: usize| {
+                    let byte = levels[(n * inputs + k) / 2];
+                    i64::from(if k % 2 == 0 { byte & 15 } else { byte >> 4 }) - 8
+                };
+                let shape = [inputs, outputs];
+                let mut matrix = Matrix::new(Weights::FourBitIntegers(&levels, &scales), shape, false, Some(&bias)).unwrap();
+                let panels = Blocks::with(instructions, Nibbles::new(&levels, &scales, shape).unwrap());
+                matrix.width = panels.width();
+                matrix.bias.resize(outputs.next_multiple_of(matrix.width), 0.0);
+                matrix.panels = super::super::Panels::Blocks(panels);
+                let mut y = vec![9.0; rows * outputs];
+                matrix.multiply(rows, (&x, Layout::dense(inputs)), None, Activation::None, (&mut y, Layout::dense(outputs)));
+                for (x, y) in x.chunks_exact(inputs).zip(y.chunks_exact(outputs)) {
+                    let (row, scale, zero) = dynamic_quantize_linear(x);
+                    for (n, found) in y.iter().enumerate() {
+                        let block = |b: usize| -> f64 {
+                            let sum: i64 = (b * 32..b * 32 + 32).map(|k| (row[k] - zero) * level(n, k)).sum();
+                            sum as f64 * f64::from(scales[n * inputs / 32 + b])
+                        };
+                        let expected = (0..inputs / 32).map(block).sum::<f64>() * scale + f64::from(bias[n]);
+                        // Sums of floats of up to 2 000 a block, of which the zero's share is taken away again.
+                        let near = (f64::from(*found) - expected).abs() < 2e-4;
+                        assert!(near, "{instructions:?} {rows} {shape:?} {n}: {found} {expected}");
+                    }
+                }
+            }
+        }
     }
 }

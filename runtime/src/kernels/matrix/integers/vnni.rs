@@ -2,10 +2,12 @@
 #![allow(unsafe_code)]
 
 use std::arch::x86_64::{
-    __m512i, _mm512_dpbusd_epi32, _mm512_loadu_si512, _mm512_set1_epi32, _mm512_setzero_si512, _mm512_storeu_si512,
+    __m512, __m512i, _mm512_and_si512, _mm512_cvtepi32_ps, _mm512_dpbusd_epi32, _mm512_fmadd_ps, _mm512_loadu_ps,
+    _mm512_loadu_si512, _mm512_set1_epi8, _mm512_set1_epi32, _mm512_setzero_ps, _mm512_setzero_si512, _mm512_srli_epi16,
+    _mm512_storeu_ps, _mm512_storeu_si512, _mm512_sub_epi8,
 };
 
-use super::{Dot, GROUP, Product, WIDEST};
+use super::{Dot, GROUP, WIDEST, Work, blocks};
 
 /// Only [`run`] calls its functions.
 pub(super) struct Vnni;
@@ -19,14 +21,14 @@ pub(super) fn available() -> bool {
 
 /// # Panics
 /// Where this processor does not have the instructions.
-pub(super) fn run(product: Product<'_>) {
+pub(super) fn run(work: impl Work) {
     #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512vnni")]
-    fn run(product: Product<'_>) {
-        product.run::<Vnni, { Vnni::ROWS }>();
+    fn run(work: impl Work) {
+        work.run::<Vnni>();
     }
     assert!(available());
     // SAFETY: the processor has the instructions.
-    unsafe { run(product) }
+    unsafe { run(work) }
 }
 
 /// Sixteen sums, or the weights that add to them, in each of two registers.
@@ -35,6 +37,7 @@ impl Dot for Vnni {
     const WIDTH: usize = 32;
     const LEAST: i32 = 0;
     type Sums = [__m512i; 2];
+    type Floats = [__m512; 2];
     type Weights = [__m512i; 2];
 
     #[inline(always)]
@@ -44,10 +47,27 @@ impl Dot for Vnni {
     }
 
     #[inline(always)]
+    fn zero_floats() -> Self::Floats {
+        // SAFETY: as above.
+        unsafe { [_mm512_setzero_ps(); 2] }
+    }
+
+    #[inline(always)]
     fn load(weights: &[i8]) -> Self::Weights {
         let halves = weights.as_chunks::<64>().0;
         // SAFETY: as above, and 64 bytes are read where there are 64.
         [&halves[0], &halves[1]].map(|half| unsafe { _mm512_loadu_si512(half.as_ptr().cast()) })
+    }
+
+    #[inline(always)]
+    fn load_halves(weights: &[u8]) -> Self::Weights {
+        let bytes = &weights.as_chunks::<64>().0[0];
+        // SAFETY: as above.
+        unsafe {
+            let bytes = _mm512_loadu_si512(bytes.as_ptr().cast());
+            let (lowest, offset) = (_mm512_set1_epi8(0xf), _mm512_set1_epi8(blocks::OFFSET));
+            [bytes, _mm512_srli_epi16::<4>(bytes)].map(|half| _mm512_sub_epi8(_mm512_and_si512(half, lowest), offset))
+        }
     }
 
     #[inline(always)]
@@ -64,6 +84,27 @@ impl Dot for Vnni {
         for (to, sums) in to.as_chunks_mut::<16>().0.iter_mut().zip(sums) {
             // SAFETY: as above, and 64 bytes are written where there are 64.
             unsafe { _mm512_storeu_si512(to.as_mut_ptr().cast(), sums) }
+        }
+    }
+
+    #[inline(always)]
+    fn add_scaled(floats: Self::Floats, sums: Self::Sums, scales: &[f32]) -> Self::Floats {
+        let scales = scales.as_chunks::<16>().0;
+        // SAFETY: as above, and 16 floats are read where there are 16.
+        unsafe {
+            let scales = [_mm512_loadu_ps(scales[0].as_ptr()), _mm512_loadu_ps(scales[1].as_ptr())];
+            [
+                _mm512_fmadd_ps(_mm512_cvtepi32_ps(sums[0]), scales[0], floats[0]),
+                _mm512_fmadd_ps(_mm512_cvtepi32_ps(sums[1]), scales[1], floats[1]),
+            ]
+        }
+    }
+
+    #[inline(always)]
+    fn store_floats(floats: Self::Floats, to: &mut [f32; WIDEST]) {
+        for (to, floats) in to.as_chunks_mut::<16>().0.iter_mut().zip(floats) {
+            // SAFETY: as above, and 16 floats are written where there are 16.
+            unsafe { _mm512_storeu_ps(to.as_mut_ptr(), floats) }
         }
     }
 }
