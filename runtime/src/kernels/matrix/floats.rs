@@ -27,7 +27,7 @@ pub(super) struct Panels {
 enum Values {
     F32(Vec<f32>),
     I8(Vec<i8>),
-    /// Bytes `[inputs, width / 2]` a panel: the first half of the outputs in the lower halves. Scales `[inputs / BLOCK, width]` a panel.
+    /// Bytes `[inputs / 2, width]` a panel: the first half of the inputs in the lower halves. Scales `[inputs / BLOCK, width]` a panel.
     I4(Vec<u8>, Vec<f32>),
 }
 
@@ -45,13 +45,12 @@ impl Panels {
     pub fn of_nibbles(nibbles: Nibbles<'_>) -> Self {
         let Nibbles { inputs, outputs, .. } = nibbles;
         Self::new([inputs, outputs], |width| {
-            let padded = outputs.next_multiple_of(width);
-            let mut levels = vec![0; padded * inputs / 2];
+            let rows = inputs / 2;
+            let mut levels = vec![0; outputs.next_multiple_of(width) * rows];
             for output in 0..outputs {
                 for input in 0..inputs {
-                    let (at, half) = (output % width % (width / 2), output % width / (width / 2));
-                    let byte = &mut levels[(output / width * inputs + input) * width / 2 + at];
-                    *byte |= nibbles.stored(output, input) << (4 * half);
+                    let byte = &mut levels[(output / width * rows + input % rows) * width + output % width];
+                    *byte |= nibbles.stored(output, input) << (input / rows * 4);
                 }
             }
             Values::I4(levels, nibbles.scales_in_panels(width))
@@ -150,8 +149,11 @@ impl Product<'_> {
                     &expanded
                 }
                 Values::I4(levels, scales) => {
-                    let scales = &scales[panel * size / BLOCK..][..size / BLOCK];
-                    expand(&levels[panel * size / 2..][..size / 2], scales, width, &mut expanded);
+                    let levels = &levels[panel * size / 2..][..size / 2];
+                    expanded.clear();
+                    expanded.extend(levels.iter().map(|byte| f32::from(byte & 0xf) - Nibbles::OFFSET));
+                    expanded.extend(levels.iter().map(|byte| f32::from(byte >> 4) - Nibbles::OFFSET));
+                    scale_blocks(simd, &mut expanded, &scales[panel * size / BLOCK..][..size / BLOCK]);
                     &expanded
                 }
             };
@@ -162,17 +164,16 @@ impl Product<'_> {
     }
 }
 
-/// A panel of 4-bit levels as floats `[inputs, width]`.
+/// Multiplies a panel `[inputs, width]` with the scales `[inputs / BLOCK, width]` of its blocks.
 #[inline(always)]
-fn expand(levels: &[u8], scales: &[f32], width: usize, to: &mut Vec<f32>) {
-    let half = width / 2;
-    to.clear();
-    for (levels, scales) in levels.chunks_exact(BLOCK * half).zip(scales.chunks_exact(width)) {
-        for levels in levels.chunks_exact(half) {
-            to.extend(levels.iter().zip(scales).map(|(byte, scale)| f32::from(byte & 0xf) * scale - Nibbles::OFFSET * scale));
-            to.extend(
-                levels.iter().zip(&scales[half..]).map(|(byte, scale)| f32::from(byte >> 4) * scale - Nibbles::OFFSET * scale),
-            );
+fn scale_blocks<S: Simd>(simd: S, panel: &mut [f32], scales: &[f32]) {
+    let panel = S::as_mut_simd_f32s(panel).0.as_chunks_mut::<REGISTERS>().0;
+    let scales = S::as_simd_f32s(scales).0.as_chunks::<REGISTERS>().0;
+    for (rows, scales) in panel.chunks_exact_mut(BLOCK).zip(scales) {
+        for row in rows {
+            for (values, scales) in row.iter_mut().zip(scales) {
+                *values = simd.mul_f32s(*values, *scales);
+            }
         }
     }
 }
