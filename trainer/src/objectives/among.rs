@@ -31,11 +31,11 @@ impl StepBatch {
         if whole.samples(CONTRAST) > 0.0 && w.contrast + w.cross_modal > 0.0 {
             let mut first = Vec::new();
             for (i, chunk) in self.chunks.iter().enumerate() {
-                let hidden = chunk.forward(model, source, of_chunk(i))?;
-                let encoded = chunk.encode(&hidden, model, recipe)?;
+                let passed = chunk.forward(model, source, of_chunk(i))?;
+                let encoded = chunk.encode(&passed, model, recipe)?;
                 first.push(encoded.detached());
                 // A rank's only pass need not be run again.
-                kept = (self.chunks.len() == 1).then_some((hidden, encoded));
+                kept = (self.chunks.len() == 1).then_some((passed, encoded));
             }
             let members = self.members();
             let own = Own {
@@ -64,15 +64,15 @@ impl StepBatch {
             carrying.gradients = compared.gradients;
         }
         for (i, chunk) in self.chunks.iter().enumerate() {
-            let (hidden, encoded) = match kept.take() {
+            let (passed, encoded) = match kept.take() {
                 Some(both) => both,
                 None => {
-                    let hidden = chunk.forward(model, source, of_chunk(i))?;
-                    let encoded = chunk.encode(&hidden, model, recipe)?;
-                    (hidden, encoded)
+                    let passed = chunk.forward(model, source, of_chunk(i))?;
+                    let encoded = chunk.encode(&passed, model, recipe)?;
+                    (passed, encoded)
                 }
             };
-            let terms = chunk.local_terms(&hidden, model, recipe, source, whole)?;
+            let terms = chunk.local_terms(&passed.hidden, model, recipe, source, whole)?;
             learnt.add(terms, carrying.next(encoded)?)?;
         }
         let (total, losses) = learnt.losses()?;

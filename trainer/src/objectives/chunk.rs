@@ -7,7 +7,7 @@ use super::draft::{Parts, Predictions};
 use super::tally::Tally;
 use super::{Source, matching_loss};
 use super::{detected_labels, grid_labels, region_classification, region_regression};
-use crate::model::{Dropout, PackedBatch, Unimo};
+use crate::model::{Dropout, EmbeddedImages, PackedBatch, Passed, Unimo};
 use crate::recipe::Recipe;
 use crate::tasks::task_loss;
 
@@ -43,7 +43,7 @@ impl Encoded {
 }
 
 impl Chunk {
-    pub(super) fn forward(&self, model: &Unimo, source: &Source, dropout: Dropout) -> Result<Tensor> {
+    pub(super) fn forward(&self, model: &Unimo, source: &Source, dropout: Dropout) -> Result<Passed> {
         let mut pictures = None;
         if !self.records.is_empty() {
             pictures = Some(source.vision.differentiable_regions(&self.records, model.device())?);
@@ -122,22 +122,22 @@ impl Chunk {
         Ok(terms)
     }
 
-    pub(super) fn encode(&self, hidden: &Tensor, model: &Unimo, recipe: &Recipe) -> Result<Encoded> {
-        let parts = &self.parts;
+    pub(super) fn encode(&self, passed: &Passed, model: &Unimo, recipe: &Recipe) -> Result<Encoded> {
+        let (parts, hidden) = (&self.parts, &passed.hidden);
         if parts.text_rows.is_empty() {
             return Ok(Encoded::default());
         }
-        let images = |rows: &[usize]| -> Result<Option<Tensor>> {
-            Ok(if rows.is_empty() { None } else { Some(model.image_embedding(&model.rows(hidden, rows)?)?) })
+        let images = |rows: &[usize], kind: EmbeddedImages| -> Result<Option<Tensor>> {
+            Ok(if rows.is_empty() { None } else { Some(model.image_embedding(&self.packed, passed, rows, kind)?) })
         };
         let texts = |rows: &[usize]| -> Result<Option<Tensor>> {
             Ok(if rows.is_empty() { None } else { Some(model.text_embedding(&model.rows(hidden, rows)?)?) })
         };
         Ok(Encoded {
             tensors: [
-                images(&parts.image_rows)?,
+                images(&parts.image_rows, EmbeddedImages::Described)?,
                 texts(&parts.text_rows)?,
-                images(&parts.retrieved_image_rows)?,
+                images(&parts.retrieved_image_rows, EmbeddedImages::Retrieved)?,
                 texts(&parts.retrieved_text_rows)?,
                 if recipe.weights.cross_modal > 0.0 { self.match_logits(hidden, model)? } else { None },
             ],

@@ -211,9 +211,9 @@ impl StepBatch {
         }
         let mut learnt = Learning::default();
         if let [chunk] = self.chunks.as_slice() {
-            let hidden = chunk.forward(model, source, dropout)?;
-            let mut terms = chunk.local_terms(&hidden, model, recipe, source, whole)?;
-            terms.extend(self.contrast_terms(&chunk.encode(&hidden, model, recipe)?, model, recipe)?);
+            let passed = chunk.forward(model, source, dropout)?;
+            let mut terms = chunk.local_terms(&passed.hidden, model, recipe, source, whole)?;
+            terms.extend(self.contrast_terms(&chunk.encode(&passed, model, recipe)?, model, recipe)?);
             learnt.add(terms, None)?;
             return learnt.finish();
         }
@@ -237,9 +237,9 @@ impl StepBatch {
         }
         let mut carrying = Carrying { gradients: by_leaf, at: [0; 5] };
         for (i, chunk) in self.chunks.iter().enumerate() {
-            let hidden = chunk.forward(model, source, of_chunk(i))?;
-            let terms = chunk.local_terms(&hidden, model, recipe, source, whole)?;
-            learnt.add(terms, carrying.next(chunk.encode(&hidden, model, recipe)?)?)?;
+            let passed = chunk.forward(model, source, of_chunk(i))?;
+            let terms = chunk.local_terms(&passed.hidden, model, recipe, source, whole)?;
+            learnt.add(terms, carrying.next(chunk.encode(&passed, model, recipe)?)?)?;
         }
         learnt.finish()
     }
