@@ -13,6 +13,7 @@ use tempfile::TempDir;
 use unimo::bundle::manifest::{Manifest, Precision, Sizes};
 use unimo::bundle::{Bundle, BundleSource, MANIFEST, sha256_hex};
 use unimo::engine::{self, EngineOptions, Graph, GraphSource, Tensor};
+use unimo::model::Model;
 use unimo::tokenizer::{CLS, PAD, SEP};
 use unimo_export::checkpoint::Checkpoint;
 use unimo_export::export::{ExportOptions, Written, export};
@@ -23,6 +24,8 @@ use unimo_export::quality::{Development, MaxDrop};
 use unimo_export::sample::drawn_samples;
 use unimo_export::upgrade::{UpgradeOptions, upgrade};
 use unimo_tests::reference::{checkpoint, golden, save, scattered};
+use unimo_train::backbone::Backbone;
+use unimo_train::model::ImageEmbedding;
 use unimo_train::scenes::{CorpusOptions, write_corpus};
 
 /// Largest difference from NumPy, as a share of the output's root mean square: both compute in f32, but sum in another order
@@ -52,7 +55,7 @@ impl Exported {
 fn exported() -> &'static Exported {
     static EXPORTED: OnceLock<Exported> = OnceLock::new();
     EXPORTED.get_or_init(|| {
-        let (checkpoint, out) = (checkpoint(), tempfile::tempdir().unwrap());
+        let (checkpoint, out) = (checkpoint(ImageEmbedding::Token), tempfile::tempdir().unwrap());
         let all = options(&Precision::ALL);
         let reports = export(checkpoint.path(), &out.path().join("bundle"), &all, &drawn_samples(2), &|_, _| ()).unwrap();
         Exported { checkpoint, out, reports }
@@ -164,13 +167,68 @@ fn the_graphs_compute_what_numpy_does() {
     let found = outputs(&open(&exported().bundle()), Precision::F32);
     assert_eq!(found.keys().collect::<Vec<_>>(), golden.outputs.keys().collect::<Vec<_>>());
     for (name, expected) in &golden.outputs {
-        let found = &found[name];
-        let rms = (found.iter().map(|&v| f64::from(v).powi(2)).sum::<f64>() / found.len() as f64).sqrt();
-        let errors = expected.at.iter().zip(&expected.values).map(|(&at, value)| (f64::from(found[at]) - value).abs());
-        let error = errors.fold((rms - expected.rms).abs(), f64::max) / expected.rms;
+        let error = expected.error(&found[name]);
         println!("{name:22} {error:.1e}");
         assert!(error <= TOLERANCE, "{name} differs from NumPy by {error:.1e} of its root mean square");
     }
+}
+
+/// The embedding of a picture's mean feature, straight from a checkpoint's tensors in f64.
+fn embedded_mean(checkpoint: &Path, pixels: &[f32]) -> Vec<f64> {
+    let weights = candle_core::safetensors::load(checkpoint.join("model.safetensors"), &Device::Cpu).unwrap();
+    let read = |name: &str| -> Vec<f64> {
+        weights[name].flatten_all().unwrap().to_vec1::<f32>().unwrap().into_iter().map(f64::from).collect()
+    };
+    let [mean, deviation] = ["image.mean", "image.deviation"].map(read);
+    let [weight, bias] = ["embed.image.weight", "embed.image.bias"].map(read);
+    let regions = Backbone::load(&checkpoint.join("backbone.safetensors")).unwrap().forward(pixels).unwrap();
+    let (width, count) = (mean.len(), regions.len() / mean.len());
+    let of_feature = |i: usize| regions.iter().skip(i).step_by(width).map(|&v| f64::from(v)).sum::<f64>() / count as f64;
+    let pooled: Vec<f64> = (0..width).map(|i| (of_feature(i) - mean[i]) / deviation[i]).collect();
+    let product = |row: &[f64]| row.iter().zip(&pooled).map(|(w, x)| w * x).sum::<f64>();
+    let embedded: Vec<f64> = weight.chunks_exact(width).zip(&bias).map(|(row, bias)| product(row) + bias).collect();
+    let length = embedded.iter().map(|v| v * v).sum::<f64>().sqrt();
+    embedded.into_iter().map(|v| v / length).collect()
+}
+
+#[test]
+fn a_pooled_image_embedding_is_the_mean_features_in_every_precision_and_stays_so_when_upgraded() {
+    let (checkpoint, out) = (checkpoint(ImageEmbedding::Pooled), tempfile::tempdir().unwrap());
+    let (target, samples) = (out.path().join("bundle"), drawn_samples(2));
+    let all = options(&[Precision::F32, Precision::F16, Precision::I8]);
+    let reports = export(checkpoint.path(), &target, &all, &samples, &|_, _| ()).unwrap();
+    assert!(reports.iter().all(|written| written.parity.holds()), "{reports:?}");
+
+    let (bundle, golden) = (open(&target), golden());
+    let found = outputs(&bundle, Precision::F32);
+    for (name, expected) in &golden.outputs {
+        // Everything else is as it was: only the image's embedding is made of something else.
+        let expected = if name == "vision.embedding" { &golden.pooled_embedding } else { expected };
+        let error = expected.error(&found[name]);
+        println!("{name:22} {error:.1e}");
+        assert!(error <= TOLERANCE, "{name} differs from NumPy by {error:.1e} of its root mean square");
+    }
+    // Of the last layer nothing is computed that nobody reads.
+    let onnx = |precision| bundle.read(&Manifest::graph_file(precision, "vision")).unwrap();
+    let vision = String::from_utf8_lossy(onnx(Precision::F32));
+    assert!(vision.contains("layers.1.attention.qkv.weight") && !vision.contains("layers.1.attention.output"));
+
+    let pixels = bundle.manifest().image.tensor(&samples[0].image);
+    let expected = embedded_mean(checkpoint.path(), &pixels);
+    // Rounded weights: as `smaller_weights_change_little` has it.
+    for (precision, least) in [(Precision::F32, 1.0 - 1e-6), (Precision::F16, 0.9999), (Precision::I8, 0.98)] {
+        let options = EngineOptions { precision: Some(precision), ..EngineOptions::default() };
+        let model = Model::open(&BundleSource::Path(target.clone()), &options).unwrap();
+        let embedding = model.embed_image(&samples[0].image).unwrap();
+        let cosine = embedding.iter().zip(&expected).map(|(a, b)| f64::from(*a) * b).sum::<f64>();
+        println!("{precision} {cosine:.7}");
+        assert!((least..1.0 + 1e-6).contains(&cosine), "{precision}: cosine {cosine}");
+    }
+
+    let again = out.path().join("again");
+    let report = upgrade(&target, &again, &UpgradeOptions::default(), &samples, &|_, _| ()).unwrap().0;
+    assert_eq!(files(&again), files(&target));
+    assert!(report.outputs.iter().any(|output| output.output == "embedding" && output.graph == "vision"), "{report}");
 }
 
 #[test]
@@ -254,8 +312,8 @@ fn a_bundle_is_a_checkpoint_again() {
     let bundle = open(&exported.bundle());
     for (precision, tolerance) in [(Precision::F32, 1e-5), (Precision::I8, 1e-5), (Precision::I4, 1e-5)] {
         let (folder, again) = (out.path().join(format!("{precision}")), out.path().join(format!("{precision}.tar")));
-        from_bundle::write(&bundle, Some(precision), &folder).unwrap();
-        let error = format!("{:#}", from_bundle::write(&bundle, None, &folder).unwrap_err());
+        from_bundle::write(&bundle, Some(precision), None, &folder).unwrap();
+        let error = format!("{:#}", from_bundle::write(&bundle, None, None, &folder).unwrap_err());
         assert!(error.ends_with("is already there"), "{error}");
         export(&folder, &again, &options(&[Precision::F32]), &drawn_samples(1), &|_, _| ()).unwrap();
         let (before, after) = (outputs(&bundle, precision), outputs(&open(&again), Precision::F32));
@@ -265,6 +323,16 @@ fn a_bundle_is_a_checkpoint_again() {
             assert!(error < tolerance, "{precision} {name}: {error}");
         }
     }
+    // With an embedding of the other kind, all but that is what it was.
+    let (pooled, again) = (out.path().join("pooled"), out.path().join("pooled.tar"));
+    from_bundle::write(&bundle, None, Some(ImageEmbedding::Pooled), &pooled).unwrap();
+    export(&pooled, &again, &options(&[Precision::F32]), &drawn_samples(1), &|_, _| ()).unwrap();
+    let (before, after) = (outputs(&bundle, Precision::F32), outputs(&open(&again), Precision::F32));
+    let differ = |name: &String| before[name].iter().zip(&after[name]).any(|(b, a)| (b - a).abs() > 1e-4);
+    assert_eq!(before.keys().filter(|name| differ(name)).collect::<Vec<_>>(), ["vision.embedding"]);
+    from_bundle::write(&open(&again), None, None, &out.path().join("still-pooled")).unwrap();
+    let sizes = fs::read_to_string(out.path().join("still-pooled/model.toml")).unwrap();
+    assert!(sizes.contains("image_embedding = \"pooled\""), "{sizes}");
     // Quantized once more, 8-bit weights are what they were.
     let again = out.path().join("again");
     export(&out.path().join("i8"), &again, &options(&[Precision::I8]), &drawn_samples(1), &|_, _| ()).unwrap();

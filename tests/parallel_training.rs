@@ -10,6 +10,7 @@ use std::time::{Duration, Instant};
 use tempfile::TempDir;
 use unimo_tests::{Run, path, program};
 use unimo_train::backbone;
+use unimo_train::model::{ImageEmbedding, ModelConfig};
 
 /// Every objective that compares or averages, with dropout. As many passes as the most ranks that are tried: dropout goes by the
 /// pass, so the passes of one process are those of the ranks.
@@ -37,6 +38,33 @@ fragment_pairs = 3
 texts = 5
 fragment_texts = 3
 images_alone = 3
+[weights]
+cross_modal = 0.5
+[optimizer]
+learning_rate = 1e-3
+warmup_steps = 2
+";
+
+/// Pictures contrasted by their mean features, further ones among them. As many passes as the most ranks that are tried.
+const POOLED: &str = "
+steps = 8
+views = 2
+dropout = 0.1
+checkpoint_every = 4
+evaluate_every = 100
+[batch]
+chunks = 4
+images = 5
+hidden_regions = 0.1
+captions = 1
+contrast_captions = 2
+contrast_pairs = 9
+match_images = 3
+match_negatives = 1
+retrieved_pairs = 4
+retrieved_images = 2
+retrieved_texts = 1
+texts = 3
 [weights]
 cross_modal = 0.5
 [optimizer]
@@ -117,8 +145,9 @@ impl Bench {
 
     fn pretrain_words(&self, run: &str, more: &str) -> Vec<String> {
         let recipe = if more.contains("--recipe") { "" } else { "--recipe {}/recipe.toml" };
+        let size = if more.contains("--size") { "" } else { "--size pico" };
         self.words(&format!(
-            "pretrain --size pico --tokenizer {{}}/tokenizer.json --backbone {{}}/backbone --pairs {{}}/scenes \
+            "pretrain {size} --tokenizer {{}}/tokenizer.json --backbone {{}}/backbone --pairs {{}}/scenes \
              --images {{}}/scenes --texts {{}}/texts.txt --rewrites {{}}/rewrites --retrieved {{}}/retrieved --features {{}}/features \
              --out {{}}/{run} {recipe} {more}"
         ))
@@ -219,6 +248,37 @@ fn the_curve_is_that_of_one_process_whatever_the_number_of_ranks() {
     bench.train(1, "whole", "--recipe {}/whole.toml");
     bench.train(2, "halves", "--recipe {}/whole.toml");
     assert_alike(&bench.curve("halves"), &bench.curve("whole"), "halves");
+}
+
+#[test]
+fn further_pairs_are_shared_out_among_ranks() {
+    let bench = Bench::new();
+    let size = ModelConfig { image_embedding: ImageEmbedding::Pooled, ..ModelConfig::named("pico").unwrap() };
+    bench.recipe("pooled-size.toml", &toml::to_string(&size).unwrap());
+    bench.recipe("pooled.toml", POOLED);
+    let more = "--size {}/pooled-size.toml --recipe {}/pooled.toml";
+    bench.train(1, "one", more);
+    let one = bench.curve("one");
+    for ranks in [2, 4] {
+        let run = format!("of-{ranks}");
+        bench.train(ranks, &run, more);
+        assert_alike(&bench.curve(&run), &one, &run);
+    }
+
+    // In the first contrast alone; one pass, without dropout, that is cut in two. Then nothing but further pairs.
+    let plain = POOLED.replace("chunks = 4", "").replace("dropout = 0.1", "dropout = 0.0").replace("cross_modal = 0.5", "");
+    let plain = plain.replace("retrieved_pairs = 4", "");
+    let alone = "steps = 4\nviews = 2\ndropout = 0.0\n[batch]\nimages = 0\ncaptions = 0\ncontrast_pairs = 9\n";
+    for (name, recipe) in [("plain", plain.as_str()), ("alone", alone)] {
+        bench.recipe(&format!("{name}.toml"), recipe);
+        let more = format!("--size {{}}/pooled-size.toml --recipe {{}}/{name}.toml");
+        let runs = [1, 2].map(|ranks| {
+            let run = format!("{name}-{ranks}");
+            bench.train(ranks, &run, &more);
+            bench.curve(&run)
+        });
+        assert_alike(&runs[1], &runs[0], name);
+    }
 }
 
 #[test]

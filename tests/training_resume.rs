@@ -3,7 +3,7 @@
 use std::path::{Path, PathBuf};
 
 use unimo_train::ablation::{Plan, ablate};
-use unimo_train::model::ModelConfig;
+use unimo_train::model::{ImageEmbedding, ModelConfig};
 use unimo_train::recipe::Recipe;
 use unimo_train::retrieval::{RetrievalJob, Seer, retrieve};
 use unimo_train::rewriting::{Counts, RewriteJob, rewrite};
@@ -55,6 +55,30 @@ contrast_captions = 2
 match_images = 2
 match_negatives = 1
 fragment_pairs = 1
+[optimizer]
+learning_rate = 1e-3
+warmup_steps = 2
+";
+
+/// What contrasts pictures by their mean features, further ones among them.
+const POOLED: &str = "
+steps = 4
+views = 2
+checkpoint_every = 2
+evaluate_every = 100
+[batch]
+images = 3
+hidden_regions = 0.1
+captions = 2
+contrast_captions = 2
+contrast_pairs = 7
+match_images = 2
+match_negatives = 1
+retrieved_pairs = 2
+retrieved_images = 2
+retrieved_texts = 1
+[weights]
+cross_modal = 0.5
 [optimizer]
 learning_rate = 1e-3
 warmup_steps = 2
@@ -122,6 +146,14 @@ fn job(folder: &Path, run: &str) -> TrainingJob {
     }
 }
 
+/// A job that trains a model whose image embedding is pooled.
+fn pooled_job(folder: &Path, run: &str) -> TrainingJob {
+    let mut job = job(folder, run);
+    job.size.image_embedding = ImageEmbedding::Pooled;
+    job.recipe = Recipe::from_toml(POOLED).unwrap();
+    job
+}
+
 /// Step and loss of every step in a run's log.
 fn curve(run: &Path) -> Vec<(u64, f64)> {
     let log = std::fs::read_to_string(run.join("log.jsonl")).unwrap();
@@ -138,14 +170,17 @@ fn moments(run: &Path) -> std::collections::HashMap<String, candle_core::Tensor>
 #[test]
 fn every_parameter_gets_a_finite_gradient_that_is_not_zero() {
     let folder = tempfile::tempdir().unwrap();
-    let job = job(folder.path(), "run");
-    training::run(&TrainingJob { stop_after: Some(2), ..job.clone() }).unwrap();
-    let moments = moments(&job.run);
-    for (name, _) in ModelConfig::named("pico").unwrap().weights() {
-        let second = moments[&format!("{name}.second")].flatten_all().unwrap().to_vec1::<f32>().unwrap();
-        assert!(second.iter().all(|v| v.is_finite()), "{name}: a gradient is not finite");
-        // The second moment is a sum of squared gradients: zero everywhere means that none arrived.
-        assert!(second.iter().any(|&v| v > 0.0), "{name}: no gradient arrives");
+    for (run, image_embedding) in [("token", ImageEmbedding::Token), ("pooled", ImageEmbedding::Pooled)] {
+        let mut job = job(folder.path(), run);
+        job.size.image_embedding = image_embedding;
+        training::run(&TrainingJob { stop_after: Some(2), ..job.clone() }).unwrap();
+        let moments = moments(&job.run);
+        for (name, _) in job.size.weights() {
+            let second = moments[&format!("{name}.second")].flatten_all().unwrap().to_vec1::<f32>().unwrap();
+            assert!(second.iter().all(|v| v.is_finite()), "{run} {name}: a gradient is not finite");
+            // The second moment is a sum of squared gradients: zero everywhere means that none arrived.
+            assert!(second.iter().any(|&v| v > 0.0), "{run} {name}: no gradient arrives");
+        }
     }
 }
 
@@ -188,11 +223,18 @@ fn losses(run: &Path) -> Vec<std::collections::BTreeMap<String, f64>> {
 #[test]
 fn a_step_in_chunks_teaches_what_one_pass_does() {
     let folder = tempfile::tempdir().unwrap();
-    for (name, recipe) in [("frozen", RECIPE), ("trained", WITH_BACKBONE)] {
+    let token = ImageEmbedding::Token;
+    for (name, recipe, image_embedding) in [
+        ("frozen", RECIPE, token),
+        ("trained", WITH_BACKBONE, token),
+        ("pooled", POOLED, ImageEmbedding::Pooled),
+        ("pooled and trained", WITH_BACKBONE, ImageEmbedding::Pooled),
+    ] {
         let run = |chunks: usize| {
             // Dropout would differ: it goes by a row's place in its pass.
             let mut job = job(folder.path(), &format!("{name}-{chunks}"));
             job.size.dropout = 0.0;
+            job.size.image_embedding = image_embedding;
             job.recipe = Recipe::from_toml(recipe).unwrap();
             job.recipe.steps = 2;
             job.recipe.batch.chunks = chunks;
@@ -216,6 +258,49 @@ fn a_step_in_chunks_teaches_what_one_pass_does() {
             assert!(difference <= 1e-2 * scale + 1e-7, "{name}: {weight} differs by {difference} of {scale}");
         }
     }
+}
+
+#[test]
+fn further_pairs_change_the_contrast_alone_and_a_run_with_them_is_resumed_exactly() {
+    let folder = tempfile::tempdir().unwrap();
+    let whole = pooled_job(folder.path(), "whole");
+    training::run(&whole).unwrap();
+    let cut = pooled_job(folder.path(), "cut");
+    training::run(&TrainingJob { stop_after: Some(3), ..cut.clone() }).unwrap();
+    training::run(&TrainingJob { resume: true, ..cut.clone() }).unwrap();
+    assert_eq!(curve(&cut.run), curve(&whole.run));
+
+    let mut fewer = pooled_job(folder.path(), "fewer");
+    fewer.recipe.batch.contrast_pairs = 0;
+    fewer.recipe.ends_at = Some(1);
+    training::run(&fewer).unwrap();
+    let [with, without] = [&whole, &fewer].map(|job| losses(&job.run).swap_remove(0));
+    assert_eq!(with.keys().collect::<Vec<_>>(), without.keys().collect::<Vec<_>>());
+    for (objective, loss) in &with {
+        // Ten pictures instead of three to choose among; dropout of everything else goes by its row, and further texts come last.
+        let other = without[objective];
+        assert_eq!(objective == "contrast", (loss - other).abs() > 1e-4, "{objective}: {loss} against {other}");
+    }
+
+    // Nothing but further pairs.
+    let mut alone = pooled_job(folder.path(), "alone");
+    alone.recipe = Recipe::from_toml("steps = 2\nviews = 2\n[batch]\nimages = 0\ncaptions = 0\ncontrast_pairs = 10\n").unwrap();
+    training::run(&alone).unwrap();
+    assert!(losses(&alone.run).iter().all(|step| step.len() == 1 && step["contrast"] > 1.0));
+}
+
+#[test]
+fn further_pairs_are_refused_where_they_cannot_be_had() {
+    let folder = tempfile::tempdir().unwrap();
+    let refused = |job: TrainingJob| training::run(&job).unwrap_err().to_string();
+    let mut token = pooled_job(folder.path(), "token");
+    token.size.image_embedding = ImageEmbedding::Token;
+    let error = refused(token);
+    assert!(error.starts_with("pico embeds a picture's [IMG]") && error.contains("image_embedding = \"pooled\""), "{error}");
+    let mut many = pooled_job(folder.path(), "many");
+    many.recipe.batch.contrast_pairs = 8;
+    let error = refused(many);
+    assert!(error.contains("8 contrast_pairs") && error.ends_with("only 10 pictures with captions"), "{error}");
 }
 
 #[test]

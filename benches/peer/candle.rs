@@ -54,7 +54,7 @@ impl Peer for Vision {
         let config = self.model.config();
         let regions = Tensor::from_vec(regions, (1, config.regions(), config.region_feature), &Device::Cpu)?;
         let encoded = self.model.encode_image(&regions)?;
-        let embedding = self.model.image_embedding(&encoded.hidden.narrow(1, 0, 1)?.squeeze(1)?)?;
+        let embedding = self.model.embed_image(&encoded)?;
         Ok(vec![embedding.flatten_all()?.to_vec1()?])
     }
 }

@@ -1,5 +1,5 @@
-//! A trainer's checkpoint with all its weights as plain f32 values. The standardisation of region features is folded into
-//! `image.feature`: the bundle's graphs take features as the backbone gives them.
+//! A trainer's checkpoint with all its weights as plain f32 values. The standardisation of region features is folded into the
+//! layers that take them: the bundle's graphs take features as the backbone gives them.
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};

@@ -7,7 +7,7 @@ use anyhow::{Context, Result, bail};
 use candle_core::{Device, Tensor};
 use unimo::bundle::Bundle;
 use unimo::bundle::manifest::Precision;
-use unimo_train::model::{ModelConfig, Unimo, region_boxes};
+use unimo_train::model::{ImageEmbedding, ModelConfig, Unimo, region_boxes};
 
 use crate::backbone_file;
 use crate::graph::{WeightStore, transposed};
@@ -18,19 +18,20 @@ use crate::writing::{clear, sibling};
 const SEED: u64 = 1;
 
 /// Writes the weights of a bundle's precision (its widest, if none is named) as a checkpoint folder. What only pretraining uses, the heads
-/// of masked regions and the contrast's temperature, is fresh; optimiser and run state are left out: training begins anew from it.
+/// of masked regions and the contrast's temperature, is fresh, and so is the image embedding where `embedding` asks for another kind
+/// than the bundle's; optimiser and run state are left out: training begins anew from it.
 ///
 /// # Errors
 /// A bundle that is damaged or has a backbone other than the trainer's, a folder that is there already, or failed writes; nothing is left
 /// at `out` then.
-pub fn write(bundle: &Bundle, precision: Option<Precision>, out: &Path) -> Result<()> {
+pub fn write(bundle: &Bundle, precision: Option<Precision>, embedding: Option<ImageEmbedding>, out: &Path) -> Result<()> {
     if out.exists() {
         bail!("{} is already there", out.display());
     }
     let there = &bundle.manifest().precisions;
     let widest = Precision::ALL.into_iter().find(|precision| there.contains(precision));
     let weights = stored::weights_of(bundle, bundle.precision(precision.or(widest))?)?;
-    let model = model(bundle, &weights)?;
+    let model = model(bundle, &weights, embedding)?;
     let partial = sibling(out, "partial");
     let write = || -> Result<()> {
         clear(&partial)?;
@@ -47,11 +48,16 @@ pub fn write(bundle: &Bundle, precision: Option<Precision>, out: &Path) -> Resul
     written
 }
 
-fn model(bundle: &Bundle, weights: &WeightStore) -> Result<Unimo> {
-    let config = config(bundle, weights)?;
-    let model = Unimo::new(config, SEED, &Device::Cpu)?;
+fn model(bundle: &Bundle, weights: &WeightStore, embedding: Option<ImageEmbedding>) -> Result<Unimo> {
+    let own = config(bundle, weights)?;
+    let image_embedding = embedding.unwrap_or(own.image_embedding);
+    let fresh = image_embedding != own.image_embedding;
+    let model = Unimo::new(ModelConfig { image_embedding, ..own }, SEED, &Device::Cpu)?;
     let places = weights.values("image.places")?;
     for (name, var) in model.weights() {
+        if fresh && name.starts_with("embed.image.") {
+            continue;
+        }
         let shape = var.dims();
         let values = match (weights.get(name), shape) {
             // Bundles hold matrices as `[inputs, outputs]`; the token table and the positions stand as they are trained.
@@ -82,6 +88,8 @@ fn config(bundle: &Bundle, weights: &WeightStore) -> Result<ModelConfig> {
     if grid * grid != sizes.image_tokens - 1 {
         bail!("{} image tokens are no grid", sizes.image_tokens);
     }
+    let embedded = weights.get("embed.image.weight").context("the bundle has no weight `embed.image.weight`")?;
+    let pooled = embedded.shape.first() == Some(&sizes.region_feature);
     let known = ModelConfig::named(&sizes.name).or_else(|_| ModelConfig::named("edge-s"))?;
     Ok(ModelConfig {
         name: sizes.name.clone(),
@@ -92,6 +100,7 @@ fn config(bundle: &Bundle, weights: &WeightStore) -> Result<ModelConfig> {
         vocabulary: sizes.vocabulary,
         positions: sizes.positions,
         embedding: sizes.embedding,
+        image_embedding: if pooled { ImageEmbedding::Pooled } else { ImageEmbedding::Token },
         region_feature: sizes.region_feature,
         grid,
         detected_regions: 0,

@@ -20,6 +20,7 @@ use unimo_export::parity::Sample;
 use unimo_export::quality::{Development, Figures, MaxDrop};
 use unimo_export::sample::drawn_samples;
 use unimo_export::upgrade::{UpgradeOptions, upgrade};
+use unimo_train::model::ImageEmbedding;
 
 const EXAMPLES: &str = "Examples:
   unimo-export --checkpoint runs/edge-s-caption --out edge-s.tar --verify flickr8k/dev-0000.tar
@@ -69,6 +70,10 @@ enum Command {
         /// Which of its precisions [default: the widest]
         #[arg(long, value_name = "NAME")]
         precision: Option<Precision>,
+        /// What of a picture is taken into the space of images and texts: token, pooled; where the bundle has the other, that layer is
+        /// fresh and must be trained [default: the bundle's]
+        #[arg(long, value_name = "KIND")]
+        image_embedding: Option<ImageEmbedding>,
         /// Folder to write
         #[arg(long, value_name = "FOLDER")]
         out: PathBuf,
@@ -270,8 +275,8 @@ fn dispatch(cli: Cli) -> Result<()> {
             let bytes = unimo_export::backbone_file::extract(&Bundle::open(&BundleSource::Path(bundle))?)?;
             std::fs::write(&out, bytes).with_context(|| format!("cannot write {}", out.display()))
         }
-        Some(Command::Checkpoint { bundle, precision, out }) => {
-            from_bundle::write(&Bundle::open(&BundleSource::Path(bundle))?, precision, &out)?;
+        Some(Command::Checkpoint { bundle, precision, image_embedding, out }) => {
+            from_bundle::write(&Bundle::open(&BundleSource::Path(bundle))?, precision, image_embedding, &out)?;
             println!("{}", out.display());
             Ok(())
         }

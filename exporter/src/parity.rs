@@ -156,7 +156,7 @@ impl Session<'_> {
         let pixels = image.tensor(&sample.image);
         let regions = checkpoint.backbone.forward(&pixels)?;
         let encoded = model.encode_image(&Candle::from_slice(&regions, (1, GRID * GRID, FEATURES), &Device::Cpu)?)?;
-        let embedding = model.image_embedding(&encoded.hidden.narrow(1, 0, 1)?.squeeze(1)?)?;
+        let embedding = model.embed_image(&encoded)?;
 
         let shape = [1, 3, image.height as usize, image.width as usize];
         let seen = self.run("vision", &[("pixels", &tensor(&shape, pixels)?)])?;

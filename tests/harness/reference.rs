@@ -8,7 +8,7 @@ use candle_core::{DType, Device, Tensor};
 use serde::Deserialize;
 use tempfile::TempDir;
 use unimo_train::backbone::layer_shapes;
-use unimo_train::model::ModelConfig;
+use unimo_train::model::{ImageEmbedding, ModelConfig};
 use unimo_train::tokenizer_training;
 
 const GOLDEN: &str = include_str!("../../exporter/tests/reference/golden.json");
@@ -20,6 +20,8 @@ pub struct Golden {
     sizes: BTreeMap<String, usize>,
     /// By graph and output.
     pub outputs: BTreeMap<String, GoldenOutput>,
+    /// `vision.embedding` of the same model with a pooled image embedding.
+    pub pooled_embedding: GoldenOutput,
 }
 
 /// An output: its root mean square, and some of its values.
@@ -34,15 +36,25 @@ pub struct GoldenOutput {
     pub values: Vec<f64>,
 }
 
+impl GoldenOutput {
+    /// Largest difference from values that should be these, as a share of the root mean square.
+    pub fn error(&self, found: &[f32]) -> f64 {
+        let rms = (found.iter().map(|&v| f64::from(v).powi(2)).sum::<f64>() / found.len() as f64).sqrt();
+        let errors = self.at.iter().zip(&self.values).map(|(&at, value)| (f64::from(found[at]) - value).abs());
+        errors.fold((rms - self.rms).abs(), f64::max) / self.rms
+    }
+}
+
 /// What the script has printed.
 pub fn golden() -> Golden {
     serde_json::from_str(GOLDEN).unwrap()
 }
 
 /// The sizes of the reference script, with what only training needs.
-fn sizes() -> ModelConfig {
+fn sizes(image_embedding: ImageEmbedding) -> ModelConfig {
     let sizes = golden().sizes.iter().map(|(name, value)| format!("{name} = {value}\n")).collect::<String>();
-    ModelConfig::from_toml(&format!("name = \"golden\"\nregion_classes = 8\ndropout = 0.1\n{sizes}")).unwrap()
+    let sizes = ModelConfig::from_toml(&format!("name = \"golden\"\nregion_classes = 8\ndropout = 0.1\n{sizes}")).unwrap();
+    ModelConfig { image_embedding, ..sizes }
 }
 
 /// `scattered` of the reference script: values in `centre ± bound`, fixed by the tensor's name.
@@ -93,8 +105,8 @@ pub fn save(weights: &HashMap<String, Tensor>, path: &Path) {
 }
 
 /// The reference script's model as a checkpoint folder.
-pub fn checkpoint() -> TempDir {
-    let (folder, sizes) = (tempfile::tempdir().unwrap(), sizes());
+pub fn checkpoint(image_embedding: ImageEmbedding) -> TempDir {
+    let (folder, sizes) = (tempfile::tempdir().unwrap(), sizes(image_embedding));
     let at = |file: &str| folder.path().join(file);
     let words = "one two three four five six seven eight nine ten eleven twelve";
     let text = words.repeat(4);

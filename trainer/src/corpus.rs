@@ -9,7 +9,9 @@ use unimo::tokenizer::{CLS, SEP, Tokenizer};
 
 use crate::detections::{DetectionCache, DetectionFile};
 use crate::features::{FeatureCache, FeatureFile, is_mirrored};
+use crate::model::RegionStatistics;
 use crate::names::Names;
+use crate::ops::kernels::add_assign;
 use crate::regions::Record;
 use crate::retrieval;
 use crate::rewriting;
@@ -376,6 +378,35 @@ impl Corpus {
     #[must_use]
     pub fn pair_record(&self, pair: usize, view: usize) -> Record {
         self.record(self.pairs[pair].picture, view)
+    }
+
+    /// Mean of the standardised features of those regions of pair `pair`'s picture in a view that are `shown`, each asked for in
+    /// turn; zeros where none is. The cache must hold region features, as it does for a backbone that is not trained.
+    #[must_use]
+    pub fn pair_mean(
+        &self,
+        pair: usize,
+        view: usize,
+        statistics: &RegionStatistics,
+        mut shown: impl FnMut() -> bool,
+    ) -> Vec<f32> {
+        let (picture, width) = (self.pairs[pair].picture, statistics.mean.len());
+        let (mut mean, count) = match &self.files[picture.file as usize] {
+            PictureFile::Grid(file) => file.sum(picture.index as usize, view, width, shown),
+            PictureFile::Detected(file) => {
+                let (record, mut sum, mut count) = (file.get(picture.index as usize), vec![0f32; width], 0);
+                for row in record.values.chunks_exact(width).filter(|_| shown()) {
+                    add_assign(&mut sum, row);
+                    count += 1;
+                }
+                (sum, count)
+            }
+        };
+        let (share, seen) = (1.0 / count.max(1) as f32, if count > 0 { 1.0 } else { 0.0 });
+        for ((value, mean), deviation) in mean.iter_mut().zip(&statistics.mean).zip(&statistics.deviation) {
+            *value = (*value * share - mean * seen) / deviation;
+        }
+        mean
     }
 
     /// Cached record of a picture without captions.

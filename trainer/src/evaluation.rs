@@ -63,7 +63,7 @@ pub fn evaluate(model: &Unimo, vision: &Vision, tokenizer: &Tokenizer, corpus: &
         for group in alike(&records, BATCH) {
             let encoded = model.encode_records(&group.iter().map(|&i| &records[i]).collect::<Vec<_>>())?;
             let written = model.greedy_captions(&encoded, MAX_WORDS)?;
-            let embedded = model.image_embedding(&encoded.hidden.narrow(1, 0, 1)?.squeeze(1)?)?.to_vec2::<f32>()?;
+            let embedded = model.embed_image(&encoded)?.to_vec2::<f32>()?;
             for ((&i, ids), embedding) in group.iter().zip(written).zip(embedded) {
                 captions[start + i] = tokenizer.decode(&ids);
                 images[start + i] = embedding;

@@ -22,6 +22,7 @@ use sha2::{Digest, Sha256};
 use unimo::image::{DecodeLimits, ImagePreparation};
 
 use crate::backbone::{Backbone, record_values};
+use crate::ops::kernels::add_assign;
 use crate::shards::{self, Damage, ShardReport};
 
 /// Goes into the stamp: raised when views or records are made in another way.
@@ -93,13 +94,37 @@ impl FeatureFile {
     /// Record of picture `index` in one of its views (taken modulo the number of views).
     #[must_use]
     pub fn get(&self, index: usize, view: usize) -> Vec<f32> {
-        let bytes = self.values * 2;
-        let start = self.offset + (index * self.views + view % self.views) * bytes;
-        let bits: Vec<u16> = self.map[start..start + bytes].chunks_exact(2).map(|b| u16::from_le_bytes([b[0], b[1]])).collect();
         let mut values = vec![0f32; self.values];
-        bits.reinterpret_cast::<f16>().convert_to_f32_slice(&mut values);
+        read_halves(self.bytes(index, view), &mut vec![0; self.values], &mut values);
         values
     }
+
+    /// Sum of those rows of `width` values of a record that are `shown`, each asked for in turn, and how many they are.
+    #[must_use]
+    pub fn sum(&self, index: usize, view: usize, width: usize, mut shown: impl FnMut() -> bool) -> (Vec<f32>, usize) {
+        let (mut sum, mut count) = (vec![0f32; width], 0);
+        let (mut bits, mut row) = (vec![0u16; width], vec![0f32; width]);
+        for bytes in self.bytes(index, view).chunks_exact(2 * width) {
+            if shown() {
+                read_halves(bytes, &mut bits, &mut row);
+                add_assign(&mut sum, &row);
+                count += 1;
+            }
+        }
+        (sum, count)
+    }
+
+    fn bytes(&self, index: usize, view: usize) -> &[u8] {
+        let bytes = self.values * 2;
+        let start = self.offset + (index * self.views + view % self.views) * bytes;
+        &self.map[start..start + bytes]
+    }
+}
+
+/// Reads 16-bit floats; `bits` is room for as many.
+fn read_halves(bytes: &[u8], bits: &mut [u16], values: &mut [f32]) {
+    bits.iter_mut().zip(bytes.chunks_exact(2)).for_each(|(bits, b)| *bits = u16::from_le_bytes([b[0], b[1]]));
+    bits.reinterpret_cast::<f16>().convert_to_f32_slice(values);
 }
 
 /// Makes and finds cached features.

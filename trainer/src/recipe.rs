@@ -47,6 +47,9 @@ pub struct Recipe {
     pub optimizer: OptimizerConfig,
 }
 
+fn none(count: &usize) -> bool {
+    *count == 0
+}
 fn plain_temperature() -> f64 {
     1.0
 }
@@ -92,6 +95,11 @@ pub struct BatchConfig {
     /// Captions of each picture encoded alone for the contrast.
     #[serde(default)]
     pub contrast_captions: usize,
+    /// Further pictures, each with one of its captions, that take part in the contrast alone (not in `cross_modal`): the picture by
+    /// the mean of its features, the caption encoded alone. They cost little and give every picture and caption more to be told from.
+    /// For models whose image embedding is pooled.
+    #[serde(default, skip_serializing_if = "none")]
+    pub contrast_pairs: usize,
     /// Pictures encoded jointly with their own and with wrong captions.
     #[serde(default)]
     pub match_images: usize,
@@ -204,14 +212,14 @@ impl Recipe {
         if let Some(end) = recipe.ends_at.filter(|end| !(1..=recipe.steps).contains(end)) {
             bail!("ends_at {end} is not one of the {} steps", recipe.steps);
         }
-        if b.images + b.texts + b.fragment_texts + b.images_alone + b.task_examples == 0 {
+        if b.images + b.contrast_pairs + b.texts + b.fragment_texts + b.images_alone + b.task_examples == 0 {
             bail!("the batch is empty");
         }
         if b.match_images.max(b.masked_pairs).max(b.fragment_pairs).max(b.retrieved_pairs) > b.images {
             bail!("match_images, masked_pairs, fragment_pairs and retrieved_pairs are taken from the step's {} images", b.images);
         }
-        if b.chunks == 0 || b.chunks > b.images.max(b.task_examples).max(1) {
-            let most = b.images.max(b.task_examples).max(1);
+        let most = b.images.max(b.contrast_pairs).max(b.task_examples).max(1);
+        if b.chunks == 0 || b.chunks > most {
             bail!("a step of {} images is cut into 1 to {most} chunks, not {}", b.images, b.chunks);
         }
         if b.retrieved_pairs > 0 && (b.retrieved_images + b.retrieved_texts == 0 || recipe.weights.cross_modal == 0.0) {
@@ -220,6 +228,7 @@ impl Recipe {
         if b.contrast_captions > 0 && b.images < 2 {
             bail!("a contrast needs at least 2 images in a step");
         }
+        recipe.check_contrast_pairs()?;
         if !(0.0..1.0).contains(&b.hidden_regions) {
             bail!("hidden_regions {} is not in [0, 1)", b.hidden_regions);
         }
@@ -246,6 +255,23 @@ impl Recipe {
         Ok(recipe)
     }
 
+    fn check_contrast_pairs(&self) -> Result<()> {
+        let b = &self.batch;
+        if b.contrast_pairs == 0 {
+            return Ok(());
+        }
+        if self.weights.contrast <= 0.0 {
+            bail!("contrast_pairs take part in the contrast alone, whose weight is {}", self.weights.contrast);
+        }
+        if self.trained_blocks > 0 {
+            bail!("contrast_pairs are seen by a backbone that stays as it is: they need trained_blocks 0");
+        }
+        if b.contrast_pairs + if b.contrast_captions > 0 { b.images } else { 0 } < 2 {
+            bail!("a single one of contrast_pairs has nothing to be told from");
+        }
+        Ok(())
+    }
+
     /// Reads a recipe file.
     ///
     /// # Errors
@@ -261,6 +287,17 @@ mod tests {
     use super::*;
 
     #[test]
+    fn a_recipe_without_further_pairs_is_written_as_ever() {
+        let plain = "steps = 10\n[batch]\nimages = 4\ncaptions = 5\n";
+        let written = |text: &str| toml::to_string(&Recipe::from_toml(text).unwrap()).unwrap();
+        assert!(!written(plain).contains("contrast_pairs"));
+        assert!(written(&format!("{plain}contrast_pairs = 3\n")).contains("contrast_pairs = 3"));
+        // A step of nothing else.
+        let alone = "steps = 10\n[batch]\nimages = 0\ncaptions = 0\nchunks = 6\ncontrast_pairs = 6\n";
+        assert_eq!(Recipe::from_toml(alone).unwrap().batch.contrast_pairs, 6);
+    }
+
+    #[test]
     fn nonsense_is_refused_with_its_reason() {
         let good = "steps = 10\n[batch]\nimages = 4\ncaptions = 5\n";
         assert_eq!(Recipe::from_toml(good).unwrap().weights, LossWeights::default());
@@ -271,6 +308,8 @@ mod tests {
             ("hidden_regions = 1.0", "hidden_regions"),
             ("chunks = 5", "1 to 4 chunks"),
             ("retrieved_pairs = 2\nretrieved_texts = 1", "cross_modal"),
+            ("contrast_pairs = 2\n[weights]\ncontrast = 0.0", "whose weight is 0"),
+            ("contrast_pairs = 1", "nothing to be told from"),
             ("[weights]\nlabel_smoothing = 1.5", "label_smoothing"),
         ] {
             let error = format!("{:#}", Recipe::from_toml(&format!("{good}{change}\n")).unwrap_err());
@@ -281,6 +320,7 @@ mod tests {
             ("ends_at = 11", "", "ends_at 11"),
             ("trained_blocks = 18", "", "17 blocks"),
             ("trained_blocks = 2", "masked_pairs = 1", "stays as it is"),
+            ("trained_blocks = 2", "contrast_pairs = 8", "they need trained_blocks 0"),
         ] {
             let error = format!("{:#}", Recipe::from_toml(&format!("{first}\n{good}{last}\n")).unwrap_err());
             assert!(error.contains(says), "{error}");

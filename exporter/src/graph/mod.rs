@@ -195,6 +195,14 @@ impl<'w> GraphBuilder<'w> {
         Ok(value)
     }
 
+    /// A weight's shape.
+    ///
+    /// # Errors
+    /// No such weight.
+    pub fn shape_of(&self, name: &str) -> Result<&[usize], GraphError> {
+        Ok(&self.weights.get(name).ok_or_else(|| GraphError::MissingWeight(name.to_owned()))?.shape)
+    }
+
     /// A weight as it is stored.
     fn stored(&mut self, name: &str) -> Result<(Value, Element), GraphError> {
         let stored = self.weights.get(name).ok_or_else(|| GraphError::MissingWeight(name.to_owned()))?;

@@ -10,7 +10,7 @@ impl Builder<'_> {
     pub(super) fn matching(mut self) -> Result<ModelProto, GraphError> {
         let (regions, ids, mask) = (self.graph.input("regions")?, self.graph.input("ids")?, self.graph.input("mask")?);
         let image_tokens = self.sizes.image_tokens;
-        let (image, text) = (self.embed_regions(&regions)?, self.embed_text(&ids)?);
+        let ((image, _), text) = (self.embed_regions(&regions)?, self.embed_text(&ids)?);
         let mut x = self.graph.concat(&[&image, &text], 0)?;
         let visible = self.graph.constant(&[1, image_tokens], &vec![0.0; image_tokens]);
         let mask = self.graph.concat(&[&visible, &mask], 1)?;

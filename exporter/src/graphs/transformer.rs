@@ -82,15 +82,22 @@ impl Builder<'_> {
         self.graph.layer_norm("text.norm", &sum, EPS)
     }
 
-    /// Embeds an image's regions `[1, cells, region_feature]` with `[IMG]` in front: `[image_tokens, hidden]`.
-    pub(super) fn embed_regions(&mut self, regions: &Value) -> Result<Value, GraphError> {
+    /// Embeds an image's regions `[1, cells, region_feature]` with `[IMG]` in front: `[image_tokens, hidden]`. Gives the regions'
+    /// mean `[1, 1, region_feature]` as well.
+    pub(super) fn embed_regions(&mut self, regions: &Value) -> Result<(Value, Value), GraphError> {
         let mean = self.graph.mean(regions, 1)?;
         let features = self.graph.concat(&[&mean, regions], 1)?;
         let features = self.graph.reshape(&features, &[self.sizes.image_tokens.into(), self.sizes.region_feature.into()])?;
         let places = self.graph.weight("image.places")?;
         let product = self.graph.product(&features, "image.feature.weight", false)?;
         let sum = self.graph.add(&product, &places)?;
-        self.graph.layer_norm("image.norm", &sum, EPS)
+        Ok((self.graph.layer_norm("image.norm", &sum, EPS)?, mean))
+    }
+
+    /// Keys and values of one layer over rows `x` `[n, hidden]`, where nobody asks for its new rows.
+    pub(super) fn keys_and_values(&mut self, layer: usize, x: &Value) -> Result<LayerCache, GraphError> {
+        let (qkv, rows) = (self.graph.linear(&format!("layers.{layer}.attention.qkv"), x)?, x.shape()[0]);
+        Ok(LayerCache { keys: self.third(&qkv, rows, 1)?, values: self.third(&qkv, rows, 2)? })
     }
 
     /// One layer over rows `x` `[n, hidden]`. Returns the new rows and their keys and values.
@@ -123,13 +130,15 @@ impl Builder<'_> {
 
     /// `[rows, 3·hidden]` → queries, keys, values `[heads, rows, depth]`.
     fn split_heads(&mut self, qkv: &Value, rows: Dim) -> Result<[Value; 3], GraphError> {
+        Ok([self.third(qkv, rows, 0)?, self.third(qkv, rows, 1)?, self.third(qkv, rows, 2)?])
+    }
+
+    /// The part of `[rows, 3·hidden]` with a number, `[heads, rows, depth]`.
+    fn third(&mut self, qkv: &Value, rows: Dim, number: usize) -> Result<Value, GraphError> {
         let (hidden, heads, depth) = (self.sizes.hidden, self.sizes.heads, self.depth());
-        let mut part = |i: usize| -> Result<Value, GraphError> {
-            let part = self.graph.slice(qkv, 1, i * hidden, (i + 1) * hidden)?;
-            let part = self.graph.reshape(&part, &[rows, heads.into(), depth.into()])?;
-            self.graph.transpose(&part, &[1, 0, 2])
-        };
-        Ok([part(0)?, part(1)?, part(2)?])
+        let part = self.graph.slice(qkv, 1, number * hidden, (number + 1) * hidden)?;
+        let part = self.graph.reshape(&part, &[rows, heads.into(), depth.into()])?;
+        self.graph.transpose(&part, &[1, 0, 2])
     }
 
     /// Scaled queries against keys, plus a mask: `[heads, queries, keys]`.

@@ -55,13 +55,13 @@ def scattered(name, shape, bound, centre=0.0):
     return (centre + bound * (x / 2**31 - 1)).astype(np.float32).reshape(shape)
 
 
-def golden_weights():
+def golden_weights(s):
     """The model's and the backbone's weights, none of them zero, so that every one counts."""
-    s = GOLDEN_SIZES
     h = s["hidden"]
+    embedded = s["region_feature"] if s.get("image_embedding") == "pooled" else h
     linears = {
         "image.feature": (h, s["region_feature"]), "image.box": (h, 5), "pool.image": (h, h), "pool.text": (h, h),
-        "embed.image": (s["embedding"], h), "embed.text": (s["embedding"], h), "lm.transform": (h, h), "match": (1, h),
+        "embed.image": (s["embedding"], embedded), "embed.text": (s["embedding"], h), "lm.transform": (h, h), "match": (1, h),
     }  # fmt: skip
     norms = ["text.norm", "image.norm", "lm.norm"]
     for i in range(s["layers"]):
@@ -167,7 +167,7 @@ class Unimo:
         if "image.mean" in self.w:
             regions = (regions - self.w["image.mean"]) / self.w["image.deviation"]
         features = np.concatenate([regions.mean(0, keepdims=True), regions])
-        return self.norm("image.norm", self.linear("image.feature", features) + self.linear("image.box", boxes))
+        return self.norm("image.norm", self.linear("image.feature", features) + self.linear("image.box", boxes)), features[0]
 
     def transformer(self, x, visible):
         """`visible[i, j]`: row i sees row j. Gives the hidden states and each layer's keys and values [heads, rows, depth]."""
@@ -195,16 +195,17 @@ class Unimo:
         return x @ self.w["text.token.weight"].T + self.w["lm.bias"]
 
     def vision(self, regions):
-        x = self.image(regions)
+        x, mean = self.image(regions)
         hidden, keys, values = self.transformer(x, np.ones((len(x), len(x)), bool))
-        return self.unit(self.linear("embed.image", hidden[0])), keys, values
+        embedded = mean if self.sizes.get("image_embedding") == "pooled" else hidden[0]
+        return self.unit(self.linear("embed.image", embedded)), keys, values
 
     def text(self, ids):
         hidden, _, _ = self.transformer(self.texts(ids), np.ones((len(ids), len(ids)), bool))
         return self.unit(self.linear("embed.text", hidden[0]))
 
     def match(self, regions, ids):
-        image, text = self.image(regions), self.texts(ids)
+        image, text = self.image(regions)[0], self.texts(ids)
         x = np.concatenate([image, text])
         hidden, _, _ = self.transformer(x, np.ones((len(x), len(x)), bool))
         pooled = [np.maximum(self.linear(f"pool.{p}", hidden[r]), 0) for p, r in (("image", 0), ("text", len(image)))]
@@ -212,7 +213,7 @@ class Unimo:
 
     def caption(self, regions, ids):
         """Logits after every token, and the text's keys and values, all at once: the graph does it one token at a time."""
-        image = self.image(regions)
+        image, _ = self.image(regions)
         p, n = len(image), len(ids)
         visible = np.tri(p + n, dtype=bool)
         visible[:p, :p] = True
@@ -240,11 +241,13 @@ def expected(sizes, model_weights, backbone_weights):
 
 
 def folded(weights):
-    """The model without the standardisation of region features: (x - mean) / deviation becomes part of `image.feature`."""
+    """The model without the standardisation of region features: (x - mean) / deviation becomes part of the layers that take them."""
     w = dict(weights)
     mean, deviation = w.pop("image.mean"), w.pop("image.deviation")
-    w["image.feature.weight"] = w["image.feature.weight"] / deviation
-    w["image.feature.bias"] = w["image.feature.bias"] - w["image.feature.weight"] @ mean
+    for layer in ("image.feature", "embed.image"):
+        if w[f"{layer}.weight"].shape[1] == len(mean):
+            w[f"{layer}.weight"] = w[f"{layer}.weight"] / deviation
+            w[f"{layer}.bias"] = w[f"{layer}.bias"] - w[f"{layer}.weight"] @ mean
     return w
 
 
@@ -316,14 +319,18 @@ def compare(checkpoint, bundle):
 
 
 def golden(file):
-    """The root mean square and a few values of each output."""
-    table = {}
-    for name, value in expected(GOLDEN_SIZES, *golden_weights()).items():
+    """The root mean square and a few values of each output, and of the image embedding where it is pooled."""
+
+    def told(value):
         flat = value.astype(np.float64).ravel()
         at = sorted({int(i) for i in np.linspace(0, flat.size - 1, 12)})
         values = [round(float(flat[i]), 7) for i in at]
-        table[name] = {"rms": round(float(np.sqrt((flat**2).mean())), 7), "at": at, "values": values}
-    file.write_text(json.dumps({"sizes": GOLDEN_SIZES, "outputs": table}, indent=1) + "\n")
+        return {"rms": round(float(np.sqrt((flat**2).mean())), 7), "at": at, "values": values}
+
+    outputs = {name: told(value) for name, value in expected(GOLDEN_SIZES, *golden_weights(GOLDEN_SIZES)).items()}
+    pooled = {**GOLDEN_SIZES, "image_embedding": "pooled"}
+    embedding = told(expected(pooled, *golden_weights(pooled))["vision.embedding"])
+    file.write_text(json.dumps({"sizes": GOLDEN_SIZES, "outputs": outputs, "pooled_embedding": embedding}, indent=1) + "\n")
 
 
 if __name__ == "__main__":

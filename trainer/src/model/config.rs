@@ -1,11 +1,42 @@
 //! Model sizes, read from TOML.
 
 use std::path::Path;
+use std::str::FromStr;
 
 use anyhow::{Context, Result, bail};
 use serde::{Deserialize, Serialize};
 
 use crate::detections::RegionShapes;
+
+/// What of a picture is taken into the unified image–text space.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum ImageEmbedding {
+    /// The last hidden state of `[IMG]`, as in the paper.
+    #[default]
+    Token,
+    /// The mean of the standardised features of the visible regions, which is the feature of `[IMG]`: what the layers know by heart
+    /// of the training pictures does not reach it.
+    Pooled,
+}
+
+impl ImageEmbedding {
+    fn is_token(&self) -> bool {
+        *self == Self::Token
+    }
+}
+
+impl FromStr for ImageEmbedding {
+    type Err = String;
+
+    fn from_str(name: &str) -> Result<Self, String> {
+        match name {
+            "token" => Ok(Self::Token),
+            "pooled" => Ok(Self::Pooled),
+            _ => Err(format!("{name} is none of token, pooled")),
+        }
+    }
+}
 
 /// Sizes of one model (`model.toml` of a checkpoint).
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -27,6 +58,9 @@ pub struct ModelConfig {
     pub positions: usize,
     /// Width of the unified image–text space.
     pub embedding: usize,
+    /// What of a picture is taken there, `token` or `pooled`.
+    #[serde(default, skip_serializing_if = "ImageEmbedding::is_token")]
+    pub image_embedding: ImageEmbedding,
     /// Width of a region's feature.
     pub region_feature: usize,
     /// Classes of a region's soft label.
@@ -111,6 +145,12 @@ impl ModelConfig {
         if (self.grid == 0) == (self.detected_regions == 0) {
             bail!("a model has either a `grid` of regions or `detected_regions`");
         }
+        if self.image_embedding == ImageEmbedding::Pooled && self.region_feature == self.hidden {
+            bail!(
+                "image_embedding is told by its width in a bundle: `pooled` needs a region_feature other than hidden, which is {}",
+                self.hidden
+            );
+        }
         if !(0.0..1.0).contains(&self.dropout) {
             bail!("dropout {} is not in [0, 1)", self.dropout);
         }
@@ -147,6 +187,15 @@ impl ModelConfig {
         1 + self.regions()
     }
 
+    /// Width of what `embed.image` takes.
+    #[must_use]
+    pub fn embedded_width(&self) -> usize {
+        match self.image_embedding {
+            ImageEmbedding::Token => self.hidden,
+            ImageEmbedding::Pooled => self.region_feature,
+        }
+    }
+
     /// Names and shapes of all weights, in a fixed order.
     #[must_use]
     pub fn weights(&self) -> Vec<(String, Vec<usize>)> {
@@ -176,7 +225,7 @@ impl ModelConfig {
         }
         linear(&mut list, "pool.image", h, h);
         linear(&mut list, "pool.text", h, h);
-        linear(&mut list, "embed.image", self.embedding, h);
+        linear(&mut list, "embed.image", self.embedding, self.embedded_width());
         linear(&mut list, "embed.text", self.embedding, h);
         linear(&mut list, "lm.transform", h, h);
         norm(&mut list, "lm.norm");
@@ -234,6 +283,21 @@ mod tests {
     }
 
     #[test]
+    fn the_image_embedding_is_written_only_where_it_is_not_the_papers() {
+        let token = ModelConfig::named("edge-xs").unwrap();
+        let pooled = ModelConfig::named("edge-s").unwrap();
+        assert_eq!([&token, &pooled].map(|c| c.image_embedding), [ImageEmbedding::Token, ImageEmbedding::Pooled]);
+        let text = |config: &ModelConfig| toml::to_string(config).unwrap();
+        assert!(!text(&token).contains("image_embedding"), "{}", text(&token));
+        assert!(text(&pooled).contains("image_embedding = \"pooled\""), "{}", text(&pooled));
+        for config in [token, pooled] {
+            assert_eq!(ModelConfig::from_toml(&text(&config)).unwrap(), config);
+            let width = config.weights().into_iter().find(|(name, _)| name == "embed.image.weight").map(|(_, shape)| shape[1]);
+            assert_eq!(width, Some(if config.image_embedding == ImageEmbedding::Token { 128 } else { 1292 }));
+        }
+    }
+
+    #[test]
     fn nonsense_is_refused() {
         let good = PRESETS[0].1;
         for (from, to, says) in [
@@ -242,6 +306,8 @@ mod tests {
             ("layers = 2", "layers = 2\nwings = 2", "wings"),
             ("grid = 7", "", "either a `grid`"),
             ("grid = 7", "grid = 7\ndetected_regions = 9", "either a `grid`"),
+            ("grid = 7", "grid = 7\nimage_embedding = 'mean'", "unknown variant `mean`"),
+            ("region_feature = 1292", "region_feature = 64\nimage_embedding = 'pooled'", "other than hidden, which is 64"),
         ] {
             assert!(good.contains(from));
             let error = format!("{:#}", ModelConfig::from_toml(&good.replace(from, to)).unwrap_err());

@@ -12,6 +12,8 @@ use unimo::tokenizer::{CLS, PAD, SEP, UNK};
 pub struct ImageCache {
     /// Hidden states of the image, `[batch, 1 + regions, hidden]`.
     pub hidden: Tensor,
+    /// Means of the standardised region features, `[batch, region_feature]`: the features of `[IMG]`.
+    pub means: Tensor,
     /// Per layer.
     pub keys: Vec<Tensor>,
     /// Per layer.
@@ -94,7 +96,8 @@ impl Unimo {
         let mean = Tensor::new(self.statistics.mean.as_slice(), regions.device())?;
         let deviation = Tensor::new(self.statistics.deviation.as_slice(), regions.device())?;
         let regions = regions.broadcast_sub(&mean)?.broadcast_div(&deviation)?;
-        let features = Tensor::cat(&[regions.mean_keepdim(1)?, regions.clone()], 1)?;
+        let means = regions.mean_keepdim(1)?;
+        let features = Tensor::cat(&[&means, &regions], 1)?;
         let x = self.embed_regions(&features.reshape((batch * tokens, width))?, boxes)?;
         let mut hidden = x.reshape((batch, tokens, self.config.hidden))?;
         let (mut keys, mut values) = (Vec::new(), Vec::new());
@@ -104,7 +107,7 @@ impl Unimo {
             keys.push(k.detach());
             values.push(v.detach());
         }
-        Ok(ImageCache { hidden, keys, values })
+        Ok(ImageCache { hidden, means: means.squeeze(1)?, keys, values })
     }
 
     /// Decodes one token for every image: `tokens` `[batch]`, all at text position `position`.
@@ -165,6 +168,6 @@ impl Unimo {
     /// # Errors
     /// Those of [`Unimo::forward`].
     pub fn evaluate(&self, batch: &PackedBatch) -> Result<Tensor> {
-        Ok(self.forward(batch, None, Dropout::OFF)?.detach())
+        Ok(self.forward(batch, None, Dropout::OFF)?.hidden.detach())
     }
 }

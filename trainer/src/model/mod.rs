@@ -15,12 +15,14 @@ use anyhow::{Context, Result, bail};
 use candle_core::{DType, Device, Tensor, Var};
 use rand::Rng;
 
-pub use config::ModelConfig;
+pub use config::{ImageEmbedding, ModelConfig};
 pub use generate::{ImageCache, Step};
+pub use heads::EmbeddedImages;
 pub use packing::{Features, ImageRows, PackedBatch, Packer, Regions, region_boxes};
 pub use statistics::RegionStatistics;
 
 use crate::ops;
+use packing::ImageFeatures;
 
 /// LayerNorm's addition to the variance, everywhere.
 pub const LAYER_NORM_EPS: f32 = 1e-5;
@@ -43,6 +45,16 @@ impl Dropout {
     fn site(&self, site: usize) -> u32 {
         crate::seed::mix(self.seed, site as u64) as u32
     }
+}
+
+/// What a forward pass makes of a packed batch.
+pub struct Passed {
+    /// Hidden states, `[rows, hidden]`.
+    pub hidden: Tensor,
+    /// What the images' rows were embedded from; absent without images.
+    features: Option<ImageFeatures>,
+    /// The pass's dropout.
+    pub dropout: Dropout,
 }
 
 /// The model's weights and sizes.
@@ -168,7 +180,8 @@ impl Unimo {
         Ok(())
     }
 
-    /// Moves the standardisation into `image.feature`, so that the model takes features as they are and computes the same.
+    /// Moves the standardisation into the layers that take region features (`image.feature`, and `embed.image` where it takes their
+    /// mean), so that the model takes features as they are and computes the same.
     ///
     /// # Errors
     /// Those of candle.
@@ -176,9 +189,15 @@ impl Unimo {
         let width = self.config.region_feature;
         let mean = Tensor::new(self.statistics.mean.as_slice(), &self.device)?.reshape((width, 1))?;
         let deviation = Tensor::new(self.statistics.deviation.as_slice(), &self.device)?;
-        let (weight, bias) = (&self.weights["image.feature.weight"], &self.weights["image.feature.bias"]);
-        weight.set(&weight.as_tensor().broadcast_div(&deviation)?)?;
-        bias.set(&(bias.as_tensor() - weight.as_tensor().matmul(&mean)?.squeeze(1)?)?)?;
+        let layers = match self.config.image_embedding {
+            ImageEmbedding::Token => &["image.feature"][..],
+            ImageEmbedding::Pooled => &["image.feature", "embed.image"],
+        };
+        for layer in layers {
+            let (weight, bias) = (&self.weights[&format!("{layer}.weight")], &self.weights[&format!("{layer}.bias")]);
+            weight.set(&weight.as_tensor().broadcast_div(&deviation)?)?;
+            bias.set(&(bias.as_tensor() - weight.as_tensor().matmul(&mean)?.squeeze(1)?)?)?;
+        }
         self.statistics = RegionStatistics::identity(width);
         Ok(())
     }
@@ -239,18 +258,19 @@ impl Unimo {
         self.norm("image.norm", &sum)
     }
 
-    /// Runs the Transformer over a packed batch; the result is `[rows, hidden]`. `pictures` are the region features of a batch
+    /// Runs the Transformer over a packed batch. `pictures` are the region features of a batch
     /// whose images were packed by picture, `[pictures, regions, region_feature]`, and nothing for another.
     ///
     /// # Errors
     /// Ids, positions or pictures out of range, and those of candle.
-    pub fn forward(&self, batch: &PackedBatch, pictures: Option<&Tensor>, dropout: Dropout) -> candle_core::Result<Tensor> {
+    pub fn forward(&self, batch: &PackedBatch, pictures: Option<&Tensor>, dropout: Dropout) -> candle_core::Result<Passed> {
         let mut parts = Vec::new();
         if !batch.ids.is_empty() {
             parts.push(self.embed_tokens(&batch.ids, &batch.positions)?);
         }
-        if let (Some(features), Some(boxes)) = (&batch.features, &batch.boxes) {
-            parts.push(self.embed_regions(&features.rows(pictures, &self.statistics)?, boxes)?);
+        let features = batch.features.as_ref().map(|features| features.standardised(pictures, &self.statistics)).transpose()?;
+        if let (Some(features), Some(boxes)) = (&features, &batch.boxes) {
+            parts.push(self.embed_regions(&features.rows, boxes)?);
         }
         let mut x = ops::select_rows(&Tensor::cat(&parts, 0)?, &batch.order)?;
         if dropout.rate > 0.0 {
@@ -259,7 +279,7 @@ impl Unimo {
         for layer in 0..self.config.layers {
             x = self.layer(layer, &x, batch, dropout)?;
         }
-        Ok(x)
+        Ok(Passed { hidden: x, features, dropout })
     }
 
     fn layer(&self, layer: usize, x: &Tensor, batch: &PackedBatch, dropout: Dropout) -> candle_core::Result<Tensor> {

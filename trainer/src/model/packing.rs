@@ -86,6 +86,19 @@ impl PackedBatch {
         self.rows() - self.ids.len()
     }
 
+    /// Features of the `[IMG]`s at `rows`, `[n, region_feature]`: the means of the regions that are visible there.
+    pub(super) fn means(&self, features: &ImageFeatures, rows: &[usize]) -> Result<Tensor> {
+        let (texts, images) = (self.ids.len(), features.means.as_ref().map(|means| means.dim(0)).transpose()?);
+        // The images of a step's pictures are grids, all of as many rows.
+        let tokens = images.map_or(1, |images| self.image_rows() / images);
+        let place = |&row: &usize| match self.order.get(row).and_then(|&place| (place as usize).checked_sub(texts)) {
+            Some(place) => Ok((place / tokens) as u32),
+            None => candle_core::bail!("row {row} is not an image's"),
+        };
+        let places = rows.iter().map(place).collect::<Result<_>>()?;
+        ops::select_rows(features.means.as_ref().unwrap_or(&features.rows), &places)
+    }
+
     /// Pairs of rows of which one attends to the other, in one layer.
     #[must_use]
     pub fn attended(&self) -> usize {
@@ -95,6 +108,14 @@ impl PackedBatch {
         };
         self.plan.groups.iter().flat_map(|group| &group.blocks).map(of_block).sum()
     }
+}
+
+/// Standardised features of a batch's image rows.
+pub(super) struct ImageFeatures {
+    /// Those of all, `[image rows, region_feature]`, `[IMG]`'s mean included.
+    pub(super) rows: Tensor,
+    /// Those of the `[IMG]`s alone, `[images, region_feature]`, where gradients flow through them.
+    means: Option<Tensor>,
 }
 
 /// Features of a batch's image rows.
@@ -113,11 +134,11 @@ pub(super) enum PackedFeatures {
 }
 
 impl PackedFeatures {
-    /// Standardised features of every image row, `[image rows, region_feature]`. `pictures` is
-    /// `[pictures, regions, region_feature]`, as the backbone gives them; gradients flow into it.
-    pub(super) fn rows(&self, pictures: Option<&Tensor>, statistics: &RegionStatistics) -> Result<Tensor> {
+    /// Standardised features of the image rows. `pictures` is `[pictures, regions, region_feature]`, as the backbone gives them;
+    /// gradients flow into it.
+    pub(super) fn standardised(&self, pictures: Option<&Tensor>, statistics: &RegionStatistics) -> Result<ImageFeatures> {
         let (of, visible, shares) = match (self, pictures) {
-            (Self::Values(values), None) => return Ok(values.clone()),
+            (Self::Values(values), None) => return Ok(ImageFeatures { rows: values.clone(), means: None }),
             (Self::Pictures { of, visible, shares }, Some(_)) => (of, visible, shares),
             _ => candle_core::bail!("a batch packed by picture, and it alone, is run with the pictures' features"),
         };
@@ -130,8 +151,9 @@ impl PackedFeatures {
         if let Some(visible) = visible {
             regions = regions.broadcast_mul(visible)?;
         }
-        let mean = regions.sum_keepdim(1)?.broadcast_mul(shares)?;
-        Tensor::cat(&[mean, regions], 1)?.flatten(0, 1)
+        let means = regions.sum_keepdim(1)?.broadcast_mul(shares)?;
+        let rows = Tensor::cat(&[&means, &regions], 1)?.flatten(0, 1)?;
+        Ok(ImageFeatures { rows, means: Some(means.squeeze(1)?) })
     }
 }
 
@@ -352,7 +374,8 @@ mod tests {
     fn rows(model: &Unimo, features: &[f32], masked: &[usize]) -> Vec<Vec<f32>> {
         let mut packer = Packer::new(model);
         packer.image_with_captions(Regions::masked(features, masked), &[]);
-        packer.finish(&Device::Cpu).unwrap().features.unwrap().rows(None, model.statistics()).unwrap().to_vec2().unwrap()
+        let features = packer.finish(&Device::Cpu).unwrap().features.unwrap();
+        features.standardised(None, model.statistics()).unwrap().rows.to_vec2().unwrap()
     }
 
     #[test]
@@ -387,7 +410,7 @@ mod tests {
         let batch = packer.finish(&Device::Cpu).unwrap();
         let expected = [WHOLE_IMAGE.to_vec(), boxes].concat();
         assert_eq!(batch.boxes.unwrap().flatten_all().unwrap().to_vec1::<f32>().unwrap(), [expected.clone(), expected].concat());
-        let rows = batch.features.unwrap().rows(None, model.statistics()).unwrap().to_vec2::<f32>().unwrap();
+        let rows = batch.features.unwrap().standardised(None, model.statistics()).unwrap().rows.to_vec2::<f32>().unwrap();
         assert_eq!(rows, [[3.0, 5.0], [1.0, 2.0], [5.0, 8.0], [5.0, 8.0], [0.0, 0.0], [5.0, 8.0]]);
     }
 
@@ -407,7 +430,7 @@ mod tests {
         }
         let rows = |packer: Packer, pictures: Option<&Tensor>| {
             let features = packer.finish(&Device::Cpu).unwrap().features.unwrap();
-            features.rows(pictures, model.statistics()).unwrap().to_vec2::<f32>().unwrap()
+            features.standardised(pictures, model.statistics()).unwrap().rows.to_vec2::<f32>().unwrap()
         };
         let expected = rows(by_value, None);
         let got = rows(by_picture, Some(&pictures));

@@ -1,8 +1,9 @@
 //! A step that several ranks share out (see [`crate::parallel`]).
 
 use anyhow::Result;
+use candle_core::Tensor;
 
-use super::chunk::together;
+use super::chunk::{Encoded, KINDS, joined, rows, together};
 use super::learning::{Carrying, Learning};
 use super::tally::{CONTRAST, CROSS_MODAL, Tally, sum_losses};
 use super::{Learnt, Source, StepBatch};
@@ -24,55 +25,31 @@ impl StepBatch {
         ranks: &dyn Collective,
     ) -> Result<Learnt> {
         let mut learnt = Learning::default();
-        let of_chunk = |i: usize| Dropout { seed: seed::mix(dropout.seed, (self.first + i) as u64), ..dropout };
-        let mut carrying = Carrying { gradients: Default::default(), at: [0; 5] };
+        let of_chunk = |i: usize| Dropout { seed: seed::mix(dropout.seed, (self.passes.own.start + i) as u64), ..dropout };
+        let mut carrying = Carrying { gradients: Default::default(), at: [0; KINDS] };
         let mut kept = None;
         let w = &recipe.weights;
         if whole.samples(CONTRAST) > 0.0 && w.contrast + w.cross_modal > 0.0 {
             let mut first = Vec::new();
             for (i, chunk) in self.chunks.iter().enumerate() {
-                let hidden = chunk.forward(model, source, of_chunk(i))?;
-                let encoded = chunk.encode(&hidden, model, recipe)?;
+                let passed = chunk.forward(model, source, of_chunk(i))?;
+                let encoded = chunk.encode(&passed, model, recipe)?;
                 first.push(encoded.detached());
                 // A rank's only pass need not be run again.
-                kept = (self.chunks.len() == 1).then_some((hidden, encoded));
+                kept = (self.chunks.len() == 1).then_some((passed, encoded));
             }
-            let members = self.members();
-            let own = Own {
-                encoded: &together(&first)?,
-                image_of_text: &members.image_of_text,
-                retrieved_image_of: &members.retrieved_image_of,
-                retrieved_text_of: &members.retrieved_text_of,
-                joint_image_of: &members.joint_image_of,
-                joint_labels: &members.joint_labels,
-            };
-            let temperature = model.temperature()?;
-            let settings = Settings {
-                contrast: w.contrast,
-                cross_modal: w.cross_modal,
-                temperature: f64::from(temperature.to_scalar::<f32>()?),
-                width: model.config().embedding,
-            };
-            let compared = contrast::compare(ranks, &own, &settings, model.device())?;
-            for ((name, weight), loss) in [(CONTRAST, w.contrast), (CROSS_MODAL, w.cross_modal)].into_iter().zip(compared.losses)
-            {
-                if weight > 0.0 {
-                    learnt.note(name, weight, loss);
-                }
-            }
-            learnt.add(Vec::new(), Some((temperature * compared.by_temperature)?))?;
-            carrying.gradients = compared.gradients;
+            carrying.gradients = self.compare(&first, model, recipe, ranks, &mut learnt)?;
         }
         for (i, chunk) in self.chunks.iter().enumerate() {
-            let (hidden, encoded) = match kept.take() {
+            let (passed, encoded) = match kept.take() {
                 Some(both) => both,
                 None => {
-                    let hidden = chunk.forward(model, source, of_chunk(i))?;
-                    let encoded = chunk.encode(&hidden, model, recipe)?;
-                    (hidden, encoded)
+                    let passed = chunk.forward(model, source, of_chunk(i))?;
+                    let encoded = chunk.encode(&passed, model, recipe)?;
+                    (passed, encoded)
                 }
             };
-            let terms = chunk.local_terms(&hidden, model, recipe, source, whole)?;
+            let terms = chunk.local_terms(&passed.hidden, model, recipe, source, whole)?;
             learnt.add(terms, carrying.next(encoded)?)?;
         }
         let (total, losses) = learnt.losses()?;
@@ -86,4 +63,75 @@ impl StepBatch {
         gradients::all_reduce(ranks, weights, &mut summed)?;
         Ok(Learnt { total, losses, gradients: summed })
     }
+
+    /// Compares what this rank's passes have encoded with what those of the others have, notes the losses, and gives the gradients.
+    fn compare(
+        &self,
+        passes: &[Encoded],
+        model: &Unimo,
+        recipe: &Recipe,
+        ranks: &dyn Collective,
+        learnt: &mut Learning,
+    ) -> Result<[Option<Tensor>; KINDS]> {
+        let members = self.members();
+        let [images, texts, found_images, found_texts, joint, further_images, further_texts] = together(passes)?;
+        let own = Own {
+            encoded: &[images.clone(), texts.clone(), found_images, found_texts, joint],
+            image_of_text: &members.image_of_text,
+            retrieved_image_of: &members.retrieved_image_of,
+            retrieved_text_of: &members.retrieved_text_of,
+            joint_image_of: &members.joint_image_of,
+            joint_labels: &members.joint_labels,
+        };
+        let (w, temperature) = (&recipe.weights, model.temperature()?);
+        let divisor = f64::from(temperature.to_scalar::<f32>()?);
+        let mut by_temperature = 0.0;
+        let mut among = |own: &Own, [contrast, cross_modal]: [f64; 2]| -> Result<[Option<Tensor>; 5]> {
+            let settings = Settings { contrast, cross_modal, temperature: divisor, width: model.config().embedding };
+            let compared = contrast::compare(ranks, own, &settings, model.device())?;
+            let weights = [(CONTRAST, contrast), (CROSS_MODAL, cross_modal)].into_iter().zip(compared.losses);
+            weights.filter(|((_, weight), _)| *weight > 0.0).for_each(|((name, weight), loss)| learnt.note(name, weight, loss));
+            by_temperature += compared.by_temperature;
+            Ok(compared.gradients)
+        };
+        let mut gradients: [Option<Tensor>; KINDS] = Default::default();
+        if recipe.batch.contrast_pairs == 0 {
+            gradients[..5].clone_from_slice(&among(&own, [w.contrast, w.cross_modal])?);
+        } else {
+            // Further pairs are in the first contrast alone.
+            if w.cross_modal > 0.0 {
+                gradients[..5].clone_from_slice(&among(&own, [0.0, w.cross_modal])?);
+            }
+            let image_of_text = self.image_of_text(&members.image_of_text, recipe);
+            let both = [joined(&images, &further_images)?, joined(&texts, &further_texts)?, None, None, None];
+            let all = Own { image_of_text: &image_of_text, ..Own::separate(&both) };
+            let by_both = among(&all, [w.contrast, 0.0])?;
+            for (kind, (first, second)) in [(&images, &further_images), (&texts, &further_texts)].into_iter().enumerate() {
+                let Some(gradient) = &by_both[kind] else { continue };
+                let part = |at: usize, count: usize| (count > 0).then(|| gradient.narrow(0, at, count)).transpose();
+                let (of_first, of_second) = (part(0, rows(first))?, part(rows(first), rows(second))?);
+                gradients[kind] = sum(gradients[kind].take(), of_first)?;
+                gradients[5 + kind] = of_second;
+            }
+        }
+        learnt.add(Vec::new(), Some((temperature * by_temperature)?))?;
+        Ok(gradients)
+    }
+
+    /// The picture of each of this rank's captions, the further ones last, where every rank's further pictures are numbered behind
+    /// its others.
+    fn image_of_text(&self, described: &[usize], recipe: &Recipe) -> Vec<usize> {
+        let b = &recipe.batch;
+        let further = self.passes.own_share(b.contrast_pairs);
+        let others = if b.contrast_captions > 0 { self.passes.own_share(b.images).end } else { 0 };
+        let described = described.iter().map(|image| image + further.start);
+        described.chain(further.clone().map(|pair| others + pair)).collect()
+    }
+}
+
+fn sum(one: Option<Tensor>, other: Option<Tensor>) -> Result<Option<Tensor>> {
+    Ok(match (one, other) {
+        (Some(one), Some(other)) => Some((one + other)?),
+        (one, other) => one.or(other),
+    })
 }

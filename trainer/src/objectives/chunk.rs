@@ -7,7 +7,7 @@ use super::draft::{Parts, Predictions};
 use super::tally::Tally;
 use super::{Source, matching_loss};
 use super::{detected_labels, grid_labels, region_classification, region_regression};
-use crate::model::{Dropout, PackedBatch, Unimo};
+use crate::model::{Dropout, EmbeddedImages, PackedBatch, Passed, Unimo};
 use crate::recipe::Recipe;
 use crate::tasks::task_loss;
 
@@ -15,6 +15,8 @@ use crate::tasks::task_loss;
 pub(super) struct Chunk {
     pub(super) packed: PackedBatch,
     pub(super) parts: Parts,
+    /// Means of the standardised features of pictures that are contrasted and nothing else, `[n, region_feature]`.
+    pub(super) further_means: Option<Tensor>,
     /// Records of its pictures where the backbone is trained.
     pub(super) records: Vec<Vec<f32>>,
 }
@@ -28,12 +30,15 @@ pub(super) struct Term {
     pub(super) loss: Tensor,
 }
 
+/// Kinds of what the contrasts compare.
+pub(super) const KINDS: usize = 7;
+
 /// What the contrasts compare; each absent where a chunk or step has none.
 #[derive(Default, Clone)]
 pub(super) struct Encoded {
-    /// Unified-space embeddings `[n, embedding]` of pictures, captions, retrieved images and retrieved texts; then the matching
-    /// logits `[n]` of jointly encoded pairs.
-    pub(super) tensors: [Option<Tensor>; 5],
+    /// Unified-space embeddings `[n, embedding]` of pictures, captions, retrieved images and retrieved texts; the matching logits
+    /// `[n]` of jointly encoded pairs; then embeddings of further pictures and, one of each, their captions.
+    pub(super) tensors: [Option<Tensor>; KINDS],
 }
 
 impl Encoded {
@@ -43,7 +48,7 @@ impl Encoded {
 }
 
 impl Chunk {
-    pub(super) fn forward(&self, model: &Unimo, source: &Source, dropout: Dropout) -> Result<Tensor> {
+    pub(super) fn forward(&self, model: &Unimo, source: &Source, dropout: Dropout) -> Result<Passed> {
         let mut pictures = None;
         if !self.records.is_empty() {
             pictures = Some(source.vision.differentiable_regions(&self.records, model.device())?);
@@ -122,32 +127,34 @@ impl Chunk {
         Ok(terms)
     }
 
-    pub(super) fn encode(&self, hidden: &Tensor, model: &Unimo, recipe: &Recipe) -> Result<Encoded> {
-        let parts = &self.parts;
-        if parts.text_rows.is_empty() {
-            return Ok(Encoded::default());
-        }
-        let images = |rows: &[usize]| -> Result<Option<Tensor>> {
-            Ok(if rows.is_empty() { None } else { Some(model.image_embedding(&model.rows(hidden, rows)?)?) })
+    pub(super) fn encode(&self, passed: &Passed, model: &Unimo, recipe: &Recipe) -> Result<Encoded> {
+        let (parts, hidden) = (&self.parts, &passed.hidden);
+        let images = |rows: &[usize], kind: EmbeddedImages| -> Result<Option<Tensor>> {
+            Ok(if rows.is_empty() { None } else { Some(model.image_embedding(&self.packed, passed, rows, kind)?) })
         };
         let texts = |rows: &[usize]| -> Result<Option<Tensor>> {
             Ok(if rows.is_empty() { None } else { Some(model.text_embedding(&model.rows(hidden, rows)?)?) })
         };
-        Ok(Encoded {
-            tensors: [
-                images(&parts.image_rows)?,
-                texts(&parts.text_rows)?,
-                images(&parts.retrieved_image_rows)?,
-                texts(&parts.retrieved_text_rows)?,
-                if recipe.weights.cross_modal > 0.0 { self.match_logits(hidden, model)? } else { None },
-            ],
-        })
+        let mut encoded = Encoded::default();
+        let [pictures, captions, found_images, found_texts, joint, further_pictures, further_captions] = &mut encoded.tensors;
+        if !parts.text_rows.is_empty() {
+            *pictures = images(&parts.image_rows, EmbeddedImages::Described)?;
+            *captions = texts(&parts.text_rows)?;
+            *found_images = images(&parts.retrieved_image_rows, EmbeddedImages::Retrieved)?;
+            *found_texts = texts(&parts.retrieved_text_rows)?;
+            *joint = if recipe.weights.cross_modal > 0.0 { self.match_logits(hidden, model)? } else { None };
+        }
+        if let Some(means) = &self.further_means {
+            *further_pictures = Some(model.embed_means(means, passed.dropout, EmbeddedImages::Further)?);
+            *further_captions = texts(&parts.further_text_rows)?;
+        }
+        Ok(encoded)
     }
 }
 
 /// What several passes have encoded, one after the other.
-pub(super) fn together(passes: &[Encoded]) -> Result<[Option<Tensor>; 5]> {
-    let mut whole: [Option<Tensor>; 5] = Default::default();
+pub(super) fn together(passes: &[Encoded]) -> Result<[Option<Tensor>; KINDS]> {
+    let mut whole: [Option<Tensor>; KINDS] = Default::default();
     for (kind, whole) in whole.iter_mut().enumerate() {
         let tensors: Vec<&Tensor> = passes.iter().filter_map(|e| e.tensors[kind].as_ref()).collect();
         if !tensors.is_empty() {
@@ -155,4 +162,17 @@ pub(super) fn together(passes: &[Encoded]) -> Result<[Option<Tensor>; 5]> {
         }
     }
     Ok(whole)
+}
+
+/// Rows of one tensor and then those of another, where there are any.
+pub(super) fn joined(first: &Option<Tensor>, second: &Option<Tensor>) -> Result<Option<Tensor>> {
+    Ok(match (first, second) {
+        (Some(first), Some(second)) => Some(Tensor::cat(&[first, second], 0)?),
+        (one, other) => one.as_ref().or(other.as_ref()).cloned(),
+    })
+}
+
+/// Number of rows, none where there is no tensor.
+pub(super) fn rows(tensor: &Option<Tensor>) -> usize {
+    tensor.as_ref().map_or(0, |tensor| tensor.dims()[0])
 }

@@ -6,7 +6,7 @@ use rand_chacha::ChaCha8Rng;
 
 use super::self_critical;
 use super::{Fragments, MaskedText, Source, mask_detected, mask_regions, mask_text, take_fragments};
-use crate::model::{Features, Packer, Regions};
+use crate::model::{Features, Packer, RegionStatistics, Regions};
 use crate::recipe::BatchConfig;
 use crate::regions::Record;
 use crate::tasks::Example;
@@ -91,6 +91,10 @@ pub(super) struct Parts {
     pub text_rows: Vec<usize>,
     /// See `text_rows`.
     pub image_of_text: Vec<usize>,
+    /// Means of the standardised features of pictures that are contrasted and nothing else, `[n · region_feature]`.
+    pub further_means: Vec<f32>,
+    /// `[CLS]` of a caption of each of these.
+    pub further_text_rows: Vec<usize>,
     /// `[IMG]` of each image retrieved for a picture, and that picture.
     pub retrieved_image_rows: Vec<usize>,
     /// See `retrieved_image_rows`.
@@ -123,6 +127,8 @@ pub(super) struct Draft<'a> {
     pub grid: usize,
     /// The recipe's batch.
     pub batch: &'a BatchConfig,
+    /// How region features are standardised.
+    pub statistics: &'a RegionStatistics,
     /// What is drawn from.
     pub source: &'a Source<'a>,
     /// What to predict.
@@ -242,6 +248,18 @@ impl Draft<'_> {
             self.parts.text_rows.push(self.packer.text(&all[c], false));
             self.parts.image_of_text.push(picture.number);
         }
+    }
+
+    /// A pair that is contrasted and nothing else.
+    pub fn further_pair(&mut self, pair: usize, rng: &mut ChaCha8Rng) {
+        let corpus = self.source.corpus;
+        let view = rng.random_range(0..corpus.views(pair));
+        let captions = corpus.pairs[pair].captions_for(view);
+        let caption = &captions[rng.random_range(0..captions.len())];
+        let hidden = self.batch.hidden_regions;
+        let mean = corpus.pair_mean(pair, view, self.statistics, || hidden == 0.0 || !rng.random_bool(hidden));
+        self.parts.further_means.extend(mean);
+        self.parts.further_text_rows.push(self.packer.text(caption, false));
     }
 
     pub fn match_pairs(&mut self, picture: &Picture, rng: &mut ChaCha8Rng) {

@@ -4,7 +4,7 @@ use anyhow::{Context, Result};
 use candle_core::Tensor;
 use candle_core::backprop::GradStore;
 
-use super::chunk::{Encoded, Term};
+use super::chunk::{Encoded, KINDS, Term};
 
 /// What a step taught.
 pub struct Learnt {
@@ -18,9 +18,9 @@ pub struct Learnt {
 
 /// Gradients by what passes encode, which these carry back pass by pass.
 pub(super) struct Carrying {
-    pub(super) gradients: [Option<Tensor>; 5],
+    pub(super) gradients: [Option<Tensor>; KINDS],
     /// Rows of each that are done.
-    pub(super) at: [usize; 5],
+    pub(super) at: [usize; KINDS],
 }
 
 impl Carrying {

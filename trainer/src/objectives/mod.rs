@@ -71,6 +71,7 @@ fn shuffled(seed_value: u64, count: usize, at: u64, cache: &mut Option<(u64, Vec
 #[derive(Default)]
 pub struct Orders {
     pairs: Option<(u64, Vec<u32>)>,
+    further_pairs: Option<(u64, Vec<u32>)>,
     images: Option<(u64, Vec<u32>)>,
     texts: Option<(u64, Vec<u32>)>,
     examples: Option<(u64, Vec<u32>)>,

@@ -1,10 +1,12 @@
 //! A step: its samples, drawn and packed into one or several chunks, and what they teach together.
 
-use anyhow::Result;
+use std::collections::HashSet;
+
+use anyhow::{Result, bail};
 use candle_core::{Tensor, Var};
 use rand::Rng;
 
-use super::chunk::{Chunk, Encoded, Term, together};
+use super::chunk::{Chunk, Encoded, KINDS, Term, joined, rows, together};
 use super::draft::{Draft, Parts, Picture};
 use super::learning::{Carrying, Learning, Learnt};
 use super::members::Members;
@@ -31,13 +33,14 @@ enum Stream {
     Text,
     ImageAlone,
     Retrieved,
+    FurtherPair,
 }
 
 /// One step's samples, packed, with what each row has to predict.
 pub struct StepBatch {
     pub(super) chunks: Vec<Chunk>,
-    /// Number of the first of them among the passes of all ranks.
-    pub(super) first: usize,
+    /// Which of the passes of all ranks they are.
+    pub(super) passes: Passes,
     /// Pictures in the step, for throughput.
     pub pictures: usize,
 }
@@ -65,6 +68,7 @@ impl StepBatch {
     ) -> Result<Self> {
         let b = &recipe.batch;
         let part = |count: usize, pass: usize| share(count, pass, passes.count);
+        let further = further_pairs(recipe, source.corpus.pairs.len(), orders, step)?;
         let chunks = passes.own.clone().map(|chunk| {
             let rng = |stream: Stream, number: usize| {
                 let of_step = seed::mix(recipe.seed ^ 0x5eed_0001 ^ ((stream as u64) << 32), step);
@@ -73,8 +77,7 @@ impl StepBatch {
             let first = part(b.images, chunk).start;
             let pictures: Vec<Picture> = part(b.images, chunk)
                 .map(|number| {
-                    let at = step * b.images as u64 + number as u64;
-                    let pair = shuffled(recipe.seed, source.corpus.pairs.len(), at, &mut orders.pairs);
+                    let pair = described_pair(recipe, source.corpus.pairs.len(), orders, step, number);
                     let view = rng(Stream::View, number).random_range(0..source.corpus.views(pair));
                     let record = source.corpus.pair_record(pair, view);
                     Picture { number, place: number - first, pair, view, record }
@@ -89,6 +92,7 @@ impl StepBatch {
                 packer: Packer::new(model),
                 grid: model.config().grid,
                 batch: b,
+                statistics: model.statistics(),
                 source,
                 parts: Parts::default(),
                 records,
@@ -111,6 +115,9 @@ impl StepBatch {
             }
             for picture in pictures.iter().filter(|p| last(p) < b.fragment_pairs) {
                 draft.fragment_pair(picture, &mut rng(Stream::Fragments, picture.number));
+            }
+            for i in part(b.contrast_pairs, chunk) {
+                draft.further_pair(further[i], &mut rng(Stream::FurtherPair, i));
             }
             let texts = b.texts + b.fragment_texts;
             for i in part(texts, chunk) {
@@ -144,9 +151,13 @@ impl StepBatch {
                 let record = source.corpus.image_record(image, rng.random_range(0..2));
                 draft.masked_image(&record, rng);
             }
-            Ok(Chunk { packed: draft.packer.finish(model.device())?, parts: draft.parts, records: draft.records })
+            let means = std::mem::take(&mut draft.parts.further_means);
+            let shape = (draft.parts.further_text_rows.len(), model.config().region_feature);
+            let further_means = (shape.0 > 0).then(|| Tensor::from_vec(means, shape, model.device())).transpose()?;
+            let packed = draft.packer.finish(model.device())?;
+            Ok(Chunk { packed, parts: draft.parts, further_means, records: draft.records })
         });
-        Ok(Self { chunks: chunks.collect::<Result<_>>()?, first: passes.own.start, pictures: b.images })
+        Ok(Self { chunks: chunks.collect::<Result<_>>()?, passes: passes.clone(), pictures: b.images })
     }
 
     /// Rows of the packed chunks.
@@ -211,9 +222,9 @@ impl StepBatch {
         }
         let mut learnt = Learning::default();
         if let [chunk] = self.chunks.as_slice() {
-            let hidden = chunk.forward(model, source, dropout)?;
-            let mut terms = chunk.local_terms(&hidden, model, recipe, source, whole)?;
-            terms.extend(self.contrast_terms(&chunk.encode(&hidden, model, recipe)?, model, recipe)?);
+            let passed = chunk.forward(model, source, dropout)?;
+            let mut terms = chunk.local_terms(&passed.hidden, model, recipe, source, whole)?;
+            terms.extend(self.contrast_terms(&chunk.encode(&passed, model, recipe)?, model, recipe)?);
             learnt.add(terms, None)?;
             return learnt.finish();
         }
@@ -223,46 +234,48 @@ impl StepBatch {
         for (i, chunk) in self.chunks.iter().enumerate().filter(|_| contrasted) {
             first.push(chunk.encode(&chunk.forward(model, source, of_chunk(i))?, model, recipe)?.detached());
         }
-        let mut leaves: [Option<Var>; 5] = Default::default();
+        let mut leaves: [Option<Var>; KINDS] = Default::default();
         for (leaf, tensor) in leaves.iter_mut().zip(together(&first)?) {
             *leaf = tensor.map(|tensor| Var::from_tensor(&tensor)).transpose()?;
         }
         let encoded = Encoded { tensors: leaves.clone().map(|leaf| leaf.map(|leaf| leaf.as_tensor().clone())) };
-        let mut by_leaf: [Option<Tensor>; 5] = Default::default();
+        let mut by_leaf: [Option<Tensor>; KINDS] = Default::default();
         let terms = self.contrast_terms(&encoded, model, recipe)?;
         if !terms.is_empty() {
             learnt.add(terms, None)?;
             let gradients = learnt.gradients.as_ref();
             by_leaf = leaves.each_ref().map(|leaf| gradients?.get(leaf.as_ref()?.as_tensor()).cloned());
         }
-        let mut carrying = Carrying { gradients: by_leaf, at: [0; 5] };
+        let mut carrying = Carrying { gradients: by_leaf, at: [0; KINDS] };
         for (i, chunk) in self.chunks.iter().enumerate() {
-            let hidden = chunk.forward(model, source, of_chunk(i))?;
-            let terms = chunk.local_terms(&hidden, model, recipe, source, whole)?;
-            learnt.add(terms, carrying.next(chunk.encode(&hidden, model, recipe)?)?)?;
+            let passed = chunk.forward(model, source, of_chunk(i))?;
+            let terms = chunk.local_terms(&passed.hidden, model, recipe, source, whole)?;
+            learnt.add(terms, carrying.next(chunk.encode(&passed, model, recipe)?)?)?;
         }
         learnt.finish()
     }
 
     /// Whether anything is compared over chunks.
     fn contrasted(&self) -> bool {
-        self.chunks.iter().any(|chunk| !chunk.parts.text_rows.is_empty())
+        self.chunks.iter().any(|chunk| !chunk.parts.text_rows.is_empty() || chunk.further_means.is_some())
     }
 
     /// Objectives that compare samples of all chunks.
     fn contrast_terms(&self, encoded: &Encoded, model: &Unimo, recipe: &Recipe) -> Result<Vec<Term>> {
-        let [Some(images), Some(texts), retrieved_images, retrieved_texts, joint] = &encoded.tensors else {
-            return Ok(Vec::new());
-        };
+        let [images, texts, retrieved_images, retrieved_texts, joint, further_images, further_texts] = &encoded.tensors;
         let w = &recipe.weights;
         let members = self.members();
         let temperature = model.temperature()?;
         let mut terms = Vec::new();
-        if w.contrast > 0.0 {
-            let loss = contrastive_loss(images, texts, &members.image_of_text, &temperature)?;
+        let all = (joined(images, further_images)?, joined(texts, further_texts)?);
+        if let (Some(all_images), Some(all_texts), true) = (&all.0, &all.1, w.contrast > 0.0) {
+            // A further picture has one caption, at its own place.
+            let mut image_of_text = members.image_of_text.clone();
+            image_of_text.extend(rows(images)..rows(images) + rows(further_images));
+            let loss = contrastive_loss(all_images, all_texts, &image_of_text, &temperature)?;
             terms.push(Term { name: CONTRAST, weight: w.contrast, share: 1.0, loss });
         }
-        if w.cross_modal > 0.0 {
+        if let (Some(images), Some(texts), true) = (images, texts, w.cross_modal > 0.0) {
             let similarity =
                 |images: &Tensor, texts: &Tensor| images.matmul(&texts.t()?)?.broadcast_div(&temperature)?.flatten_all();
             let mut scores = vec![similarity(images, texts)?];
@@ -288,6 +301,30 @@ impl StepBatch {
     }
 }
 
+/// The pair of a step's picture with a number.
+fn described_pair(recipe: &Recipe, pairs: usize, orders: &mut Orders, step: u64, number: usize) -> usize {
+    shuffled(recipe.seed, pairs, step * recipe.batch.images as u64 + number as u64, &mut orders.pairs)
+}
+
+/// The pairs that a step contrasts besides those of its pictures: the next ones in an order of their own, without the step's
+/// pictures and without any twice. The step's pictures are those of the recipe without further pairs.
+fn further_pairs(recipe: &Recipe, pairs: usize, orders: &mut Orders, step: u64) -> Result<Vec<usize>> {
+    let b = &recipe.batch;
+    if b.contrast_pairs == 0 {
+        return Ok(Vec::new());
+    }
+    if pairs < b.images + b.contrast_pairs {
+        bail!(
+            "a step of {} images and {} contrast_pairs shows no picture twice: there are only {pairs} pictures with captions",
+            b.images,
+            b.contrast_pairs
+        );
+    }
+    let mut taken: HashSet<usize> = (0..b.images).map(|number| described_pair(recipe, pairs, orders, step, number)).collect();
+    let order = (step * b.contrast_pairs as u64..).map(|at| shuffled(recipe.seed ^ 0xc04f, pairs, at, &mut orders.further_pairs));
+    Ok(order.filter(|pair| taken.insert(*pair)).take(b.contrast_pairs).collect())
+}
+
 /// Captions drawn from the model as it is, without dropout, `sampled_captions` of each picture.
 fn sample(model: &Unimo, recipe: &Recipe, source: &Source, pictures: &[Picture], step: u64) -> Result<Vec<Vec<u32>>> {
     let each = recipe.batch.sampled_captions;
@@ -306,4 +343,132 @@ fn sample(model: &Unimo, recipe: &Recipe, source: &Source, pictures: &[Picture],
         }
     }
     Ok(samples)
+}
+
+#[cfg(test)]
+mod tests {
+    use candle_core::Device;
+
+    use super::super::Vocabulary;
+    use super::super::testing::six_scenes;
+    use super::*;
+    use crate::model::{ImageEmbedding, ModelConfig, RegionStatistics};
+
+    fn recipe(batch: &str) -> Recipe {
+        Recipe::from_toml(&format!("steps = 9\nviews = 2\n[batch]\n{batch}\n")).unwrap()
+    }
+
+    #[test]
+    fn a_step_shows_no_picture_twice_and_its_further_pairs_go_by_the_step_alone() {
+        let (plain, further) = (recipe("images = 3\ncaptions = 0"), recipe("images = 3\ncaptions = 0\ncontrast_pairs = 4"));
+        let (pairs, mut orders, mut drawn) = (11, Orders::default(), vec![0; 11]);
+        for step in 0..60 {
+            let found = further_pairs(&further, pairs, &mut orders, step).unwrap();
+            let own: Vec<usize> = (0..3).map(|i| described_pair(&further, pairs, &mut orders, step, i)).collect();
+            let distinct: HashSet<usize> = found.iter().copied().collect();
+            assert_eq!((found.len(), distinct.len()), (4, 4), "step {step}: {found:?}");
+            assert!(own.iter().all(|pair| !distinct.contains(pair)), "step {step}: {found:?} beside {own:?}");
+            // What a run that is resumed here draws, and the pictures of the recipe without further pairs.
+            assert_eq!(found, further_pairs(&further, pairs, &mut Orders::default(), step).unwrap());
+            let described = |i| described_pair(&plain, pairs, &mut Orders::default(), step, i);
+            assert_eq!(own, (0..3).map(described).collect::<Vec<_>>());
+            found.iter().for_each(|&pair| drawn[pair] += 1);
+        }
+        // 240 draws among 11 pictures: about 22 each.
+        assert!(drawn.iter().all(|times| (14..=30).contains(times)), "{drawn:?}");
+        // Exactly enough, and one too few.
+        assert_eq!(further_pairs(&further, 7, &mut Orders::default(), 5).unwrap().len(), 4);
+        let error = further_pairs(&further, 6, &mut Orders::default(), 5).unwrap_err().to_string();
+        assert_eq!(
+            error,
+            "a step of 3 images and 4 contrast_pairs shows no picture twice: there are only 6 pictures with captions"
+        );
+    }
+
+    #[test]
+    fn further_pairs_are_known_by_their_mean_and_are_in_the_contrast_alone() {
+        let folder = tempfile::tempdir().unwrap();
+        let (corpus, backbone, tokenizer) = six_scenes(folder.path());
+        let image_embedding = ImageEmbedding::Pooled;
+        let config =
+            ModelConfig { vocabulary: tokenizer.vocabulary_size(), image_embedding, ..ModelConfig::named("pico").unwrap() };
+        let width = config.region_feature;
+        let mut model = Unimo::new(config, 1, &Device::Cpu).unwrap();
+        let deviation = (0..width).map(|i| 0.5 + (i % 7) as f32 / 4.0).collect();
+        model.set_statistics(RegionStatistics { mean: vec![0.25; width], deviation }).unwrap();
+        let source = Source {
+            corpus: &corpus,
+            tfidf: None,
+            first_text: &(0..6).map(|i| i * 5).collect::<Vec<_>>(),
+            vision: &Vision::new(backbone, 0, &Device::Cpu).unwrap(),
+            vocabulary: &Vocabulary::of(&tokenizer),
+            task: None,
+            writing: None,
+            critic: None,
+        };
+
+        // Of every picture and view the mean of what is shown, as its record has it.
+        let mut order = Orders::default();
+        for (pair, view) in (0..6).flat_map(|pair| [(pair, 0), (pair, 1)]) {
+            let standard = model.statistics().standardise(&corpus.pair_record(pair, view).values);
+            let rows: Vec<&[f32]> = standard.chunks_exact(width).step_by(2).collect();
+            let mut cell = 0;
+            let mean = corpus.pair_mean(pair, view, model.statistics(), || {
+                cell += 1;
+                cell % 2 == 1
+            });
+            for (i, got) in mean.into_iter().enumerate() {
+                let expected = rows.iter().map(|row| f64::from(row[i])).sum::<f64>() / rows.len() as f64;
+                // Sums of 25 numbers of order 10 in f32, standardised before or after.
+                assert!((f64::from(got) - expected).abs() < 1e-4, "picture {pair}, view {view}, {i}: {got} is not {expected}");
+            }
+        }
+        assert_eq!(corpus.pair_mean(0, 0, model.statistics(), || false), vec![0.0; width]);
+
+        let recipe = Recipe::from_toml(
+            "steps = 1\nviews = 2\n[batch]\nimages = 2\ncaptions = 0\ncontrast_captions = 2\ncontrast_pairs = 4\n\
+             [weights]\ncross_modal = 1.0\n",
+        )
+        .unwrap();
+        let batch = StepBatch::build(&model, &recipe, &source, &mut order, 0).unwrap();
+        let [chunk] = batch.chunks.as_slice() else { panic!("one pass") };
+        let means = chunk.further_means.as_ref().unwrap().to_vec2::<f32>().unwrap();
+        let pairs = further_pairs(&recipe, 6, &mut Orders::default(), 0).unwrap();
+        for (mean, pair) in means.iter().zip(pairs) {
+            let views = [0, 1].map(|view| corpus.pair_mean(pair, view, model.statistics(), || true));
+            assert!(views.contains(mean), "another picture than {pair}");
+        }
+
+        let passed = chunk.forward(&model, &source, Dropout::OFF).unwrap();
+        let encoded = chunk.encode(&passed, &model, &recipe).unwrap();
+        let of = |kind: usize| -> Vec<Vec<f64>> {
+            let rows = encoded.tensors[kind].as_ref().unwrap().to_vec2::<f32>().unwrap();
+            rows.into_iter().map(|row| row.into_iter().map(f64::from).collect()).collect()
+        };
+        let temperature = f64::from(model.temperature().unwrap().to_scalar::<f32>().unwrap());
+        let e = |a: &[f64], b: &[f64]| (a.iter().zip(b).map(|(a, b)| a * b).sum::<f64>() / temperature).exp();
+        let (images, texts) = ([of(0), of(5)].concat(), [of(1), of(6)].concat());
+        let image_of_text = [0, 0, 1, 1, 2, 3, 4, 5];
+        assert_eq!((images.len(), texts.len()), (6, 8));
+        let mut expected = 0.0;
+        for (i, image) in images.iter().enumerate() {
+            let own = texts.iter().zip(image_of_text).filter(|(_, of)| *of == i).map(|(text, _)| e(image, text)).sum::<f64>();
+            expected -= (own / texts.iter().map(|text| e(image, text)).sum::<f64>()).ln() / 12.0;
+        }
+        for (text, own) in texts.iter().zip(image_of_text) {
+            expected -= (e(&images[own], text) / images.iter().map(|image| e(image, text)).sum::<f64>()).ln() / 16.0;
+        }
+        let loss = |recipe: &Recipe, name: &str| {
+            let terms = batch.contrast_terms(&encoded, &model, recipe).unwrap();
+            let term = terms.iter().find(|term| term.name == name).unwrap();
+            f64::from(term.loss.to_scalar::<f32>().unwrap())
+        };
+        // Exponentials of scores up to 14 in f32.
+        assert!((loss(&recipe, CONTRAST) - expected).abs() < 1e-4, "{} is not {expected}", loss(&recipe, CONTRAST));
+        // The cross-modal contrast is that of the step without further pairs.
+        let fewer = Encoded { tensors: [&encoded.tensors[..5], &[None, None]].concat().try_into().unwrap() };
+        let alone = batch.contrast_terms(&fewer, &model, &recipe).unwrap();
+        assert_eq!(loss(&recipe, CROSS_MODAL), f64::from(alone[1].loss.to_scalar::<f32>().unwrap()));
+        assert_ne!(loss(&recipe, CONTRAST), f64::from(alone[0].loss.to_scalar::<f32>().unwrap()));
+    }
 }

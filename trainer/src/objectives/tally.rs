@@ -23,7 +23,7 @@ const OBJECTIVES: [(&str, Samples); 12] = [
     ("task", |p| p.task_examples.len()),
     ("region_features", |p| p.regions.rows.len()),
     ("region_classes", |p| p.regions.rows.len()),
-    (CONTRAST, |p| p.text_rows.len()),
+    (CONTRAST, |p| p.text_rows.len() + p.further_text_rows.len()),
     (CROSS_MODAL, |p| p.text_rows.len()),
 ];
 

@@ -237,13 +237,20 @@ impl Passes {
     /// # Errors
     /// More ranks than the step has samples of any kind.
     pub fn of_rank(batch: &BatchConfig, ranks: &dyn Collective) -> Result<Self> {
-        let most = [batch.images, batch.task_examples, batch.texts + batch.fragment_texts, batch.images_alone];
+        let texts = batch.texts + batch.fragment_texts;
+        let most = [batch.images, batch.contrast_pairs, batch.task_examples, texts, batch.images_alone];
         let most = most.into_iter().max().unwrap_or(0);
         if ranks.ranks() > 1 && ranks.ranks() > most {
             bail!("a step of {most} samples cannot be shared out among {} ranks", ranks.ranks());
         }
         let count = batch.chunks.max(ranks.ranks());
         Ok(Self { count, own: share(count, ranks.rank(), ranks.ranks()) })
+    }
+
+    /// The part of `0..samples` that falls to these passes together.
+    #[must_use]
+    pub fn own_share(&self, samples: usize) -> Range<usize> {
+        samples * self.own.start / self.count..samples * self.own.end / self.count
     }
 }
 

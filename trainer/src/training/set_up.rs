@@ -14,7 +14,7 @@ use crate::checkpoint::{self, Companions};
 use crate::corpus::Corpus;
 use crate::detections::DetectionCache;
 use crate::features::{FeatureCache, hex};
-use crate::model::{ModelConfig, RegionStatistics, Unimo};
+use crate::model::{ImageEmbedding, ModelConfig, RegionStatistics, Unimo};
 use crate::objectives::{Critic, Source, Vocabulary};
 use crate::optimizer::AdamW;
 use crate::parallel::{self, Collective, Passes};
@@ -88,7 +88,7 @@ fn load_corpus(
             say(ranks, format!("skipped: {} in {}: {}", damage.key, damage.shard.display(), damage.reason));
         }
     }
-    corpus.require(batch.images > 0, batch.images_alone > 0, batch.texts + batch.fragment_texts > 0)?;
+    corpus.require(batch.images + batch.contrast_pairs > 0, batch.images_alone > 0, batch.texts + batch.fragment_texts > 0)?;
     let counts = [corpus.pairs.len(), corpus.image_count(), corpus.texts.len(), development.pairs.len(), told.len()];
     let [pairs, images, texts, development_pairs, skipped] = counts;
     say(
@@ -153,6 +153,17 @@ fn check_regions(job: &TrainingJob, config: &ModelConfig) -> Result<()> {
     Ok(())
 }
 
+/// Refuses further pairs for the contrast where a model needs more of a picture than the mean of its features.
+fn check_contrast_pairs(job: &TrainingJob, config: &ModelConfig) -> Result<()> {
+    if job.recipe.batch.contrast_pairs > 0 && config.image_embedding != ImageEmbedding::Pooled {
+        bail!(
+            "{} embeds a picture's [IMG], for which all layers have to run: contrast_pairs are for a size with `image_embedding = \"pooled\"`",
+            config.name
+        );
+    }
+    Ok(())
+}
+
 /// Everything that decides the loss curve, hashed: a run resumes only as what it was.
 fn fingerprint(job: &TrainingJob, config: &ModelConfig, corpus: &Corpus) -> Result<String> {
     let mut hash = Sha256::new();
@@ -203,6 +214,7 @@ pub(super) fn set_up<R>(
     let tokenizer = Tokenizer::from_file(&job.tokenizer)?;
     let mut model = initial_model(job, existing.last(), &tokenizer, device)?;
     check_regions(job, model.config())?;
+    check_contrast_pairs(job, model.config())?;
     let (mut backbone, mut vision) = (None, Vision::detected());
     if !model.config().detects() {
         let file = backbone_file(job, existing.last())?;

@@ -35,6 +35,21 @@ pub struct Own<'a> {
     pub joint_labels: &'a [f32],
 }
 
+impl<'a> Own<'a> {
+    /// Pictures and captions encoded alone and nothing else, whose captions' pictures are still to be told.
+    #[must_use]
+    pub fn separate(encoded: &'a [Option<Tensor>; 5]) -> Self {
+        Self {
+            encoded,
+            image_of_text: &[],
+            retrieved_image_of: &[],
+            retrieved_text_of: &[],
+            joint_image_of: &[],
+            joint_labels: &[],
+        }
+    }
+}
+
 /// Weights of the two contrasts, and what their scores are divided by.
 #[derive(Debug, Clone, Copy)]
 pub struct Settings {

@@ -6,7 +6,7 @@ use anyhow::{Context, Result};
 use candle_core::Device;
 
 use super::{Outcome, error, read, values};
-use crate::model::{Dropout, ModelConfig, Packer, Regions, Unimo};
+use crate::model::{Dropout, EmbeddedImages, ModelConfig, Packer, Regions, Unimo};
 use crate::objectives::{contrastive_loss, matching_loss};
 use crate::optimizer::{AdamW, OptimizerConfig};
 
@@ -53,15 +53,17 @@ pub fn first_steps(device: &Device) -> Result<Steps> {
             joint_images.push(pair.image);
             joint_texts.extend(pair.texts);
         }
-        let hidden = model.forward(&packer.finish(device)?, None, Dropout { rate: 0.1, seed: 100 + u64::from(step) })?;
-        let language = model.language_loss(&model.rows(&hidden, &predicting)?, targets, 0.1)?;
+        let batch = packer.finish(device)?;
+        let passed = model.forward(&batch, None, Dropout { rate: 0.1, seed: 100 + u64::from(step) })?;
+        let hidden = &passed.hidden;
+        let language = model.language_loss(&model.rows(hidden, &predicting)?, targets, 0.1)?;
         let contrast = contrastive_loss(
-            &model.image_embedding(&model.rows(&hidden, &images)?)?,
-            &model.text_embedding(&model.rows(&hidden, &texts)?)?,
+            &model.image_embedding(&batch, &passed, &images, EmbeddedImages::Described)?,
+            &model.text_embedding(&model.rows(hidden, &texts)?)?,
             &[0, 1, 2],
             &model.temperature()?,
         )?;
-        let logits = model.match_logits(&model.rows(&hidden, &joint_images)?, &model.rows(&hidden, &joint_texts)?)?;
+        let logits = model.match_logits(&model.rows(hidden, &joint_images)?, &model.rows(hidden, &joint_texts)?)?;
         let loss = ((language + contrast)? + matching_loss(&logits, &[1.0, 0.0, 1.0])?)?;
         let gradients = loss.backward()?;
         if step == 0 {
