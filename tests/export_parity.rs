@@ -17,6 +17,7 @@ use unimo::model::Model;
 use unimo::tokenizer::{CLS, PAD, SEP};
 use unimo_export::checkpoint::Checkpoint;
 use unimo_export::export::{ExportOptions, Written, export};
+use unimo_export::forms::FormOptions;
 use unimo_export::from_bundle;
 use unimo_export::gate::Gate;
 use unimo_export::parity;
@@ -338,6 +339,30 @@ fn a_bundle_is_a_checkpoint_again() {
     export(&out.path().join("i8"), &again, &options(&[Precision::I8]), &drawn_samples(1), &|_, _| ()).unwrap();
     let (before, after) = (bundle.read("i8/weights.bin").unwrap(), fs::read(again.join("i8/weights.bin")).unwrap());
     assert!(before.len() == after.len() && before.iter().zip(&after).filter(|(b, a)| b != a).count() * 100 < before.len());
+}
+
+#[test]
+fn four_bits_err_less_where_they_are_rounded_by_what_occurs() {
+    let (exported, out) = (exported(), tempfile::tempdir().unwrap());
+    let all = open(&exported.bundle());
+    let target = out.path().join("bundle");
+    let forms = FormOptions { calibration: drawn_samples(12), ..FormOptions::default() };
+    let options = ExportOptions { forms, ..options(&[Precision::I4]) };
+    export(exported.checkpoint.path(), &target, &options, &drawn_samples(2), &|_, _| ()).unwrap();
+    let bundle = open(&target);
+    assert_eq!(bundle.length("i4/weights.bin").unwrap(), all.length("i4/weights.bin").unwrap());
+    assert_eq!(fs::read_dir(out.path()).unwrap().count(), 1, "nothing is left beside the bundle");
+    let [full, alone, together] =
+        [outputs(&all, Precision::F32), outputs(&all, Precision::I4), outputs(&bundle, Precision::I4)];
+    let error = |found: &BTreeMap<String, Vec<f32>>, name: &str| -> f64 {
+        found[name].iter().zip(&full[name]).map(|(a, b)| f64::from(a - b).powi(2)).sum()
+    };
+    // What the reference script reads are noise and a text of its own, not what the rounding went by.
+    for name in ["vision.prefix_keys", "vision.prefix_values", "decode.logits"] {
+        let (alone, together) = (error(&alone, name), error(&together, name));
+        println!("{name:22} {alone:.3e} {together:.3e}");
+        assert!(together < alone, "{name}: {together} {alone}");
+    }
 }
 
 #[test]

@@ -168,6 +168,54 @@ pub type Calibrated = BTreeMap<String, Scales>;
 /// # Errors
 /// No samples, or graphs that cannot be run.
 pub fn calibrate(bundle: &Bundle, graphs: &Graphs, precision: Precision, samples: &[Sample], range: Range) -> Result<Calibrated> {
+    let mut histograms: BTreeMap<(String, String), Histogram> = BTreeMap::new();
+    observe(bundle, graphs, precision, samples, &mut |observed| {
+        let key = (observed.graph.to_owned(), observed.weight.to_owned());
+        histograms.entry(key).or_insert_with(Histogram::new).add(observed.values);
+        Ok(())
+    })?;
+    let mut calibrated = Calibrated::new();
+    for ((graph, weight), histogram) in histograms {
+        calibrated.entry(graph).or_default().insert(weight, (histogram.limit(range) / LEVELS) as f32);
+    }
+    Ok(calibrated)
+}
+
+/// What a weight was multiplied with in one run of a graph.
+pub(crate) struct Observed<'o> {
+    /// The graph.
+    pub graph: &'o str,
+    /// The weight.
+    pub weight: &'o str,
+    /// All values, rows one behind the other.
+    pub values: &'o [f32],
+    /// Values of a row.
+    width: usize,
+    /// Of the graph's inputs, an additive mask of texts, if it has one.
+    mask: Option<&'o [f32]>,
+}
+
+impl Observed<'_> {
+    /// The rows that are no padding: a text's come last, and its mask says how many there are.
+    pub fn rows(&self) -> Vec<&[f32]> {
+        let rows = self.values.chunks_exact(self.width.max(1));
+        let others = rows.len().saturating_sub(self.mask.map_or(0, <[f32]>::len));
+        let seen = |row: usize| self.mask.is_none_or(|mask| row < others || mask[row - others] == 0.0);
+        rows.enumerate().filter(|(row, _)| seen(*row)).map(|(_, values)| values).collect()
+    }
+}
+
+/// Runs the graphs on samples and tells of everything that an 8-bit weight is multiplied with.
+///
+/// # Errors
+/// No samples, graphs that cannot be run, or what `visit` says.
+pub(crate) fn observe(
+    bundle: &Bundle,
+    graphs: &Graphs,
+    precision: Precision,
+    samples: &[Sample],
+    visit: &mut dyn FnMut(&Observed<'_>) -> Result<()>,
+) -> Result<()> {
     if samples.is_empty() {
         bail!("there is no picture with a caption to calibrate on");
     }
@@ -182,23 +230,21 @@ pub fn calibrate(bundle: &Bundle, graphs: &Graphs, precision: Precision, samples
     }
     let loaded = Loaded::over(bundle, precision, &observing, engine.as_ref())?;
     let tokenizer = bundle.tokenizer()?;
-    let mut histograms: BTreeMap<(String, String), Histogram> = BTreeMap::new();
     for sample in samples {
-        walk(&loaded, bundle.manifest(), &tokenizer, sample, &mut |signature: &GraphSignature, _, outputs| {
+        walk(&loaded, bundle.manifest(), &tokenizer, sample, &mut |signature: &GraphSignature, inputs, outputs| {
+            // The decoder's mask is one of slots, not of rows.
+            let mask = inputs.iter().find(|(name, _)| *name == "mask" && signature.name != "decode");
             for (tensor, values) in signature.outputs.iter().zip(outputs) {
-                if let Some(weight) = tensor.name.strip_prefix(OBSERVED) {
-                    let key = (signature.name.clone(), weight.to_owned());
-                    histograms.entry(key).or_insert_with(Histogram::new).add(values.floats());
-                }
+                let Some(weight) = tensor.name.strip_prefix(OBSERVED) else { continue };
+                let (width, mask) = (tensor.shape.last().copied().unwrap_or(1), mask.map(|(_, mask)| mask.floats()));
+                // What is read of single rows, such as pooled ones, has none of padding.
+                let mask = mask.filter(|mask| values.floats().len() >= mask.len() * width);
+                visit(&Observed { graph: &signature.name, weight, values: values.floats(), width, mask })?;
             }
             Ok(())
         })?;
     }
-    let mut calibrated = Calibrated::new();
-    for ((graph, weight), histogram) in histograms {
-        calibrated.entry(graph).or_default().insert(weight, (histogram.limit(range) / LEVELS) as f32);
-    }
-    Ok(calibrated)
+    Ok(())
 }
 
 /// What a graph lets out beside its own outputs.

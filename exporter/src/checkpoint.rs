@@ -100,13 +100,13 @@ impl Checkpoint {
     /// folded into a 32-bit table instead.
     ///
     /// # Errors
-    /// Those of candle.
+    /// Those of candle, and moments that do not fit.
     pub fn round(&mut self, storage: &Storage) -> Result<()> {
         for (name, var) in self.model.weights() {
             if name != "image.box.weight" {
                 // Outputs lie along the first dimension here, wherever the bundle has them.
                 let shape = var.dims();
-                let rounded = storage.element(name, shape, 0).rounded(&self.weights[name], shape);
+                let rounded = storage.rounded(name, &self.weights[name], shape, 0)?;
                 var.set(&Tensor::from_slice(&rounded, shape, var.device())?)?;
                 self.weights.insert(name.clone(), rounded);
             }
@@ -114,7 +114,7 @@ impl Checkpoint {
         for (layer, shape) in layer_shapes().into_iter().filter(|(layer, _)| layer != "classifier") {
             let name = format!("backbone.{layer}.weight");
             if let Some(values) = self.weights.get_mut(&name) {
-                *values = storage.element(&name, &shape, 0).rounded(values, &shape);
+                *values = storage.rounded(&name, values, &shape, 0)?;
             }
         }
         self.backbone = self.backbone_of_weights()?;

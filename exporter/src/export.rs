@@ -3,6 +3,7 @@
 use std::collections::BTreeMap;
 use std::fs;
 use std::path::Path;
+use std::sync::Arc;
 
 use anyhow::{Context, Result, bail};
 use unimo::bundle::manifest::{DecodingDefaults, Form, Precision};
@@ -11,6 +12,7 @@ use unimo::engine::EngineKind;
 use unimo::image::ImagePreparation;
 
 use crate::checkpoint::Checkpoint;
+use crate::compensate::{self, Moments};
 use crate::forms::{self, FormOptions, WrittenForm};
 use crate::gate::{self, Gate, errors, put_figures};
 use crate::graph::Storage;
@@ -54,8 +56,8 @@ pub struct Written {
 }
 
 impl ExportOptions {
-    fn storage(&self, precision: Precision) -> Storage {
-        Storage { precision, keep_f16: self.keep_f16.clone() }
+    fn storage(&self, precision: Precision, moments: Option<&Arc<Moments>>) -> Storage {
+        Storage { precision, keep_f16: self.keep_f16.clone(), moments: moments.cloned() }
     }
 }
 
@@ -118,18 +120,20 @@ fn write_and_check(
         bail!("no weight's name begins with `{beginning}`; there are such as `backbone.`, `image.feature` and `layers.0.`");
     }
     options.forms.check(&options.precisions)?;
-    write(&source, partial, options)?;
+    let moments = moments(&source, partial, options)?;
+    write(&source, partial, options, moments.as_ref())?;
     let bundle = Bundle::open(&BundleSource::Path(partial.to_path_buf()))?;
     bundle.verify()?;
     let mut written = Vec::new();
     for &precision in &options.precisions {
         let mut rounded = Checkpoint::open(checkpoint)?;
-        rounded.round(&options.storage(precision))?;
+        let storage = options.storage(precision, moments.as_ref());
+        rounded.round(&storage)?;
         let parity = parity::compare(&bundle, precision, &rounded, samples)?;
         if !parity.holds() {
             bail!("the exported {precision} graphs do not compute what the checkpoint does:\n{parity}");
         }
-        let graphs = Graphs::new(&source, options.max_text, &bundle.manifest().image, options.storage(precision));
+        let graphs = Graphs::new(&source, options.max_text, &bundle.manifest().image, storage)?;
         let forms = forms::add(partial, &graphs, precision, &options.forms, samples)?;
         written.push(Written { precision, parity, figures: None, forms });
     }
@@ -154,7 +158,7 @@ fn pass(
     let mut reference = bundle.to_path_buf();
     if !options.precisions.contains(&Precision::F32) {
         reference = sibling(bundle, "f32");
-        write(source, &reference, &ExportOptions { precisions: vec![Precision::F32], ..options.clone() })?;
+        write(source, &reference, &ExportOptions { precisions: vec![Precision::F32], ..options.clone() }, None)?;
     }
     let measured = |w: &Written| usize::from(w.precision != Precision::F32) + w.forms.iter().map(gate::runs).sum::<usize>();
     let all = (1 + written.iter().map(measured).sum::<usize>() as u64) * gate.development.len() as u64;
@@ -180,15 +184,34 @@ fn pass(
     Ok(())
 }
 
+/// What the weights are multiplied with on the calibration's samples, where 4-bit weights are to be rounded by it.
+fn moments(source: &Checkpoint, partial: &Path, options: &ExportOptions) -> Result<Option<Arc<Moments>>> {
+    let samples = &options.forms.calibration;
+    if samples.is_empty() || !options.precisions.contains(&Precision::I4) {
+        return Ok(None);
+    }
+    let folder = sibling(partial, "observed");
+    let observed = || -> Result<Moments> {
+        let eight = ExportOptions { precisions: vec![Precision::I8], keep_f16: Vec::new(), ..options.clone() };
+        write(source, &folder, &eight, None)?;
+        let bundle = Bundle::open(&BundleSource::Path(folder.clone()))?;
+        let graphs = Graphs::new(source, options.max_text, &bundle.manifest().image, Storage::of(Precision::I8))?;
+        compensate::moments(&bundle, &graphs, samples)
+    };
+    let moments = observed();
+    let _ = fs::remove_dir_all(&folder);
+    Ok(Some(Arc::new(moments?)))
+}
+
 /// Writes the bundle's folder.
-fn write(source: &Checkpoint, folder: &Path, options: &ExportOptions) -> Result<()> {
+fn write(source: &Checkpoint, folder: &Path, options: &ExportOptions, moments: Option<&Arc<Moments>>) -> Result<()> {
     let mut writing = Writing::new(folder)?;
     let image = ImagePreparation::default();
     let tokenizer = source.folder.join("tokenizer.json");
     writing.put("tokenizer.json".into(), &compact_json(&tokenizer)?)?;
     let mut written = None;
     for &precision in &options.precisions {
-        let graphs = Graphs::new(source, options.max_text, &image, options.storage(precision));
+        let graphs = Graphs::new(source, options.max_text, &image, options.storage(precision, moments))?;
         writing.put_precision(&graphs, precision)?;
         written = Some(graphs);
     }

@@ -24,7 +24,7 @@ use crate::writing::Writing;
 pub struct FormOptions {
     /// [`Form::Dynamic`], [`Form::Static`] or both; a precision gets those of them that it can have ([`Precision::forms`]).
     pub forms: Vec<Form>,
-    /// Pictures and texts to calibrate the static form on.
+    /// Pictures and texts to calibrate the static form on, and to round 4-bit weights by.
     pub calibration: Vec<Sample>,
     /// How scales are chosen from what occurred.
     pub range: Range,

@@ -3,6 +3,7 @@
 pub mod backbone_file;
 pub mod calibrate;
 pub mod checkpoint;
+pub mod compensate;
 pub mod export;
 pub mod forms;
 pub mod from_bundle;

@@ -102,10 +102,10 @@ struct FormArgs {
     /// Further forms: dynamic (i8 and i4, for processors), static (i8, for TensorRT)
     #[arg(long, value_delimiter = ',', value_name = "LIST")]
     form: Vec<Form>,
-    /// Shards on whose pictures and captions the static form is calibrated
+    /// Shards on whose pictures and captions the static form is calibrated, and 4-bit weights are rounded (otherwise each by itself)
     #[arg(long, num_args = 1.., value_name = "SHARD")]
     calibrate: Vec<PathBuf>,
-    /// Pictures to calibrate on
+    /// Pictures to calibrate on; 256 are not too many for 4 bits
     #[arg(long, default_value_t = 64, value_name = "N")]
     calibrate_samples: usize,
     /// What becomes the largest level: minmax, percentile (99.99), entropy, mse
@@ -118,10 +118,10 @@ struct FormArgs {
 
 impl FormArgs {
     fn options(&self) -> Result<FormOptions> {
-        let calibration = match self.form.contains(&Form::Static) {
-            true if self.calibrate.is_empty() => bail!("the static form is calibrated on shards: give --calibrate"),
-            true => read_samples(&self.calibrate, self.calibrate_samples, "--calibrate")?,
-            false => Vec::new(),
+        let calibration = match self.calibrate.is_empty() {
+            true if self.form.contains(&Form::Static) => bail!("the static form is calibrated on shards: give --calibrate"),
+            true => Vec::new(),
+            false => read_samples(&self.calibrate, self.calibrate_samples, "--calibrate")?,
         };
         Ok(FormOptions { forms: self.form.clone(), calibration, range: self.range, library: self.ort_lib.clone() })
     }

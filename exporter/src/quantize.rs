@@ -65,7 +65,7 @@ fn scale(values: &[f32]) -> f32 {
 /// Inputs of an output that share a scale where weights have 4 bits.
 pub const BLOCK: usize = 32;
 /// What a 4-bit level is stored too large by.
-const OFFSET: f32 = 8.0;
+pub(crate) const OFFSET: f32 = 8.0;
 /// Scales that are tried for each block, from the largest on, as shares of what would make its largest magnitude the last level. Of
 /// normal values the best errs by 0.7 % more (squares) than the best of all scales.
 fn block_shares() -> impl Iterator<Item = f32> {
@@ -89,12 +89,15 @@ pub struct Blocks {
 pub fn quantize_blocks(rows: &[f32]) -> Blocks {
     let (blocks, rest) = rows.as_chunks::<BLOCK>();
     assert!(rest.is_empty(), "inputs are no whole blocks");
-    let scales: Vec<f16> = blocks.iter().map(block_scale).collect();
-    let levels = blocks.iter().zip(&scales).flat_map(|(block, scale)| {
-        let level = move |value: f32| (block_level(value, scale.to_f32()) + OFFSET) as u8;
-        block.as_chunks::<2>().0.iter().map(move |&[first, second]| level(first) | level(second) << 4)
-    });
-    Blocks { levels: levels.collect(), scales }
+    let scales: Vec<f16> = blocks.iter().map(|block| block_scale(block)).collect();
+    let level = |(block, scale): (&[f32; BLOCK], &f16)| block.map(|value| (block_level(value, scale.to_f32()) + OFFSET) as u8);
+    let levels: Vec<[u8; BLOCK]> = blocks.iter().zip(&scales).map(level).collect();
+    Blocks { levels: pack_levels(levels.as_flattened()), scales }
+}
+
+/// Levels two a byte, the lower half first.
+pub(crate) fn pack_levels(levels: &[u8]) -> Vec<u8> {
+    levels.as_chunks::<2>().0.iter().map(|&[first, second]| first | second << 4).collect()
 }
 
 /// The values `[outputs, inputs]` that quantized ones stand for.
@@ -113,13 +116,14 @@ pub fn dequantize_blocks(blocks: &Blocks) -> Vec<f32> {
     levels.iter().zip(&blocks.scales).flat_map(values).collect()
 }
 
-fn block_level(value: f32, scale: f32) -> f32 {
+/// The level of a value, from −8 to 7.
+pub(crate) fn block_level(value: f32, scale: f32) -> f32 {
     (value / scale).round_ties_even().clamp(-OFFSET, OFFSET - 1.0)
 }
 
 /// The scale of one block, 1 where all of it is zero. There is one level more below zero than above: the largest magnitude may be given
 /// it, by a negative scale where it is positive.
-fn block_scale(values: &[f32; BLOCK]) -> f16 {
+pub(crate) fn block_scale(values: &[f32]) -> f16 {
     let extreme = values.iter().fold(0f32, |extreme, &value| if value.abs() > extreme.abs() { value } else { extreme });
     let error = |scale: f16| {
         let scale = scale.to_f32();

@@ -26,8 +26,7 @@ pub(crate) fn weights<'g>(graphs: impl Iterator<Item = &'g str>, precision: Prec
             entries.insert(tensor.name.clone(), stored(tensor, axis).with_context(|| format!("weight `{}`", tensor.name))?);
         }
     }
-    let storage = Storage { precision, keep_f16: Vec::new() };
-    Ok(WeightStore::of_file(storage, entries, files(&format!("{precision}/{WEIGHTS}"))?.to_vec()))
+    Ok(WeightStore::of_file(Storage::of(precision), entries, files(&format!("{precision}/{WEIGHTS}"))?.to_vec()))
 }
 
 /// The weights of a bundle in one of its precisions.

@@ -357,9 +357,9 @@ mod tests {
             inputs: vec![tensor("x", &[2, 3], Dtype::F32), tensor("i", &[4], Dtype::I64)],
             outputs: vec![tensor("y", &[2, 2], Dtype::F32)],
         };
-        let mut weights = WeightStore::new(Storage { precision: Precision::F32, keep_f16: Vec::new() });
-        weights.add("fc.weight", &[4, 2], 1, &[0.0; 8]);
-        weights.add("fc.bias", &[2], 0, &[0.0; 2]);
+        let mut weights = WeightStore::new(Storage::of(Precision::F32));
+        weights.add("fc.weight", &[4, 2], 1, &[0.0; 8]).unwrap();
+        weights.add("fc.bias", &[2], 0, &[0.0; 2]).unwrap();
         let mut b = GraphBuilder::new(&signature, &weights, Products::Expanded);
         let (x, i) = (b.input("x").unwrap(), b.input("i").unwrap());
         let says = |result: Built| result.unwrap_err().to_string();
@@ -386,7 +386,7 @@ mod tests {
             inputs: vec![tensor("x", &[fixed(2), slots]), tensor("y", &[fixed(2), fixed(5)])],
             outputs: vec![tensor("z", &[fixed(2), fixed(1), slots])],
         };
-        let weights = WeightStore::new(Storage { precision: Precision::F32, keep_f16: Vec::new() });
+        let weights = WeightStore::new(Storage::of(Precision::F32));
         let mut b = GraphBuilder::new(&signature, &weights, Products::Expanded);
         let (x, y) = (b.input("x").unwrap(), b.input("y").unwrap());
         let joined = b.concat(&[&y, &x], 1).unwrap();

@@ -1,12 +1,14 @@
 //! The weights that all graphs of one precision share, stored once.
 
 use std::collections::BTreeMap;
+use std::sync::Arc;
 
 use anyhow::{Context, Result, bail};
 use half::f16;
 use half::slice::HalfFloatSliceExt;
 use unimo::bundle::manifest::Precision;
 
+use crate::compensate::{self, Moments};
 use crate::quantize::{BLOCK, Blocks, Quantized, dequantize, dequantize_blocks, quantize, quantize_blocks};
 
 /// Tensors start at multiples of this, so that they can be used where they lie.
@@ -45,9 +47,17 @@ pub struct Storage {
     /// Beginnings of the names of weights that 8- and 4-bit precision keep in 16 bits, because what depends on them would lose too
     /// much.
     pub keep_f16: Vec<String>,
+    /// What weights are multiplied with, by which 4-bit ones are rounded; others, and without it all, are rounded by themselves.
+    pub moments: Option<Arc<Moments>>,
 }
 
 impl Storage {
+    /// The storage of a precision, with nothing kept and nothing known.
+    #[must_use]
+    pub fn of(precision: Precision) -> Self {
+        Self { precision, keep_f16: Vec::new(), moments: None }
+    }
+
     /// How a weight is stored whose channels lie along `axis`. Vectors (biases, LayerNorm) stay in 32 bits: they are few, and
     /// errors in them add up.
     #[must_use]
@@ -63,21 +73,30 @@ impl Storage {
             Precision::I8 | Precision::I4 => Element::I8 { axis },
         }
     }
-}
 
-impl Element {
-    /// Values as they are after storing them so.
-    #[must_use]
-    pub fn rounded(self, values: &[f32], shape: &[usize]) -> Vec<f32> {
-        match self {
-            Self::F32 => values.to_vec(),
-            Self::F16 => values.iter().map(|&v| f16::from_f32(v).to_f32()).collect(),
-            Self::I8 { axis } => dequantize(&quantize(values, shape, axis), shape, axis),
-            Self::I4 { axis: 0 } => dequantize_blocks(&quantize_blocks(values)),
-            Self::I4 { .. } => {
-                let rows = dequantize_blocks(&quantize_blocks(&transposed(values, shape)));
-                transposed(&rows, &[shape[1], shape[0]])
+    /// A weight's values as they are after storing them; its channels lie along `axis`.
+    ///
+    /// # Errors
+    /// Moments that do not fit.
+    pub fn rounded(&self, name: &str, values: &[f32], shape: &[usize], axis: usize) -> Result<Vec<f32>> {
+        Ok(match self.element(name, shape, axis) {
+            Element::F32 => values.to_vec(),
+            Element::F16 => values.iter().map(|&v| f16::from_f32(v).to_f32()).collect(),
+            Element::I8 { axis } => dequantize(&quantize(values, shape, axis), shape, axis),
+            Element::I4 { axis } => {
+                let rows = dequantize_blocks(&self.blocks(name, values, shape, axis)?);
+                if axis == 0 { rows } else { transposed(&rows, &[shape[1], shape[0]]) }
             }
+        })
+    }
+
+    /// A matrix in 4 bits, whose outputs lie along `axis`.
+    fn blocks(&self, name: &str, values: &[f32], shape: &[usize], axis: usize) -> Result<Blocks> {
+        let turned = (axis == 1).then(|| transposed(values, shape));
+        let rows = turned.as_deref().unwrap_or(values);
+        match self.moments.as_ref().and_then(|moments| moments.get(name)) {
+            Some(moments) => compensate::quantize(rows, moments).with_context(|| format!("weight `{name}`")),
+            None => Ok(quantize_blocks(rows)),
         }
     }
 }
@@ -116,13 +135,19 @@ impl WeightStore {
     }
 
     /// Adds a weight under a new name, stored as [`Storage::element`] says; its channels lie along `axis`.
-    pub fn add(&mut self, name: &str, shape: &[usize], axis: usize, values: &[f32]) {
-        self.store(name, shape, values, self.storage.element(name, shape, axis));
+    ///
+    /// # Errors
+    /// Moments that do not fit.
+    pub fn add(&mut self, name: &str, shape: &[usize], axis: usize, values: &[f32]) -> Result<()> {
+        self.store(name, shape, values, self.storage.element(name, shape, axis))
     }
 
     /// Adds a weight that stays in 32 bits at every precision.
-    pub fn add_exact(&mut self, name: &str, shape: &[usize], values: &[f32]) {
-        self.store(name, shape, values, Element::F32);
+    ///
+    /// # Errors
+    /// None.
+    pub fn add_exact(&mut self, name: &str, shape: &[usize], values: &[f32]) -> Result<()> {
+        self.store(name, shape, values, Element::F32)
     }
 
     /// Weights that lie in a file already.
@@ -131,14 +156,14 @@ impl WeightStore {
         Self { storage, entries, bytes }
     }
 
-    fn store(&mut self, name: &str, shape: &[usize], values: &[f32], element: Element) {
+    fn store(&mut self, name: &str, shape: &[usize], values: &[f32], element: Element) -> Result<()> {
         debug_assert_eq!(shape.iter().product::<usize>(), values.len());
         self.bytes.resize(self.bytes.len().next_multiple_of(ALIGNMENT), 0);
         let offset = self.bytes.len();
         let mut scales = None;
         match element {
             Element::I4 { axis } => {
-                let blocks = if axis == 0 { quantize_blocks(values) } else { quantize_blocks(&transposed(values, shape)) };
+                let blocks = self.storage.blocks(name, values, shape, axis)?;
                 self.bytes.extend(blocks.levels);
                 scales = Some((blocks.scales.iter().map(|scale| scale.to_f32()).collect(), Element::F16));
             }
@@ -157,8 +182,9 @@ impl WeightStore {
         let entry = StoredWeight { shape: shape.to_vec(), offset, length: self.bytes.len() - offset, element };
         self.entries.insert(name.to_owned(), entry);
         if let Some((scales, element)) = scales {
-            self.store(&Self::scales_of(name), &[scales.len()], &scales, element);
+            self.store(&Self::scales_of(name), &[scales.len()], &scales, element)?;
         }
+        Ok(())
     }
 
     /// Name under which the scales of an 8- or 4-bit weight are stored.

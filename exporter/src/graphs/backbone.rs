@@ -1,5 +1,6 @@
 //! MobileNetV2 from pixels to region features, as the trainer's `backbone` computes it.
 
+use anyhow::Result;
 use unimo_train::backbone::{BLOCKS, CHANNELS, COLOURS, GRID, INPUT, layer_shapes};
 
 use super::Builder;
@@ -9,12 +10,13 @@ use crate::graph::{Dim, GraphError, Value, WeightStore};
 use crate::graph::Convolution;
 
 /// Adds the convolutions' weights as `backbone.<layer>`; the classifier stays behind.
-pub(super) fn add_weights(store: &mut WeightStore, checkpoint: &Checkpoint) {
+pub(super) fn add_weights(store: &mut WeightStore, checkpoint: &Checkpoint) -> Result<()> {
     for (layer, shape) in layer_shapes().into_iter().filter(|(layer, _)| layer != "classifier") {
         let name = |kind: &str| format!("backbone.{layer}.{kind}");
-        store.add(&name("weight"), &shape, 0, checkpoint.weight(&name("weight")));
-        store.add(&name("bias"), &shape[..1], 0, checkpoint.weight(&name("bias")));
+        store.add(&name("weight"), &shape, 0, checkpoint.weight(&name("weight")))?;
+        store.add(&name("bias"), &shape[..1], 0, checkpoint.weight(&name("bias")))?;
     }
+    Ok(())
 }
 
 /// 3×3: one pixel all round at stride 1, at bottom and right only at stride 2.

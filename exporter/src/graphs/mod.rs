@@ -35,8 +35,10 @@ struct Builder<'g> {
 
 impl Graphs {
     /// Lays out a checkpoint's weights: matrices as `[in, out]`, and the boxes' embedding computed once, since the grid is fixed.
-    #[must_use]
-    pub fn new(checkpoint: &Checkpoint, max_text: usize, image: &ImagePreparation, storage: Storage) -> Self {
+    ///
+    /// # Errors
+    /// Moments that do not fit the weights.
+    pub fn new(checkpoint: &Checkpoint, max_text: usize, image: &ImagePreparation, storage: Storage) -> anyhow::Result<Self> {
         let config = checkpoint.config();
         let sizes = ModelSizes {
             name: config.name.clone(),
@@ -52,9 +54,9 @@ impl Graphs {
         };
         let signatures = GraphSignature::contract(&sizes, image);
         let mut weights = WeightStore::new(storage);
-        transformer::add_weights(&mut weights, checkpoint);
-        backbone::add_weights(&mut weights, checkpoint);
-        Self { sizes, signatures, weights }
+        transformer::add_weights(&mut weights, checkpoint)?;
+        backbone::add_weights(&mut weights, checkpoint)?;
+        Ok(Self { sizes, signatures, weights })
     }
 
     /// Builds the graph of a signature.

@@ -1,5 +1,7 @@
 //! Embeddings and Transformer layers, as the trainer's `model` computes them.
 
+use anyhow::Result;
+
 use super::{Builder, EPS};
 use crate::checkpoint::Checkpoint;
 use crate::graph::{Dim, GraphError, Value, WeightStore, transposed};
@@ -27,7 +29,7 @@ pub(super) enum Context<'a> {
 }
 
 /// Adds the Transformer's and the heads' weights.
-pub(super) fn add_weights(store: &mut WeightStore, checkpoint: &Checkpoint) {
+pub(super) fn add_weights(store: &mut WeightStore, checkpoint: &Checkpoint) -> Result<()> {
     for (name, shape) in checkpoint.config().weights() {
         let values = checkpoint.weight(&name);
         let training_only = name.starts_with("region.") || name == "temperature";
@@ -37,15 +39,15 @@ pub(super) fn add_weights(store: &mut WeightStore, checkpoint: &Checkpoint) {
         }
         let table = name == "text.token.weight" || name == "text.position.weight";
         match shape[..] {
-            [rows, columns] if !table => store.add(&name, &[columns, rows], 1, &transposed(values, &shape)),
-            _ => store.add(&name, &shape, 0, values),
+            [rows, columns] if !table => store.add(&name, &[columns, rows], 1, &transposed(values, &shape))?,
+            _ => store.add(&name, &shape, 0, values)?,
         }
     }
-    add_places(store, checkpoint);
+    add_places(store, checkpoint)
 }
 
 /// `image.places` `[image_tokens, hidden]`: FC(box) + both biases of the region embedding. The grid's boxes never change.
-fn add_places(store: &mut WeightStore, checkpoint: &Checkpoint) {
+fn add_places(store: &mut WeightStore, checkpoint: &Checkpoint) -> Result<()> {
     let config = checkpoint.config();
     let (weight, bias) = (checkpoint.weight("image.box.weight"), checkpoint.weight("image.box.bias"));
     let feature_bias = checkpoint.weight("image.feature.bias");
@@ -56,7 +58,7 @@ fn add_places(store: &mut WeightStore, checkpoint: &Checkpoint) {
             places.push(row.iter().zip(region).map(|(w, x)| w * x).sum::<f32>() + b + f);
         }
     }
-    store.add_exact("image.places", &[config.image_tokens(), config.hidden], &places);
+    store.add_exact("image.places", &[config.image_tokens(), config.hidden], &places)
 }
 
 impl Builder<'_> {
