@@ -6,7 +6,7 @@
 #   devices/package/package.sh aarch64-musl           one static file for any 64-bit ARM Linux (Alpine, Buildroot, initramfs)
 #   devices/package/package.sh x86_64-musl            the same for any 64-bit PC
 #
-# A second word names another profile than `release`: `dist` is a fifth smaller, and takes longer to build (README). Results lie in
+# A second word names another profile than `release`: `dist` or `small` (README). Results lie in
 # target/packages. Binaries need no newer glibc than 2.31 (JetPack 5, Debian 11), or no library at all, which is checked. Static ones
 # have tract alone, because ONNX Runtime is a library to be loaded; find names of machines in /etc/hosts and at name servers alone,
 # not such as camera.local; and come as a tarball without a .deb.
