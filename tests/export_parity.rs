@@ -352,8 +352,7 @@ fn four_bits_err_less_where_they_are_rounded_by_what_occurs() {
     let bundle = open(&target);
     assert_eq!(bundle.length("i4/weights.bin").unwrap(), all.length("i4/weights.bin").unwrap());
     assert_eq!(fs::read_dir(out.path()).unwrap().count(), 1, "nothing is left beside the bundle");
-    let [full, alone, together] =
-        [outputs(&all, Precision::F32), outputs(&all, Precision::I4), outputs(&bundle, Precision::I4)];
+    let [full, alone, together] = [outputs(&all, Precision::F32), outputs(&all, Precision::I4), outputs(&bundle, Precision::I4)];
     let error = |found: &BTreeMap<String, Vec<f32>>, name: &str| -> f64 {
         found[name].iter().zip(&full[name]).map(|(a, b)| f64::from(a - b).powi(2)).sum()
     };

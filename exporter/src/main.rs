@@ -30,7 +30,8 @@ const EXAMPLES: &str = "Examples:
   unimo-export backbone --bundle runtime/bundle/default.tar --out mobilenetv2.safetensors
   unimo-export --checkpoint runs/pico --out pico.tar --precision i8 --form dynamic,static --calibrate flickr8k/train-0000.tar
   unimo-export checkpoint --bundle runtime/bundle/default.tar --out default-checkpoint
-  unimo-export --checkpoint default-checkpoint --out small.tar --precision i4 --keep-f16 backbone.,image.feature --form dynamic
+  unimo-export --checkpoint default-checkpoint --out small.tar --precision i4 --keep-f16 backbone.,image.feature --form dynamic \\
+      --calibrate flickr8k/train-0000.tar --calibrate-samples 256
   unimo-export upgrade --bundle old.tar --out new.tar
   unimo-export upgrade --bundle old.tar --out new.tar --form dynamic --measure flickr8k/dev-0000.tar
 
