@@ -361,7 +361,7 @@ mod tests {
         let expected = |row: usize, n: usize| -> f32 {
             let term = |k: usize| {
                 let byte = levels[n * 32 + k / 2];
-                let level = if k % 2 == 0 { byte & 15 } else { byte >> 4 };
+                let level = if k.is_multiple_of(2) { byte & 15 } else { byte >> 4 };
                 (f32::from(level) - 8.0) * scales[n * 2 + k / 32] * x[row * 64 + k]
             };
             (0..64).map(term).sum::<f32>() + [1.0, 2.0, 3.0][n]

@@ -56,7 +56,7 @@ fn four_bit_blocks_are_multiplied_as_floats() {
             matrix.multiply(rows, (&x, Layout::dense(inputs)), None, Activation::None, (&mut y, Layout::dense(outputs)));
             let value = |k: usize, n: usize| {
                 let (byte, at) = (levels[(n * inputs + k) / 2], n * inputs + k);
-                (f32::from(if k % 2 == 0 { byte & 15 } else { byte >> 4 }) - 8.0) * scales[at / 32]
+                (f32::from(if k.is_multiple_of(2) { byte & 15 } else { byte >> 4 }) - 8.0) * scales[at / 32]
             };
             near(&y, &expected(&x, &value, &bias, [inputs, outputs]));
         }

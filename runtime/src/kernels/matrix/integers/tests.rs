@@ -129,7 +129,7 @@ fn four_bit_blocks_give_the_sums_of_the_formula() {
                 let (levels, scales) = blocks([inputs, outputs]);
                 let level = |n: usize, k: usize| {
                     let byte = levels[(n * inputs + k) / 2];
-                    i64::from(if k % 2 == 0 { byte & 15 } else { byte >> 4 }) - 8
+                    i64::from(if k.is_multiple_of(2) { byte & 15 } else { byte >> 4 }) - 8
                 };
                 let shape = [inputs, outputs];
                 let mut matrix = Matrix::new(Weights::FourBitIntegers(&levels, &scales), shape, false, Some(&bias)).unwrap();
