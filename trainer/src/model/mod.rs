@@ -15,7 +15,7 @@ use anyhow::{Context, Result, bail};
 use candle_core::{DType, Device, Tensor, Var};
 use rand::Rng;
 
-pub use config::{ImageEmbedding, ModelConfig};
+pub use config::{ImageEmbedding, ModelConfig, TextEmbedding};
 pub use generate::{ImageCache, Step};
 pub use heads::EmbeddedImages;
 pub use packing::{Features, ImageRows, PackedBatch, Packer, Regions, region_boxes};
