@@ -18,7 +18,7 @@ use unimo::tokenizer::{CLS, PAD, SEP};
 use unimo_export::checkpoint::Checkpoint;
 use unimo_export::export::{ExportOptions, Written, export};
 use unimo_export::forms::FormOptions;
-use unimo_export::from_bundle;
+use unimo_export::from_bundle::{self, Embeddings};
 use unimo_export::gate::Gate;
 use unimo_export::parity;
 use unimo_export::quality::{Development, MaxDrop};
@@ -26,7 +26,7 @@ use unimo_export::sample::drawn_samples;
 use unimo_export::upgrade::{UpgradeOptions, upgrade};
 use unimo_tests::reference::{checkpoint, golden, save, scattered};
 use unimo_train::backbone::Backbone;
-use unimo_train::model::ImageEmbedding;
+use unimo_train::model::{ImageEmbedding, TextEmbedding};
 use unimo_train::scenes::{CorpusOptions, write_corpus};
 
 /// Largest difference from NumPy, as a share of the output's root mean square: both compute in f32, but sum in another order
@@ -56,7 +56,7 @@ impl Exported {
 fn exported() -> &'static Exported {
     static EXPORTED: OnceLock<Exported> = OnceLock::new();
     EXPORTED.get_or_init(|| {
-        let (checkpoint, out) = (checkpoint(ImageEmbedding::Token), tempfile::tempdir().unwrap());
+        let (checkpoint, out) = (checkpoint(ImageEmbedding::Token, TextEmbedding::Token), tempfile::tempdir().unwrap());
         let all = options(&Precision::ALL);
         let reports = export(checkpoint.path(), &out.path().join("bundle"), &all, &drawn_samples(2), &|_, _| ()).unwrap();
         Exported { checkpoint, out, reports }
@@ -193,9 +193,11 @@ fn embedded_mean(checkpoint: &Path, pixels: &[f32]) -> Vec<f64> {
 }
 
 #[test]
-fn a_pooled_image_embedding_is_the_mean_features_in_every_precision_and_stays_so_when_upgraded() {
-    let (checkpoint, out) = (checkpoint(ImageEmbedding::Pooled), tempfile::tempdir().unwrap());
-    let (target, samples) = (out.path().join("bundle"), drawn_samples(2));
+fn embeddings_of_means_are_so_in_every_precision_and_stay_so_when_upgraded() {
+    let (checkpoint, out) = (checkpoint(ImageEmbedding::Pooled, TextEmbedding::Both), tempfile::tempdir().unwrap());
+    let (target, mut samples) = (out.path().join("bundle"), drawn_samples(3));
+    // Nothing but [CLS] and [SEP].
+    samples[2].text.clear();
     let all = options(&[Precision::F32, Precision::F16, Precision::I8]);
     let reports = export(checkpoint.path(), &target, &all, &samples, &|_, _| ()).unwrap();
     assert!(reports.iter().all(|written| written.parity.holds()), "{reports:?}");
@@ -203,8 +205,12 @@ fn a_pooled_image_embedding_is_the_mean_features_in_every_precision_and_stays_so
     let (bundle, golden) = (open(&target), golden());
     let found = outputs(&bundle, Precision::F32);
     for (name, expected) in &golden.outputs {
-        // Everything else is as it was: only the image's embedding is made of something else.
-        let expected = if name == "vision.embedding" { &golden.pooled_embedding } else { expected };
+        // Everything else is as it was: only the embeddings are made of something else.
+        let expected = match name.as_str() {
+            "vision.embedding" => &golden.pooled_embedding,
+            "text.embedding" => &golden.both_embedding,
+            _ => expected,
+        };
         let error = expected.error(&found[name]);
         println!("{name:22} {error:.1e}");
         assert!(error <= TOLERANCE, "{name} differs from NumPy by {error:.1e} of its root mean square");
@@ -313,8 +319,8 @@ fn a_bundle_is_a_checkpoint_again() {
     let bundle = open(&exported.bundle());
     for (precision, tolerance) in [(Precision::F32, 1e-5), (Precision::I8, 1e-5), (Precision::I4, 1e-5)] {
         let (folder, again) = (out.path().join(format!("{precision}")), out.path().join(format!("{precision}.tar")));
-        from_bundle::write(&bundle, Some(precision), None, &folder).unwrap();
-        let error = format!("{:#}", from_bundle::write(&bundle, None, None, &folder).unwrap_err());
+        from_bundle::write(&bundle, Some(precision), Embeddings::default(), &folder).unwrap();
+        let error = format!("{:#}", from_bundle::write(&bundle, None, Embeddings::default(), &folder).unwrap_err());
         assert!(error.ends_with("is already there"), "{error}");
         export(&folder, &again, &options(&[Precision::F32]), &drawn_samples(1), &|_, _| ()).unwrap();
         let (before, after) = (outputs(&bundle, precision), outputs(&open(&again), Precision::F32));
@@ -326,14 +332,22 @@ fn a_bundle_is_a_checkpoint_again() {
     }
     // With an embedding of the other kind, all but that is what it was.
     let (pooled, again) = (out.path().join("pooled"), out.path().join("pooled.tar"));
-    from_bundle::write(&bundle, None, Some(ImageEmbedding::Pooled), &pooled).unwrap();
+    let others = Embeddings { image: Some(ImageEmbedding::Pooled), text: Some(TextEmbedding::Both) };
+    from_bundle::write(&bundle, None, others, &pooled).unwrap();
+    let fresh = candle_core::safetensors::load(pooled.join("model.safetensors"), &Device::Cpu).unwrap();
+    for layer in ["embed.image", "embed.text"] {
+        let values = fresh[&format!("{layer}.weight")].flatten_all().unwrap().to_vec1::<f32>().unwrap();
+        let largest = values.iter().fold(0f32, |largest, v| largest.max(v.abs()));
+        // Two deviations of a tenth of the 0.04 of a size without a name.
+        assert!((0.0078..=0.008001).contains(&largest), "{layer}: {largest}");
+    }
     export(&pooled, &again, &options(&[Precision::F32]), &drawn_samples(1), &|_, _| ()).unwrap();
     let (before, after) = (outputs(&bundle, Precision::F32), outputs(&open(&again), Precision::F32));
     let differ = |name: &String| before[name].iter().zip(&after[name]).any(|(b, a)| (b - a).abs() > 1e-4);
-    assert_eq!(before.keys().filter(|name| differ(name)).collect::<Vec<_>>(), ["vision.embedding"]);
-    from_bundle::write(&open(&again), None, None, &out.path().join("still-pooled")).unwrap();
+    assert_eq!(before.keys().filter(|name| differ(name)).collect::<Vec<_>>(), ["text.embedding", "vision.embedding"]);
+    from_bundle::write(&open(&again), None, Embeddings::default(), &out.path().join("still-pooled")).unwrap();
     let sizes = fs::read_to_string(out.path().join("still-pooled/model.toml")).unwrap();
-    assert!(sizes.contains("image_embedding = \"pooled\""), "{sizes}");
+    assert!(sizes.contains("image_embedding = \"pooled\"\ntext_embedding = \"both\""), "{sizes}");
     // Quantized once more, 8-bit weights are what they were.
     let again = out.path().join("again");
     export(&out.path().join("i8"), &again, &options(&[Precision::I8]), &drawn_samples(1), &|_, _| ()).unwrap();

@@ -10,7 +10,7 @@ use std::time::{Duration, Instant};
 use tempfile::TempDir;
 use unimo_tests::{Run, path, program};
 use unimo_train::backbone;
-use unimo_train::model::{ImageEmbedding, ModelConfig};
+use unimo_train::model::{ImageEmbedding, ModelConfig, TextEmbedding};
 
 /// Every objective that compares or averages, with dropout. As many passes as the most ranks that are tried: dropout goes by the
 /// pass, so the passes of one process are those of the ranks.
@@ -253,7 +253,8 @@ fn the_curve_is_that_of_one_process_whatever_the_number_of_ranks() {
 #[test]
 fn further_pairs_are_shared_out_among_ranks() {
     let bench = Bench::new();
-    let size = ModelConfig { image_embedding: ImageEmbedding::Pooled, ..ModelConfig::named("pico").unwrap() };
+    let (image_embedding, text_embedding) = (ImageEmbedding::Pooled, TextEmbedding::Both);
+    let size = ModelConfig { image_embedding, text_embedding, ..ModelConfig::named("pico").unwrap() };
     bench.recipe("pooled-size.toml", &toml::to_string(&size).unwrap());
     bench.recipe("pooled.toml", POOLED);
     let more = "--size {}/pooled-size.toml --recipe {}/pooled.toml";
@@ -265,11 +266,13 @@ fn further_pairs_are_shared_out_among_ranks() {
         assert_alike(&bench.curve(&run), &one, &run);
     }
 
-    // In the first contrast alone; one pass, without dropout, that is cut in two. Then nothing but further pairs.
+    // In the first contrast alone; one pass, without dropout, that is cut in two. Then nothing but further pairs, and then with
+    // nothing learnt but the embeddings.
     let plain = POOLED.replace("chunks = 4", "").replace("dropout = 0.1", "dropout = 0.0").replace("cross_modal = 0.5", "");
     let plain = plain.replace("retrieved_pairs = 4", "");
     let alone = "steps = 4\nviews = 2\ndropout = 0.0\n[batch]\nimages = 0\ncaptions = 0\ncontrast_pairs = 9\n";
-    for (name, recipe) in [("plain", plain.as_str()), ("alone", alone)] {
+    let heads = format!("trained = ['embed.', 'temperature']\n{alone}");
+    for (name, recipe) in [("plain", plain.as_str()), ("alone", alone), ("heads", &heads)] {
         bench.recipe(&format!("{name}.toml"), recipe);
         let more = format!("--size {{}}/pooled-size.toml --recipe {{}}/{name}.toml");
         let runs = [1, 2].map(|ranks| {

@@ -1,9 +1,10 @@
 //! A run reaches every parameter, and one that was killed goes on as if nothing had happened.
 
+use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
 use unimo_train::ablation::{Plan, ablate};
-use unimo_train::model::{ImageEmbedding, ModelConfig};
+use unimo_train::model::{ImageEmbedding, ModelConfig, TextEmbedding};
 use unimo_train::recipe::Recipe;
 use unimo_train::retrieval::{RetrievalJob, Seer, retrieve};
 use unimo_train::rewriting::{Counts, RewriteJob, rewrite};
@@ -146,10 +147,14 @@ fn job(folder: &Path, run: &str) -> TrainingJob {
     }
 }
 
-/// A job that trains a model whose image embedding is pooled.
+/// What of a recipe trains the embeddings alone.
+const HEADS: &str = "trained = ['embed.', 'temperature']\n";
+
+/// A job that trains a model whose image embedding is pooled, its text embedding of both kinds.
 fn pooled_job(folder: &Path, run: &str) -> TrainingJob {
     let mut job = job(folder, run);
     job.size.image_embedding = ImageEmbedding::Pooled;
+    job.size.text_embedding = TextEmbedding::Both;
     job.recipe = Recipe::from_toml(POOLED).unwrap();
     job
 }
@@ -170,9 +175,11 @@ fn moments(run: &Path) -> std::collections::HashMap<String, candle_core::Tensor>
 #[test]
 fn every_parameter_gets_a_finite_gradient_that_is_not_zero() {
     let folder = tempfile::tempdir().unwrap();
-    for (run, image_embedding) in [("token", ImageEmbedding::Token), ("pooled", ImageEmbedding::Pooled)] {
+    for (run, image_embedding, text_embedding) in
+        [("token", ImageEmbedding::Token, TextEmbedding::Token), ("pooled", ImageEmbedding::Pooled, TextEmbedding::Both)]
+    {
         let mut job = job(folder.path(), run);
-        job.size.image_embedding = image_embedding;
+        (job.size.image_embedding, job.size.text_embedding) = (image_embedding, text_embedding);
         training::run(&TrainingJob { stop_after: Some(2), ..job.clone() }).unwrap();
         let moments = moments(&job.run);
         for (name, _) in job.size.weights() {
@@ -211,7 +218,7 @@ fn a_resumed_run_has_the_curve_of_an_uninterrupted_one() {
 }
 
 /// Losses by objective of every line of a run's log.
-fn losses(run: &Path) -> Vec<std::collections::BTreeMap<String, f64>> {
+fn losses(run: &Path) -> Vec<BTreeMap<String, f64>> {
     let log = std::fs::read_to_string(run.join("log.jsonl")).unwrap();
     let of_line = |line: &str| {
         let entry: serde_json::Value = serde_json::from_str(line).unwrap();
@@ -223,18 +230,22 @@ fn losses(run: &Path) -> Vec<std::collections::BTreeMap<String, f64>> {
 #[test]
 fn a_step_in_chunks_teaches_what_one_pass_does() {
     let folder = tempfile::tempdir().unwrap();
-    let token = ImageEmbedding::Token;
-    for (name, recipe, image_embedding) in [
+    let token = (ImageEmbedding::Token, TextEmbedding::Token);
+    let both = (ImageEmbedding::Pooled, TextEmbedding::Both);
+    let heads = format!("{HEADS}{POOLED}");
+    for (name, recipe, embeddings) in [
         ("frozen", RECIPE, token),
         ("trained", WITH_BACKBONE, token),
-        ("pooled", POOLED, ImageEmbedding::Pooled),
-        ("pooled and trained", WITH_BACKBONE, ImageEmbedding::Pooled),
+        ("pooled", POOLED, (ImageEmbedding::Pooled, TextEmbedding::Token)),
+        ("pooled and trained", WITH_BACKBONE, both),
+        ("both", POOLED, both),
+        ("heads alone", heads.as_str(), both),
     ] {
         let run = |chunks: usize| {
             // Dropout would differ: it goes by a row's place in its pass.
             let mut job = job(folder.path(), &format!("{name}-{chunks}"));
             job.size.dropout = 0.0;
-            job.size.image_embedding = image_embedding;
+            (job.size.image_embedding, job.size.text_embedding) = embeddings;
             job.recipe = Recipe::from_toml(recipe).unwrap();
             job.recipe.steps = 2;
             job.recipe.batch.chunks = chunks;
@@ -287,6 +298,64 @@ fn further_pairs_change_the_contrast_alone_and_a_run_with_them_is_resumed_exactl
     alone.recipe = Recipe::from_toml("steps = 2\nviews = 2\n[batch]\nimages = 0\ncaptions = 0\ncontrast_pairs = 10\n").unwrap();
     training::run(&alone).unwrap();
     assert!(losses(&alone.run).iter().all(|step| step.len() == 1 && step["contrast"] > 1.0));
+}
+
+/// Bits of every tensor of a checkpoint's model.
+fn weights(checkpoint: &Path) -> BTreeMap<String, Vec<u32>> {
+    let tensors = candle_core::safetensors::load(checkpoint.join("model.safetensors"), &candle_core::Device::Cpu).unwrap();
+    let bits = |tensor: candle_core::Tensor| tensor.flatten_all().unwrap().to_vec1::<f32>().unwrap();
+    tensors.into_iter().map(|(name, tensor)| (name, bits(tensor).into_iter().map(f32::to_bits).collect())).collect()
+}
+
+#[test]
+fn what_a_recipe_does_not_name_stays_as_it_is_to_the_last_bit() {
+    let folder = tempfile::tempdir().unwrap();
+    let first = pooled_job(folder.path(), "first");
+    let started = training::run(&first).unwrap();
+    let job = |run: &str| {
+        let mut job = TrainingJob { init: Some(started.clone()), backbone: None, ..pooled_job(folder.path(), run) };
+        job.recipe = Recipe::from_toml(&format!("{HEADS}{POOLED}")).unwrap();
+        // Decay would reach every weight that is optimised.
+        job.recipe.optimizer.weight_decay = 0.5;
+        job
+    };
+    let whole = job("whole");
+    let (before, after) = (weights(&started), weights(&training::run(&whole).unwrap()));
+    let is_trained = |name: &str| name.starts_with("embed.") || name == "temperature";
+    for (name, bits) in &before {
+        assert_eq!(*bits != after[name], is_trained(name), "{name}");
+    }
+    let moments = moments(&whole.run);
+    assert_eq!(moments.len(), 2 * 5, "{:?}", moments.keys());
+    assert!(moments.keys().all(|name| is_trained(name) || name.starts_with("temperature.")), "{:?}", moments.keys());
+
+    let cut = job("cut");
+    training::run(&TrainingJob { stop_after: Some(3), ..cut.clone() }).unwrap();
+    let mut other = TrainingJob { resume: true, ..cut.clone() };
+    other.recipe.trained.truncate(1);
+    let error = training::run(&other).unwrap_err().to_string();
+    assert!(error.contains("a run of another recipe"), "{error}");
+    training::run(&TrainingJob { resume: true, ..cut.clone() }).unwrap();
+    assert_eq!(curve(&cut.run), curve(&whole.run));
+
+    let mut unknown = job("unknown");
+    unknown.recipe.trained.push("wings.".into());
+    let error = training::run(&unknown).unwrap_err().to_string();
+    assert!(error.contains("begin with `wings.`"), "{error}");
+}
+
+#[test]
+fn a_step_of_embeddings_alone_has_no_backward_pass_through_the_layers() {
+    let folder = tempfile::tempdir().unwrap();
+    let operations = |run: &str, trained: &str| -> f64 {
+        let mut job = pooled_job(folder.path(), run);
+        let recipe = format!("{trained}steps = 1\nviews = 2\n[batch]\nimages = 0\ncaptions = 0\ncontrast_pairs = 8\n");
+        job.recipe = Recipe::from_toml(&recipe).unwrap();
+        training::run(&job).unwrap();
+        let log = std::fs::read_to_string(job.run.join("log.jsonl")).unwrap();
+        serde_json::from_str::<serde_json::Value>(&log).unwrap()["operations"].as_f64().unwrap()
+    };
+    assert_eq!(operations("all", ""), 3.0 * operations("heads", HEADS));
 }
 
 #[test]

@@ -68,8 +68,8 @@ impl Peer for Text {
     fn run(&self) -> anyhow::Result<Vec<Vec<f32>>> {
         let mut packer = Packer::new(&self.model);
         let row = packer.text(&self.ids, false);
-        let hidden = self.model.evaluate(&packer.finish(&Device::Cpu)?)?;
-        let embedding = self.model.text_embedding(&self.model.rows(&hidden, &[row])?)?;
+        let batch = packer.finish(&Device::Cpu)?;
+        let embedding = self.model.text_embedding(&batch, &self.model.evaluate(&batch)?, &[row])?;
         Ok(vec![embedding.flatten_all()?.to_vec1()?])
     }
 }

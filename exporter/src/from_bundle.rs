@@ -7,7 +7,7 @@ use anyhow::{Context, Result, bail};
 use candle_core::{Device, Tensor};
 use unimo::bundle::Bundle;
 use unimo::bundle::manifest::Precision;
-use unimo_train::model::{ImageEmbedding, ModelConfig, Unimo, region_boxes};
+use unimo_train::model::{ImageEmbedding, ModelConfig, TextEmbedding, Unimo, region_boxes};
 
 use crate::backbone_file;
 use crate::graph::{WeightStore, transposed};
@@ -17,21 +17,34 @@ use crate::writing::{clear, sibling};
 /// Seed of the weights that no bundle holds.
 const SEED: u64 = 1;
 
+/// Deviation of a fresh embedding's weights, as a share of the model's own. An embedding's length is divided away, so that the same
+/// steps turn a small one further: at the rates of fine-tuning it learns faster.
+const FRESH_SHARE: f64 = 0.1;
+
+/// Kinds of embeddings that are asked for; the bundle's own, where none is.
+#[derive(Debug, Clone, Copy, Default)]
+pub struct Embeddings {
+    /// What of a picture is embedded.
+    pub image: Option<ImageEmbedding>,
+    /// What of a text is embedded.
+    pub text: Option<TextEmbedding>,
+}
+
 /// Writes the weights of a bundle's precision (its widest, if none is named) as a checkpoint folder. What only pretraining uses, the heads
-/// of masked regions and the contrast's temperature, is fresh, and so is the image embedding where `embedding` asks for another kind
-/// than the bundle's; optimiser and run state are left out: training begins anew from it.
+/// of masked regions and the contrast's temperature, is fresh, and so is an embedding of which `embeddings` asks for another kind than
+/// the bundle's; optimiser and run state are left out: training begins anew from it.
 ///
 /// # Errors
 /// A bundle that is damaged or has a backbone other than the trainer's, a folder that is there already, or failed writes; nothing is left
 /// at `out` then.
-pub fn write(bundle: &Bundle, precision: Option<Precision>, embedding: Option<ImageEmbedding>, out: &Path) -> Result<()> {
+pub fn write(bundle: &Bundle, precision: Option<Precision>, embeddings: Embeddings, out: &Path) -> Result<()> {
     if out.exists() {
         bail!("{} is already there", out.display());
     }
     let there = &bundle.manifest().precisions;
     let widest = Precision::ALL.into_iter().find(|precision| there.contains(precision));
     let weights = stored::weights_of(bundle, bundle.precision(precision.or(widest))?)?;
-    let model = model(bundle, &weights, embedding)?;
+    let model = model(bundle, &weights, embeddings)?;
     let partial = sibling(out, "partial");
     let write = || -> Result<()> {
         clear(&partial)?;
@@ -48,14 +61,16 @@ pub fn write(bundle: &Bundle, precision: Option<Precision>, embedding: Option<Im
     written
 }
 
-fn model(bundle: &Bundle, weights: &WeightStore, embedding: Option<ImageEmbedding>) -> Result<Unimo> {
+fn model(bundle: &Bundle, weights: &WeightStore, embeddings: Embeddings) -> Result<Unimo> {
     let own = config(bundle, weights)?;
-    let image_embedding = embedding.unwrap_or(own.image_embedding);
-    let fresh = image_embedding != own.image_embedding;
-    let model = Unimo::new(ModelConfig { image_embedding, ..own }, SEED, &Device::Cpu)?;
+    let image_embedding = embeddings.image.unwrap_or(own.image_embedding);
+    let text_embedding = embeddings.text.unwrap_or(own.text_embedding);
+    let fresh = [("embed.image.", image_embedding != own.image_embedding), ("embed.text.", text_embedding != own.text_embedding)];
+    let model = Unimo::new(ModelConfig { image_embedding, text_embedding, ..own }, SEED, &Device::Cpu)?;
     let places = weights.values("image.places")?;
     for (name, var) in model.weights() {
-        if fresh && name.starts_with("embed.image.") {
+        if fresh.iter().any(|(layer, fresh)| *fresh && name.starts_with(layer)) {
+            var.set(&(var.as_tensor() * FRESH_SHARE)?)?;
             continue;
         }
         let shape = var.dims();
@@ -88,8 +103,13 @@ fn config(bundle: &Bundle, weights: &WeightStore) -> Result<ModelConfig> {
     if grid * grid != sizes.image_tokens - 1 {
         bail!("{} image tokens are no grid", sizes.image_tokens);
     }
-    let embedded = weights.get("embed.image.weight").context("the bundle has no weight `embed.image.weight`")?;
-    let pooled = embedded.shape.first() == Some(&sizes.region_feature);
+    // Told by the widths that the embeddings take.
+    let takes = |name: &str, width: usize| -> Result<bool> {
+        let embedding = weights.get(name).with_context(|| format!("the bundle has no weight `{name}`"))?;
+        Ok(embedding.shape.first() == Some(&width))
+    };
+    let pooled = takes("embed.image.weight", sizes.region_feature)?;
+    let both = takes("embed.text.weight", 2 * sizes.hidden)?;
     let known = ModelConfig::named(&sizes.name).or_else(|_| ModelConfig::named("edge-s"))?;
     Ok(ModelConfig {
         name: sizes.name.clone(),
@@ -101,6 +121,7 @@ fn config(bundle: &Bundle, weights: &WeightStore) -> Result<ModelConfig> {
         positions: sizes.positions,
         embedding: sizes.embedding,
         image_embedding: if pooled { ImageEmbedding::Pooled } else { ImageEmbedding::Token },
+        text_embedding: if both { TextEmbedding::Both } else { TextEmbedding::Token },
         region_feature: sizes.region_feature,
         grid,
         detected_regions: 0,

@@ -14,13 +14,13 @@ use unimo::engine::EngineKind;
 use unimo_export::calibrate::Range;
 use unimo_export::export::{ExportOptions, export};
 use unimo_export::forms::{FormOptions, WrittenForm};
-use unimo_export::from_bundle;
+use unimo_export::from_bundle::{self, Embeddings};
 use unimo_export::gate::Gate;
 use unimo_export::parity::Sample;
 use unimo_export::quality::{Development, Figures, MaxDrop};
 use unimo_export::sample::drawn_samples;
 use unimo_export::upgrade::{UpgradeOptions, upgrade};
-use unimo_train::model::ImageEmbedding;
+use unimo_train::model::{ImageEmbedding, TextEmbedding};
 
 const EXAMPLES: &str = "Examples:
   unimo-export --checkpoint runs/edge-s-caption --out edge-s.tar --verify flickr8k/dev-0000.tar
@@ -75,6 +75,10 @@ enum Command {
         /// fresh and must be trained [default: the bundle's]
         #[arg(long, value_name = "KIND")]
         image_embedding: Option<ImageEmbedding>,
+        /// What of a text is taken there: token, both; where the bundle has the other, that layer is fresh and must be trained
+        /// [default: the bundle's]
+        #[arg(long, value_name = "KIND")]
+        text_embedding: Option<TextEmbedding>,
         /// Folder to write
         #[arg(long, value_name = "FOLDER")]
         out: PathBuf,
@@ -276,8 +280,9 @@ fn dispatch(cli: Cli) -> Result<()> {
             let bytes = unimo_export::backbone_file::extract(&Bundle::open(&BundleSource::Path(bundle))?)?;
             std::fs::write(&out, bytes).with_context(|| format!("cannot write {}", out.display()))
         }
-        Some(Command::Checkpoint { bundle, precision, image_embedding, out }) => {
-            from_bundle::write(&Bundle::open(&BundleSource::Path(bundle))?, precision, image_embedding, &out)?;
+        Some(Command::Checkpoint { bundle, precision, image_embedding, text_embedding, out }) => {
+            let embeddings = Embeddings { image: image_embedding, text: text_embedding };
+            from_bundle::write(&Bundle::open(&BundleSource::Path(bundle))?, precision, embeddings, &out)?;
             println!("{}", out.display());
             Ok(())
         }

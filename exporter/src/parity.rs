@@ -224,8 +224,9 @@ impl Session<'_> {
         let mut packer = Packer::new(model);
         let alone = packer.text(ids, false);
         let pair = packer.pair(Regions::visible(regions), ids);
-        let hidden = model.evaluate(&packer.finish(&Device::Cpu)?)?;
-        let embedding = model.text_embedding(&model.rows(&hidden, &[alone])?)?;
+        let batch = packer.finish(&Device::Cpu)?;
+        let hidden = model.evaluate(&batch)?;
+        let embedding = model.text_embedding(&batch, &hidden, &[alone])?;
         let logit = model.match_logits(&model.rows(&hidden, &[pair.image])?, &model.rows(&hidden, &pair.texts)?)?;
 
         let padding = m.max_text - ids.len();

@@ -8,7 +8,7 @@ use candle_core::{DType, Device, Tensor};
 use serde::Deserialize;
 use tempfile::TempDir;
 use unimo_train::backbone::layer_shapes;
-use unimo_train::model::{ImageEmbedding, ModelConfig};
+use unimo_train::model::{ImageEmbedding, ModelConfig, TextEmbedding};
 use unimo_train::tokenizer_training;
 
 const GOLDEN: &str = include_str!("../../exporter/tests/reference/golden.json");
@@ -22,6 +22,8 @@ pub struct Golden {
     pub outputs: BTreeMap<String, GoldenOutput>,
     /// `vision.embedding` of the same model with a pooled image embedding.
     pub pooled_embedding: GoldenOutput,
+    /// `text.embedding` of the same model with a text embedding of both kinds.
+    pub both_embedding: GoldenOutput,
 }
 
 /// An output: its root mean square, and some of its values.
@@ -51,10 +53,10 @@ pub fn golden() -> Golden {
 }
 
 /// The sizes of the reference script, with what only training needs.
-fn sizes(image_embedding: ImageEmbedding) -> ModelConfig {
+fn sizes(image_embedding: ImageEmbedding, text_embedding: TextEmbedding) -> ModelConfig {
     let sizes = golden().sizes.iter().map(|(name, value)| format!("{name} = {value}\n")).collect::<String>();
     let sizes = ModelConfig::from_toml(&format!("name = \"golden\"\nregion_classes = 8\ndropout = 0.1\n{sizes}")).unwrap();
-    ModelConfig { image_embedding, ..sizes }
+    ModelConfig { image_embedding, text_embedding, ..sizes }
 }
 
 /// `scattered` of the reference script: values in `centre ± bound`, fixed by the tensor's name.
@@ -105,8 +107,8 @@ pub fn save(weights: &HashMap<String, Tensor>, path: &Path) {
 }
 
 /// The reference script's model as a checkpoint folder.
-pub fn checkpoint(image_embedding: ImageEmbedding) -> TempDir {
-    let (folder, sizes) = (tempfile::tempdir().unwrap(), sizes(image_embedding));
+pub fn checkpoint(image_embedding: ImageEmbedding, text_embedding: TextEmbedding) -> TempDir {
+    let (folder, sizes) = (tempfile::tempdir().unwrap(), sizes(image_embedding, text_embedding));
     let at = |file: &str| folder.path().join(file);
     let words = "one two three four five six seven eight nine ten eleven twelve";
     let text = words.repeat(4);

@@ -93,8 +93,8 @@ fn embed_texts(model: &Unimo, corpus: &Corpus, count: usize) -> Result<(Vec<Vec<
     for chunk in all.chunks(4 * BATCH) {
         let mut packer = Packer::new(model);
         let rows: Vec<usize> = chunk.iter().map(|(_, ids)| packer.text(ids, false)).collect();
-        let hidden = model.evaluate(&packer.finish(model.device())?)?;
-        texts.extend(model.text_embedding(&model.rows(&hidden, &rows)?)?.to_vec2::<f32>()?);
+        let batch = packer.finish(model.device())?;
+        texts.extend(model.text_embedding(&batch, &model.evaluate(&batch)?, &rows)?.to_vec2::<f32>()?);
         image_of_text.extend(chunk.iter().map(|(i, _)| *i));
     }
     Ok((texts, image_of_text))

@@ -28,6 +28,10 @@ pub struct Recipe {
     /// Share of the activations dropped while training, instead of the model's own.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub dropout: Option<f64>,
+    /// Beginnings of the names of the weights that are trained, such as `embed.`; the others stay as they are, to the last bit.
+    /// Without any, all are trained.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub trained: Vec<String>,
     /// Steps between checkpoints.
     #[serde(default = "default_interval")]
     pub checkpoint_every: u64,
@@ -243,6 +247,9 @@ impl Recipe {
                 "masked regions are learnt from a backbone that stays as it is: trained_blocks needs masked_pairs and images_alone 0"
             );
         }
+        if recipe.trained_blocks > 0 && !recipe.trained.is_empty() {
+            bail!("`trained` names all that is trained, and the backbone is not among it: it needs trained_blocks 0");
+        }
         if b.sampled_captions == 1 {
             bail!("sampled_captions are judged against each other: at least 2 are needed, or 0");
         }
@@ -292,9 +299,20 @@ mod tests {
         let written = |text: &str| toml::to_string(&Recipe::from_toml(text).unwrap()).unwrap();
         assert!(!written(plain).contains("contrast_pairs"));
         assert!(written(&format!("{plain}contrast_pairs = 3\n")).contains("contrast_pairs = 3"));
+        // As is one that trains everything.
+        assert!(!written(plain).contains("trained ="));
+        assert!(
+            written(&format!("trained = ['embed.', 'temperature']\n{plain}")).contains("trained = [\"embed.\", \"temperature\"]")
+        );
         // A step of nothing else.
         let alone = "steps = 10\n[batch]\nimages = 0\ncaptions = 0\nchunks = 6\ncontrast_pairs = 6\n";
         assert_eq!(Recipe::from_toml(alone).unwrap().batch.contrast_pairs, 6);
+    }
+
+    #[test]
+    fn the_recipe_of_embeddings_alone_is_nothing_but_a_contrast_of_pairs() {
+        let recipe = Recipe::from_toml(include_str!("../recipes/finetune-embeddings.toml")).unwrap();
+        assert_eq!((recipe.batch.images, recipe.batch.contrast_pairs, recipe.trained.len()), (0, 512, 2));
     }
 
     #[test]
@@ -321,6 +339,7 @@ mod tests {
             ("trained_blocks = 18", "", "17 blocks"),
             ("trained_blocks = 2", "masked_pairs = 1", "stays as it is"),
             ("trained_blocks = 2", "contrast_pairs = 8", "they need trained_blocks 0"),
+            ("trained_blocks = 2\ntrained = ['embed.']", "", "it needs trained_blocks 0"),
         ] {
             let error = format!("{:#}", Recipe::from_toml(&format!("{first}\n{good}{last}\n")).unwrap_err());
             assert!(error.contains(says), "{error}");

@@ -59,9 +59,11 @@ def golden_weights(s):
     """The model's and the backbone's weights, none of them zero, so that every one counts."""
     h = s["hidden"]
     embedded = s["region_feature"] if s.get("image_embedding") == "pooled" else h
+    embedded_text = 2 * h if s.get("text_embedding") == "both" else h
     linears = {
         "image.feature": (h, s["region_feature"]), "image.box": (h, 5), "pool.image": (h, h), "pool.text": (h, h),
-        "embed.image": (s["embedding"], embedded), "embed.text": (s["embedding"], h), "lm.transform": (h, h), "match": (1, h),
+        "embed.image": (s["embedding"], embedded), "embed.text": (s["embedding"], embedded_text), "lm.transform": (h, h),
+        "match": (1, h),
     }  # fmt: skip
     norms = ["text.norm", "image.norm", "lm.norm"]
     for i in range(s["layers"]):
@@ -202,7 +204,9 @@ class Unimo:
 
     def text(self, ids):
         hidden, _, _ = self.transformer(self.texts(ids), np.ones((len(ids), len(ids)), bool))
-        return self.unit(self.linear("embed.text", hidden[0]))
+        both = self.sizes.get("text_embedding") == "both"
+        embedded = np.concatenate([hidden[0], hidden[1:].mean(0)]) if both else hidden[0]
+        return self.unit(self.linear("embed.text", embedded))
 
     def match(self, regions, ids):
         image, text = self.image(regions)[0], self.texts(ids)
@@ -319,7 +323,8 @@ def compare(checkpoint, bundle):
 
 
 def golden(file):
-    """The root mean square and a few values of each output, and of the image embedding where it is pooled."""
+    """The root mean square and a few values of each output, of the image embedding where it is pooled, and of the text
+    embedding where it is of both kinds."""
 
     def told(value):
         flat = value.astype(np.float64).ravel()
@@ -328,9 +333,10 @@ def golden(file):
         return {"rms": round(float(np.sqrt((flat**2).mean())), 7), "at": at, "values": values}
 
     outputs = {name: told(value) for name, value in expected(GOLDEN_SIZES, *golden_weights(GOLDEN_SIZES)).items()}
-    pooled = {**GOLDEN_SIZES, "image_embedding": "pooled"}
-    embedding = told(expected(pooled, *golden_weights(pooled))["vision.embedding"])
-    file.write_text(json.dumps({"sizes": GOLDEN_SIZES, "outputs": outputs, "pooled_embedding": embedding}, indent=1) + "\n")
+    other = {**GOLDEN_SIZES, "image_embedding": "pooled", "text_embedding": "both"}
+    found = expected(other, *golden_weights(other))
+    others = {"pooled_embedding": told(found["vision.embedding"]), "both_embedding": told(found["text.embedding"])}
+    file.write_text(json.dumps({"sizes": GOLDEN_SIZES, "outputs": outputs, **others}, indent=1) + "\n")
 
 
 if __name__ == "__main__":

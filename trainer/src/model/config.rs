@@ -38,6 +38,36 @@ impl FromStr for ImageEmbedding {
     }
 }
 
+/// What of a text is taken into the unified image–text space.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum TextEmbedding {
+    /// The last hidden state of `[CLS]`, as in the paper.
+    #[default]
+    Token,
+    /// That, and beside it the mean of the last hidden states of the tokens behind it, `[SEP]` among them: what a layer that learns
+    /// alone finds more in.
+    Both,
+}
+
+impl TextEmbedding {
+    fn is_token(&self) -> bool {
+        *self == Self::Token
+    }
+}
+
+impl FromStr for TextEmbedding {
+    type Err = String;
+
+    fn from_str(name: &str) -> Result<Self, String> {
+        match name {
+            "token" => Ok(Self::Token),
+            "both" => Ok(Self::Both),
+            _ => Err(format!("{name} is none of token, both")),
+        }
+    }
+}
+
 /// Sizes of one model (`model.toml` of a checkpoint).
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -61,6 +91,9 @@ pub struct ModelConfig {
     /// What of a picture is taken there, `token` or `pooled`.
     #[serde(default, skip_serializing_if = "ImageEmbedding::is_token")]
     pub image_embedding: ImageEmbedding,
+    /// What of a text is taken there, `token` or `both`.
+    #[serde(default, skip_serializing_if = "TextEmbedding::is_token")]
+    pub text_embedding: TextEmbedding,
     /// Width of a region's feature.
     pub region_feature: usize,
     /// Classes of a region's soft label.
@@ -196,6 +229,15 @@ impl ModelConfig {
         }
     }
 
+    /// Width of what `embed.text` takes.
+    #[must_use]
+    pub fn embedded_text_width(&self) -> usize {
+        match self.text_embedding {
+            TextEmbedding::Token => self.hidden,
+            TextEmbedding::Both => 2 * self.hidden,
+        }
+    }
+
     /// Names and shapes of all weights, in a fixed order.
     #[must_use]
     pub fn weights(&self) -> Vec<(String, Vec<usize>)> {
@@ -226,7 +268,7 @@ impl ModelConfig {
         linear(&mut list, "pool.image", h, h);
         linear(&mut list, "pool.text", h, h);
         linear(&mut list, "embed.image", self.embedding, self.embedded_width());
-        linear(&mut list, "embed.text", self.embedding, h);
+        linear(&mut list, "embed.text", self.embedding, self.embedded_text_width());
         linear(&mut list, "lm.transform", h, h);
         norm(&mut list, "lm.norm");
         list.push(("lm.bias".into(), vec![self.vocabulary]));
@@ -283,17 +325,20 @@ mod tests {
     }
 
     #[test]
-    fn the_image_embedding_is_written_only_where_it_is_not_the_papers() {
+    fn embeddings_are_written_only_where_they_are_not_the_papers() {
         let token = ModelConfig::named("edge-xs").unwrap();
         let pooled = ModelConfig::named("edge-s").unwrap();
         assert_eq!([&token, &pooled].map(|c| c.image_embedding), [ImageEmbedding::Token, ImageEmbedding::Pooled]);
+        assert_eq!([&token, &pooled].map(|c| c.text_embedding), [TextEmbedding::Token, TextEmbedding::Both]);
         let text = |config: &ModelConfig| toml::to_string(config).unwrap();
-        assert!(!text(&token).contains("image_embedding"), "{}", text(&token));
-        assert!(text(&pooled).contains("image_embedding = \"pooled\""), "{}", text(&pooled));
+        assert!(!text(&token).contains("image_embedding") && !text(&token).contains("text_embedding"), "{}", text(&token));
+        assert!(text(&pooled).contains("image_embedding = \"pooled\"\ntext_embedding = \"both\""), "{}", text(&pooled));
         for config in [token, pooled] {
             assert_eq!(ModelConfig::from_toml(&text(&config)).unwrap(), config);
-            let width = config.weights().into_iter().find(|(name, _)| name == "embed.image.weight").map(|(_, shape)| shape[1]);
-            assert_eq!(width, Some(if config.image_embedding == ImageEmbedding::Token { 128 } else { 1292 }));
+            let width = |layer: &str| config.weights().into_iter().find(|(name, _)| name == layer).map(|(_, shape)| shape[1]);
+            let token = config.image_embedding == ImageEmbedding::Token;
+            assert_eq!(width("embed.image.weight"), Some(if token { 128 } else { 1292 }));
+            assert_eq!(width("embed.text.weight"), Some(if token { 128 } else { 512 }));
         }
     }
 
@@ -307,6 +352,7 @@ mod tests {
             ("grid = 7", "", "either a `grid`"),
             ("grid = 7", "grid = 7\ndetected_regions = 9", "either a `grid`"),
             ("grid = 7", "grid = 7\nimage_embedding = 'mean'", "unknown variant `mean`"),
+            ("grid = 7", "grid = 7\ntext_embedding = 'mean'", "unknown variant `mean`"),
             ("region_feature = 1292", "region_feature = 64\nimage_embedding = 'pooled'", "other than hidden, which is 64"),
         ] {
             assert!(good.contains(from));

@@ -2,7 +2,7 @@
 
 use candle_core::{D, Result, Tensor};
 
-use super::{Dropout, ImageCache, ImageEmbedding, PackedBatch, Passed, Unimo};
+use super::{Dropout, ImageCache, ImageEmbedding, PackedBatch, Passed, TextEmbedding, Unimo};
 use crate::ops;
 
 /// Bounds of the learnt temperature.
@@ -66,12 +66,18 @@ impl Unimo {
         }
     }
 
-    /// Unified-space embeddings of separately encoded texts: hidden states of `[CLS]`, `[n, hidden]` → `[n, embedding]`, unit length.
+    /// Unified-space embeddings of texts encoded alone, whose `[CLS]`s lie at `rows` of a pass over `batch` that gave the hidden
+    /// states `[rows, hidden]`: `[n, embedding]`, unit length.
     ///
     /// # Errors
-    /// Those of candle.
-    pub fn text_embedding(&self, hidden: &Tensor) -> Result<Tensor> {
-        unit(&self.linear("embed.text", hidden)?)
+    /// Rows that are not a text's first, and those of candle.
+    pub fn text_embedding(&self, batch: &PackedBatch, hidden: &Tensor, rows: &[usize]) -> Result<Tensor> {
+        let first = self.rows(hidden, rows)?;
+        let embedded = match self.config.text_embedding {
+            TextEmbedding::Token => first,
+            TextEmbedding::Both => Tensor::cat(&[&first, &batch.means_of_tokens(hidden, rows)?], 1)?,
+        };
+        unit(&self.linear("embed.text", &embedded)?)
     }
 
     /// Matching logits of jointly encoded pairs: hidden states of `[IMG]` and `[CLS]`, both `[n, hidden]` → `[n]`.
@@ -301,6 +307,62 @@ mod tests {
         assert_eq!(once, embed(dropout, EmbeddedImages::Described));
         assert_ne!(once, embed(Dropout::OFF, EmbeddedImages::Described));
         assert_ne!(once, embed(dropout, EmbeddedImages::Further));
+    }
+
+    /// Texts as they are packed, each behind a pair that is not among them; the second is empty.
+    const TEXTS: [&[u32]; 4] = [&[0, 7, 2], &[0, 2], &[0, 9, 8, 7, 5, 2], &[0, 6, 2]];
+
+    /// The values, and the gradients of their weighted sum by the hidden states.
+    #[test]
+    fn a_text_embedding_of_both_is_of_cls_beside_the_mean_of_the_tokens_behind_it() {
+        let text_embedding = TextEmbedding::Both;
+        let config = ModelConfig { text_embedding, ..model(2, 0).config().clone() };
+        let model = Unimo::new(config, 1, &Device::Cpu).unwrap();
+        model.weights()["embed.text.bias"].set(&Tensor::new(&[0.1f32, -0.2, 0.3, -0.4, 0.5], &Device::Cpu).unwrap()).unwrap();
+        let (features, mut packer) = (pictures(), Packer::new(&model));
+        let rows = TEXTS.map(|ids| {
+            packer.pair(Regions::visible(&features[..CELLS * WIDTH]), &[0, 9, 2]);
+            packer.text(ids, false)
+        });
+        let batch = packer.finish(&Device::Cpu).unwrap();
+        let hidden = Var::from_tensor(&model.evaluate(&batch).unwrap()).unwrap();
+        for row in [0, rows[0] + 1, batch.rows()] {
+            assert!(model.text_embedding(&batch, hidden.as_tensor(), &[row]).is_err(), "row {row} is not a text's first");
+        }
+
+        let width = model.config().hidden;
+        let [weight, bias] = ["weight", "bias"].map(|kind| wide(model.weights()[&format!("embed.text.{kind}")].as_tensor()));
+        let by_hand = |hidden: &[f64]| -> Vec<f64> {
+            let of_text = |(row, ids): (usize, &[u32])| {
+                let at = |row: usize, i: usize| hidden[row * width + i];
+                let mean = |i: usize| (1..ids.len()).map(|token| at(row + token, i)).sum::<f64>() / (ids.len() - 1) as f64;
+                let both: Vec<f64> = (0..width).map(|i| at(row, i)).chain((0..width).map(mean)).collect();
+                let product = |row: &[f64]| row.iter().zip(&both).map(|(w, x)| w * x).sum::<f64>();
+                let embedded: Vec<f64> =
+                    weight.chunks_exact(2 * width).zip(&bias).map(|(row, bias)| product(row) + bias).collect();
+                let length = embedded.iter().map(|v| v * v).sum::<f64>().sqrt();
+                embedded.into_iter().map(|v| v / length).collect::<Vec<f64>>()
+            };
+            rows.into_iter().zip(TEXTS).flat_map(of_text).collect()
+        };
+        let (embedded, values) = (model.text_embedding(&batch, hidden.as_tensor(), &rows).unwrap(), wide(hidden.as_tensor()));
+        assert_near(&wide(&embedded), &by_hand(&values), "packed");
+
+        let count = TEXTS.len() * EMBEDDING;
+        let factors: Vec<f32> = (0..count).map(|v| (v as f32 * 1.3).cos()).collect();
+        let loss = |hidden: &[f64]| by_hand(hidden).iter().zip(&factors).map(|(v, f)| v * f64::from(*f)).sum::<f64>();
+        let weighted = (embedded.flatten_all().unwrap() * Tensor::new(factors.as_slice(), &Device::Cpu).unwrap()).unwrap();
+        let gradients = weighted.sum_all().unwrap().backward().unwrap();
+        // Of the longest text every row, of all rows a few columns.
+        for (place, got) in wide(gradients.get(&hidden).unwrap()).into_iter().enumerate().step_by(7) {
+            let at = |delta: f64| {
+                let mut moved = values.clone();
+                moved[place] += delta;
+                loss(&moved)
+            };
+            let slope = (at(1e-5) - at(-1e-5)) / 2e-5;
+            assert!((slope - got).abs() < 1e-5 * (1.0 + slope.abs()), "{place}: {got} against {slope}");
+        }
     }
 
     /// Of the contrast of pooled images with fixed texts, by the layer's weights and by the pictures' features.

@@ -15,7 +15,7 @@ use anyhow::{Context, Result, bail};
 use candle_core::{DType, Device, Tensor, Var};
 use rand::Rng;
 
-pub use config::{ImageEmbedding, ModelConfig};
+pub use config::{ImageEmbedding, ModelConfig, TextEmbedding};
 pub use generate::{ImageCache, Step};
 pub use heads::EmbeddedImages;
 pub use packing::{Features, ImageRows, PackedBatch, Packer, Regions, region_boxes};
@@ -62,6 +62,8 @@ pub struct Unimo {
     config: ModelConfig,
     device: Device,
     weights: BTreeMap<String, Var>,
+    /// Those of them that are not trained, over the same memory and cut off from gradients.
+    frozen: BTreeMap<String, Tensor>,
     statistics: RegionStatistics,
 }
 
@@ -96,10 +98,11 @@ impl Unimo {
             weights.insert(name, Var::from_vec(values, shape, device)?);
         }
         let statistics = RegionStatistics::identity(config.region_feature);
-        Ok(Self { config, device: device.clone(), weights, statistics })
+        Ok(Self { config, device: device.clone(), weights, frozen: BTreeMap::new(), statistics })
     }
 
-    /// The same model with a fresh head of `classes` outputs for a downstream task, in place of one that it may have.
+    /// The same model with a fresh head of `classes` outputs for a downstream task, in place of one that it may have. All weights
+    /// are trained again.
     ///
     /// # Errors
     /// Those of candle.
@@ -145,7 +148,27 @@ impl Unimo {
         if let Some(extra) = tensors.keys().next() {
             bail!("{} holds `{extra}`, which this model does not have", path.display());
         }
-        Ok(Self { config, device: device.clone(), weights, statistics })
+        Ok(Self { config, device: device.clone(), weights, frozen: BTreeMap::new(), statistics })
+    }
+
+    /// Trains, from now on, only the weights whose names begin with one of `beginnings`; all, if there are none. The others are
+    /// constants: what is computed of them alone leaves nothing behind for a backward pass.
+    ///
+    /// # Errors
+    /// A beginning that no weight has.
+    pub fn train_only(&mut self, beginnings: &[String]) -> Result<()> {
+        if let Some(unknown) = beginnings.iter().find(|&begin| !self.weights.keys().any(|name| name.starts_with(begin))) {
+            bail!("`trained` names weights that begin with `{unknown}`, and {} has none", self.config.name);
+        }
+        let frozen = |name: &str| !beginnings.is_empty() && !beginnings.iter().any(|begin| name.starts_with(begin));
+        let cut_off = self.weights.iter().filter(|(name, _)| frozen(name));
+        self.frozen = cut_off.map(|(name, var)| (name.clone(), var.as_tensor().detach())).collect();
+        Ok(())
+    }
+
+    /// The weights that are trained, by name.
+    pub fn trained(&self) -> impl Iterator<Item = (&String, &Var)> {
+        self.weights.iter().filter(|(name, _)| !self.frozen.contains_key(*name))
     }
 
     /// Everything that `model.safetensors` holds, by name.
@@ -221,8 +244,8 @@ impl Unimo {
     }
 
     fn weight(&self, name: &str) -> candle_core::Result<&Tensor> {
-        match self.weights.get(name) {
-            Some(var) => Ok(var.as_tensor()),
+        match self.frozen.get(name).or_else(|| self.weights.get(name).map(Var::as_tensor)) {
+            Some(tensor) => Ok(tensor),
             None => Err(candle_core::Error::CannotFindTensor { path: name.to_owned() }),
         }
     }
@@ -344,6 +367,30 @@ mod tests {
         for (other, what) in [(encoded, "inference"), (folded, "folded"), (folded_encoded, "folded inference")] {
             assert!(near(&packed, &other), "{what} differs from training");
         }
+    }
+
+    #[test]
+    fn what_is_not_trained_leaves_nothing_behind_for_a_backward_pass() {
+        let config = ModelConfig { grid: 2, region_feature: 3, ..ModelConfig::named("pico").unwrap() };
+        let mut model = Unimo::new(config, 1, &Device::Cpu).unwrap();
+        model.train_only(&["embed.".into(), "temperature".into()]).unwrap();
+        let mut packer = Packer::new(&model);
+        let (text, features) = (packer.text(&[0, 7, 2], false), [0.5; 12]);
+        packer.pair(Regions::visible(&features), &[0, 9, 2]);
+        let batch = packer.finish(&Device::Cpu).unwrap();
+        let hidden = model.forward(&batch, None, Dropout { rate: 0.1, seed: 1 }).unwrap().hidden;
+        assert!(!hidden.track_op());
+        let embedding = model.text_embedding(&batch, &hidden, &[text]).unwrap();
+        let loss = (embedding.sum_all().unwrap() / model.temperature().unwrap()).unwrap();
+        let gradients = loss.backward().unwrap();
+        let moved = |model: &Unimo| model.weights().iter().filter(|(_, var)| gradients.get(var).is_some()).count();
+        let trained: Vec<&str> = model.trained().map(|(name, _)| name.as_str()).collect();
+        assert_eq!(trained, ["embed.image.bias", "embed.image.weight", "embed.text.bias", "embed.text.weight", "temperature"]);
+        assert_eq!(moved(&model), 3, "those of the text, and the temperature");
+        let error = model.train_only(&["embed.".into(), "wings.".into()]).unwrap_err().to_string();
+        assert_eq!(error, "`trained` names weights that begin with `wings.`, and pico has none");
+        model.train_only(&[]).unwrap();
+        assert_eq!(model.trained().count(), model.weights().len());
     }
 
     #[test]

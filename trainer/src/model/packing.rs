@@ -99,6 +99,33 @@ impl PackedBatch {
         ops::select_rows(features.means.as_ref().unwrap_or(&features.rows), &places)
     }
 
+    /// Means of the hidden states `[rows, hidden]` of the texts whose `[CLS]`s lie at `rows`, without those: `[n, hidden]`.
+    pub(super) fn means_of_tokens(&self, hidden: &Tensor, rows: &[usize]) -> Result<Tensor> {
+        let counts = rows.iter().map(|&row| self.tokens_behind(row)).collect::<Result<Vec<usize>>>()?;
+        let longest = counts.iter().copied().max().unwrap_or(0);
+        // As many rows of every text; what is filled up counts nothing.
+        let (mut places, mut shares) = (Vec::new(), Vec::new());
+        for (&row, &count) in rows.iter().zip(&counts) {
+            places.extend((1..=longest).map(|i| (row + i.min(count)) as u32));
+            shares.extend((1..=longest).map(|i| if i <= count { 1.0 / count as f32 } else { 0.0 }));
+        }
+        let shares = Tensor::from_vec(shares, (rows.len(), longest, 1), hidden.device())?;
+        let tokens = ops::select_rows(hidden, &places.into())?.reshape((rows.len(), longest, hidden.dim(1)?))?;
+        tokens.broadcast_mul(&shares)?.sum(1)
+    }
+
+    /// Number of tokens behind the `[CLS]` at a row.
+    fn tokens_behind(&self, row: usize) -> Result<usize> {
+        let place = self.order.get(row).map(|&place| place as usize);
+        let Some(first) = place.filter(|&place| self.positions.get(place) == Some(&0)) else {
+            candle_core::bail!("row {row} is not a text's first");
+        };
+        match self.positions[first + 1..].iter().take_while(|&&position| position > 0).count() {
+            0 => candle_core::bail!("the text at row {row} has no token behind its first"),
+            count => Ok(count),
+        }
+    }
+
     /// Pairs of rows of which one attends to the other, in one layer.
     #[must_use]
     pub fn attended(&self) -> usize {

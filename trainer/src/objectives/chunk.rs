@@ -133,7 +133,7 @@ impl Chunk {
             Ok(if rows.is_empty() { None } else { Some(model.image_embedding(&self.packed, passed, rows, kind)?) })
         };
         let texts = |rows: &[usize]| -> Result<Option<Tensor>> {
-            Ok(if rows.is_empty() { None } else { Some(model.text_embedding(&model.rows(hidden, rows)?)?) })
+            Ok(if rows.is_empty() { None } else { Some(model.text_embedding(&self.packed, hidden, rows)?) })
         };
         let mut encoded = Encoded::default();
         let [pictures, captions, found_images, found_texts, joint, further_pictures, further_captions] = &mut encoded.tensors;

@@ -166,12 +166,17 @@ impl StepBatch {
         self.chunks.iter().map(|chunk| chunk.packed.rows()).sum()
     }
 
-    /// Floating-point operations of the step's matrix products, two for each multiplication: forward, and twice as many backward.
-    /// Poolings, projections and task heads, a few rows each, and captions drawn from the model are left out.
+    /// Floating-point operations of the step's matrix products, two for each multiplication: forward, and twice as many backward
+    /// where what they belong to is trained. Poolings, projections and task heads, a few rows each, and captions drawn from the model
+    /// are left out.
     #[must_use]
     pub fn operations(&self, model: &Unimo, vision: &Vision) -> f64 {
         let c = model.config();
         let (h, f) = (c.hidden as f64, c.feed_forward as f64);
+        let trains = |parts: &[&str]| model.trained().any(|(name, _)| parts.iter().any(|part| name.starts_with(part)));
+        let times = |trained: bool| if trained { 3.0 } else { 1.0 };
+        let layers_train = trains(&["text.", "image.", "layers."]);
+        let heads_train = layers_train || trains(&["lm.", "region."]);
         let (mut products, mut again) = (0.0, 0.0);
         for chunk in &self.chunks {
             let (rows, parts) = (chunk.packed.rows() as f64, &chunk.parts);
@@ -189,12 +194,12 @@ impl StepBatch {
             let predicted = generated.iter().map(|p| p.rows.len()).sum::<usize>() as f64;
             let heads = predicted * (h * h + h * c.vocabulary as f64)
                 + parts.regions.rows.len() as f64 * h * (c.region_feature + c.region_classes) as f64;
-            products += layers + regions + pictures + heads;
+            products += times(layers_train) * (layers + regions + pictures) + times(heads_train) * heads;
             again += layers + regions + pictures;
         }
         // What is contrasted over several chunks is encoded twice.
         let repeated = if self.chunks.len() > 1 && self.contrasted() { again } else { 0.0 };
-        2.0 * (3.0 * products + repeated)
+        2.0 * (products + repeated)
     }
 
     /// The step's losses and their gradients.

@@ -1,10 +1,8 @@
 //! What a job would cost, told by a few of its steps.
 
-use std::collections::BTreeMap;
 use std::fmt;
 
 use anyhow::Result;
-use candle_core::Var;
 
 use super::TrainingJob;
 use super::set_up::set_up;
@@ -57,8 +55,8 @@ pub fn rehearse_among(ranks: &dyn Collective, job: &TrainingJob) -> Result<Rehea
     parallel::agree(ranks, "recipe", toml::to_string(&job.recipe)?.as_bytes())?;
     let existing = checkpoint::list(&job.run.join("checkpoints"))?;
     set_up(job, &existing, ranks, |mut ready| {
-        let counts = |weights: &BTreeMap<String, Var>| weights.values().map(|var| var.elem_count()).sum::<usize>();
-        let parameters = [counts(ready.trainer.model.weights()), counts(ready.trainer.source.vision.weights())];
+        let (of_model, of_backbone) = (ready.trainer.model.trained(), ready.trainer.source.vision.weights().values());
+        let parameters = [of_model.map(|(_, var)| var.elem_count()).sum(), of_backbone.map(|var| var.elem_count()).sum()];
         let steps = ready.step..ready.step + REHEARSED_STEPS;
         let drawn_alone = median(ready.trainer.draw(steps.clone())?);
         let (mut entries, mut spent) = (Vec::new(), Vec::new());

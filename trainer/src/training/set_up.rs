@@ -256,11 +256,12 @@ pub(super) fn set_up<R>(
     } else if job.recipe.batch.task_examples > 0 && job.writing.is_none() {
         bail!("the recipe learns a downstream task (`task_examples`), and none was given");
     }
+    model.train_only(&job.recipe.trained)?;
     let positions = model.config().positions;
     let writing = job.writing.as_ref().map(|both| both.each_ref().map(|raw| WritingData::new(raw, &tokenizer, positions)));
     let fingerprint = fingerprint(job, model.config(), &corpus)?;
     parallel::agree(ranks, "model size, tokenizer or data", fingerprint.as_bytes())?;
-    let mut optimizer = AdamW::new(job.recipe.optimizer.clone(), model.weights().iter().chain(vision.weights()));
+    let mut optimizer = AdamW::new(job.recipe.optimizer.clone(), model.trained().chain(vision.weights()));
     let mut step = 0;
     if let Some(last) = existing.last() {
         let state = checkpoint::state(last)?;

@@ -59,7 +59,7 @@ pub fn first_steps(device: &Device) -> Result<Steps> {
         let language = model.language_loss(&model.rows(hidden, &predicting)?, targets, 0.1)?;
         let contrast = contrastive_loss(
             &model.image_embedding(&batch, &passed, &images, EmbeddedImages::Described)?,
-            &model.text_embedding(&model.rows(hidden, &texts)?)?,
+            &model.text_embedding(&batch, hidden, &texts)?,
             &[0, 1, 2],
             &model.temperature()?,
         )?;
