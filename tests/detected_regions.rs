@@ -10,7 +10,7 @@ use unimo_export::checkpoint::Checkpoint;
 use unimo_train::checkpoint;
 use unimo_train::corpus::Corpus;
 use unimo_train::detections::{DetectionCache, write_line};
-use unimo_train::evaluation::evaluate;
+use unimo_train::evaluation::{Extent, evaluate};
 use unimo_train::model::{ModelConfig, Unimo};
 use unimo_train::recipe::Recipe;
 use unimo_train::scenes::{self, Colour, CorpusOptions, Ground, Shape, Size, read_records, signatures, write_corpus};
@@ -212,7 +212,7 @@ fn a_model_learns_from_tables_of_detected_regions() {
     assert_eq!((told.count(), corpus.damaged.len()), (900, 900));
     assert_eq!(corpus.add_captions(&job.development, &tokenizer, 48).unwrap(), 0);
     let vision = Vision::of_checkpoint(&last, model.config(), &Device::Cpu).unwrap();
-    let again = evaluate(&model, &vision, &tokenizer, &corpus, 100).unwrap();
+    let again = evaluate(&model, &vision, &tokenizer, &corpus, Extent { images: 100, rerank: None }).unwrap();
     let near = |a: f64, b: f64| (a - b).abs() < 1e-9;
     assert!(near(again.cider, number(&scores["cider"])) && near(again.text_to_image[0], found), "{again}");
     let refused = Checkpoint::open(&job.run).err().unwrap().to_string();

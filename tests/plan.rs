@@ -46,14 +46,21 @@ fn the_shipped_models_plan_is_sound() {
     let config = recipes.join("edge-s.toml").display().to_string();
     let arguments = ["plan", "--config", &config, "--backbone", "b", "--pairs", "p", "q", "--out", "nowhere", "--show"];
     let shown = program("unimo-train", &arguments);
-    assert_eq!((shown.code, shown.stdout.lines().count()), (0, 13), "{}", shown.stderr);
+    assert_eq!((shown.code, shown.stdout.lines().count()), (0, 8), "{}", shown.stderr);
     let recipes = shown.stdout.split_whitespace().filter(|word| word.ends_with(".toml"));
     let steps: Vec<u64> = recipes.map(|path| Recipe::from_file(Path::new(path)).unwrap().last_step()).collect();
-    assert_eq!(steps, [350, 2000, 400, 900, 500, 250, 420]);
+    assert_eq!(steps, [250, 2200, 600, 800]);
     let card = std::fs::read_to_string(Path::new(env!("CARGO_MANIFEST_DIR")).join("../MODEL_CARD.md")).unwrap();
-    for said in ["350 steps", "2,000 steps", "400 steps", "900 steps", "500 steps", "step 250", "420 steps"] {
+    for said in ["250 steps", "2,200 steps", "600 steps", "800 steps"] {
         assert!(card.contains(said), "the model card does not speak of {said}");
     }
+    // Pretraining takes a plan as well.
+    let pretrain = [&["pretrain"], &arguments[1..]].concat();
+    assert_eq!(program("unimo-train", &pretrain).stdout, shown.stdout);
+    // What the plan is told of the device, every stage that runs the model is.
+    let told = [arguments.as_slice(), &["--precision", "bf16", "--device", "cpu"]].concat();
+    let told = program("unimo-train", &told).stdout;
+    assert_eq!(told.lines().filter(|line| line.ends_with(" --device cpu --precision bf16")).count(), 5, "{told}");
     // Named without a folder it lies in the current one, and so do its recipes.
     let here = command("unimo-train")
         .args(["plan", "--config", "edge-s.toml", "--backbone", "b", "--pairs", "p", "--out", "nowhere", "--show"])
@@ -64,12 +71,12 @@ fn the_shipped_models_plan_is_sound() {
     assert!(here.contains("--recipe ./edge-s-pretrain.toml"), "{here}");
     // A slip in a late stage is found before the first one runs.
     let folder = tempfile::tempdir().unwrap();
-    let text = std::fs::read_to_string(&config).unwrap().replace("\"--shares\"", "\"--slices\"");
+    let text = std::fs::read_to_string(&config).unwrap().replace("\"retrieval\", \"--init\"", "\"retrieval\", \"--begin\"");
     std::fs::write(folder.path().join("plan.toml"), text).unwrap();
     let config = folder.path().join("plan.toml").display().to_string();
     let out = folder.path().join("out").display().to_string();
     let wrong = program("unimo-train", &["plan", "--config", &config, "--backbone", "b", "--pairs", "p", "--out", &out]);
-    assert!(wrong.code == 3 && wrong.stderr.contains("average") && wrong.stderr.contains("--slices"), "{}", wrong.stderr);
+    assert!(wrong.code == 3 && wrong.stderr.contains("embeddings alone") && wrong.stderr.contains("--begin"), "{}", wrong.stderr);
     assert!(!Path::new(&out).exists());
     // Nothing outside OUT may be cleared.
     let kept = folder.path().join("kept");

@@ -1,7 +1,10 @@
 //! `--device` of the commands that compute: the CPU when asked for, and one sentence with its exit code for a device that is not
 //! there. A build without CUDA is meant; one with it has more to say (see trainer/gpu).
 
+use std::path::Path;
+
 use unimo_tests::program;
+use unimo_train::backbone::random_file;
 
 /// Every command that takes `--device`, with files that do not exist.
 const COMMANDS: [&str; 6] = [
@@ -55,11 +58,47 @@ fn a_build_without_cuda_says_so_in_one_sentence() {
 }
 
 #[test]
-fn the_cpu_computes_in_f32_only() {
+fn the_cpu_computes_in_f32_or_where_it_can_in_bf16() {
     let folder = tempfile::tempdir().unwrap();
     let recipe = folder.path().join("recipe.toml");
     std::fs::write(&recipe, "steps = 1\n[batch]\nimages = 2\ncaptions = 1\n").unwrap();
-    let command = format!("pretrain --recipe {} --tokenizer T --out O --precision bf16", recipe.display());
-    let (code, said) = run(&command, "cpu");
-    assert!(code == 3 && said.contains("the CPU computes in f32"), "{code} {said}");
+    let (recipe, out) = (recipe.display(), folder.path().join("run"));
+    let command = |precision| format!("pretrain --recipe {recipe} --tokenizer T --out {} --precision {precision}", out.display());
+    let (code, said) = run(&command("tf32"), "cpu");
+    assert!(code == 3 && said.contains("the CPU computes in f32 or bf16"), "{code} {said}");
+    // Where it can it goes on to the tokenizer, which is not there.
+    let (code, said) = run(&command("bf16"), "cpu");
+    assert_eq!((code, said.contains("processor with Intel's AMX")), (3, !unimo_train::ops::kernels::amx::available()), "{said}");
+}
+
+#[test]
+fn bf16_changes_the_numbers_of_a_step_and_not_by_much() {
+    if !unimo_train::ops::kernels::amx::available() {
+        return eprintln!("no AMX here: bf16 was not trained with");
+    }
+    let folder = tempfile::tempdir().unwrap();
+    let at = |name: &str| folder.path().join(name).display().to_string();
+    let (pairs, tokenizer, recipe, backbone) = (at("pairs"), at("tokenizer.json"), at("recipe.toml"), at("backbone"));
+    std::fs::write(&recipe, "steps = 2\nviews = 1\n[batch]\nimages = 4\ncaptions = 2\n").unwrap();
+    std::fs::write(&backbone, random_file(1).unwrap()).unwrap();
+    let done = |arguments: &[&str]| {
+        let run = program("unimo-train", arguments);
+        assert_eq!(run.code, 0, "{}", run.stderr);
+    };
+    done(&["data", "scenes", "--out", &pairs, "--count", "8", "--seed", "4"]);
+    done(&["tokenizer", "--pairs", &pairs, "--vocabulary", "400", "--out", &tokenizer]);
+    let numbers = |precision: &str| {
+        let (out, features) = (at(precision), at("features"));
+        let mut arguments = vec!["pretrain", "--size", "pico", "--recipe", &recipe, "--tokenizer", &tokenizer, "--out", &out];
+        arguments.extend(["--backbone", &backbone, "--pairs", &pairs, "--features", &features]);
+        done(&[arguments.as_slice(), &["--device", "cpu", "--precision", precision]].concat());
+        let log = std::fs::read_to_string(Path::new(&out).join("log.jsonl")).unwrap();
+        let first: serde_json::Value = serde_json::from_str(log.lines().next().unwrap()).unwrap();
+        ["loss", "gradient_norm"].map(|name| first[name].as_f64().unwrap())
+    };
+    let ([loss, gradient], [rounded_loss, rounded_gradient]) = (numbers("f32"), numbers("bf16"));
+    let change = |from: f64, to: f64| (to / from - 1.0).abs();
+    let (loss, gradient) = (change(loss, rounded_loss), change(gradient, rounded_gradient));
+    // Eight bits round by up to 0.2 %; f32 summed in another order changes the seventh digit.
+    assert!((1e-6..1e-2).contains(&loss) && (1e-6..5e-2).contains(&gradient), "{loss} {gradient}");
 }

@@ -13,9 +13,9 @@ use unimo_wire::{Decoder, Message};
 
 /// The samples and the captions that the README shows.
 const SAMPLES: [(&str, &str); 3] = [
-    ("blue-heart.png", "a small blue heart at the top"),
-    ("red-circle.png", "a large red circle in the center"),
-    ("red-cross.png", "a small red cross at the bottom"),
+    ("blue-circle.png", "a small blue circle at the bottom"),
+    ("purple-square.png", "a small purple square at the top"),
+    ("red-star.png", "a small red star in the center"),
 ];
 
 #[derive(Debug, PartialEq, Deserialize)]
@@ -76,7 +76,7 @@ fn counted(stderr: &str, what: &str) -> u64 {
 fn copies(count: usize) -> TempDir {
     let folder = tempfile::tempdir().unwrap();
     for copy in 0..count {
-        fs::copy(samples().join("red-circle.png"), folder.path().join(format!("{copy}.png"))).unwrap();
+        fs::copy(samples().join("red-star.png"), folder.path().join(format!("{copy}.png"))).unwrap();
     }
     folder
 }
@@ -121,7 +121,7 @@ fn captions_go_to_every_sink() {
         (3, 3, 0)
     );
 
-    // The screens show the last picture, a red cross, and words.
+    // The screens show the last picture, a red star, and words.
     let screen = image::open(at("c.png")).unwrap().into_rgb8();
     assert_eq!(screen.dimensions(), (320, 240));
     let pixels = |is: fn(&image::Rgb<u8>) -> bool| screen.pixels().filter(|pixel| is(pixel)).count();
@@ -151,7 +151,7 @@ fn captions_go_to_every_sink() {
     saved.sort();
     originals.sort();
     assert!(saved == originals);
-    let search = program("unimo", &["search", "a blue heart", "--gallery", &gallery, "--json", "-k", "1"]);
+    let search = program("unimo", &["search", "a blue circle", "--gallery", &gallery, "--json", "-k", "1"]);
     let results = search.json_lines().remove(0);
     let best = &results["results"][0];
     assert_eq!(best["caption"], SAMPLES[0].1, "{search:?}");
@@ -219,7 +219,7 @@ fn a_stream_is_captioned_in_turn_or_by_its_newest_frames() {
 #[test]
 fn bad_files_do_not_spoil_the_others() {
     let folder = copies(1);
-    let whole = fs::read(samples().join("blue-heart.png")).unwrap();
+    let whole = fs::read(samples().join("blue-circle.png")).unwrap();
     fs::write(folder.path().join("a.png"), &whole[..whole.len() / 2]).unwrap();
     let run = watch(&[&text(folder.path()), "--jsonl"]);
     assert_eq!(run.code, 3, "{run:?}");
@@ -227,7 +227,7 @@ fn bad_files_do_not_spoil_the_others() {
     // 0.png before a.png.
     assert_eq!(
         (found[0]["caption"].as_str(), found[1]["error"].as_str()),
-        (Some(SAMPLES[1].1), Some("the PNG file is cut short"))
+        (Some(SAMPLES[2].1), Some("the PNG file is cut short"))
     );
     assert_eq!(found[1]["source"], text(&folder.path().join("a.png")));
     assert_eq!(counted(&run.stderr, " corrupt"), 1);
@@ -299,7 +299,7 @@ fn a_reader_that_has_seen_enough_ends_it() {
     let (child, mut output) = start(&[&forever, "--gate", "off"]);
     let mut line = String::new();
     output.read_line(&mut line).unwrap();
-    assert!(line.ends_with("a small blue heart at the top\n"), "{line}");
+    assert!(line.ends_with("a small blue circle at the bottom\n"), "{line}");
     drop(output);
     let output = child.wait_with_output().unwrap();
     assert_eq!(output.status.code(), Some(0), "{output:?}");

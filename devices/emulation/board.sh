@@ -4,7 +4,7 @@
 #   2. The camera is pulled out and plugged in again while it is watched.
 #   3. The power is cut while a gallery is filled; nothing that was acknowledged may be lost.
 #
-#   devices/emulation/board.sh [PICTURE] [WORDS]      (default: runtime/samples/blue-heart.png 'a blue heart')
+#   devices/emulation/board.sh [PICTURE] [WORDS]      (default: runtime/samples/blue-circle.png 'a blue circle')
 #
 # PICTURE is what the camera sees, WORDS what its caption must contain (less a leading article) and what is searched for. Needs
 # Debian with qemu-system-arm, kmod, cpio, xz-utils and e2fsprogs, and `unimo` of `devices/package/package.sh aarch64 release`.
@@ -13,8 +13,8 @@
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 root=$PWD
-picture=$(realpath "${1:-runtime/samples/blue-heart.png}")
-words=${2:-a blue heart}
+picture=$(realpath "${1:-runtime/samples/blue-circle.png}")
+words=${2:-a blue circle}
 program=${UNIMO_PROGRAM:-${CARGO_TARGET_DIR:-$root/target}/aarch64-unknown-linux-gnu/release/unimo}
 tools=${UNIMO_BOARD_TOOLS:-$root/target-boards/tools}
 out=$root/target-boards/emulated

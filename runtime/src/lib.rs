@@ -14,6 +14,7 @@ pub mod gallery;
 pub mod image;
 #[cfg(feature = "tract")]
 mod kernels;
+pub mod lanes;
 mod map;
 pub mod model;
 pub mod ordered;

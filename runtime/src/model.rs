@@ -1,5 +1,6 @@
 //! A bundle opened on an engine: captions, embeds and matches.
 
+use std::any::Any;
 use std::sync::{Arc, Mutex, PoisonError};
 
 use ::image::RgbImage;
@@ -71,6 +72,9 @@ impl GraphName {
     }
 }
 
+/// Called with a graph's name before it is loaded; what it returns is dropped once that is done, or has failed.
+pub type LoadObserver = Box<dyn Fn(GraphName) -> Box<dyn Any> + Send + Sync>;
+
 /// A graph, and the sizes that it was loaded with.
 type Loaded = (Sizes, Arc<dyn Graph>);
 
@@ -84,6 +88,7 @@ pub struct Model {
     form: Form,
     tokenizer: Tokenizer,
     graphs: [Mutex<Vec<Loaded>>; 4],
+    observer: Option<LoadObserver>,
 }
 
 impl Model {
@@ -103,7 +108,12 @@ impl Model {
         }
         let tokenizer = bundle.tokenizer()?;
         let graphs = Default::default();
-        Ok(Self { bundle, engine, options: options.clone(), precision, form, tokenizer, graphs })
+        Ok(Self { bundle, engine, options: options.clone(), precision, form, tokenizer, graphs, observer: None })
+    }
+
+    /// Has an observer told of every graph that is loaded from now on: an engine may take long over one.
+    pub fn observe_loading(&mut self, observer: LoadObserver) {
+        self.observer = Some(observer);
     }
 
     /// SHA-256 of the bundle's manifest, in hex: embeddings of different bundles cannot be compared.
@@ -294,7 +304,10 @@ impl Model {
         if let Some((_, graph)) = loaded.iter().find(|(of, _)| *of == sizes) {
             return Ok(graph.clone());
         }
-        let graph: Arc<dyn Graph> = Arc::from(self.load_graph(name.name(), sizes)?);
+        let observed = self.observer.as_ref().map(|observer| observer(name));
+        let graph = self.load_graph(name.name(), sizes);
+        drop(observed);
+        let graph: Arc<dyn Graph> = Arc::from(graph?);
         loaded.push((sizes, graph.clone()));
         Ok(graph)
     }

@@ -44,6 +44,8 @@ pub struct Pair {
     pub references: Vec<String>,
     /// Rewritten captions that are false of the picture, those of each caption; and for mirrored views. Empty without rewrites.
     rewritten: [Vec<Vec<Vec<u32>>>; 2],
+    /// Captions of other pictures for each caption, from the same files.
+    sentences: [Vec<Vec<Vec<u32>>>; 2],
     /// Each caption in other words, from the same files.
     paraphrased: [Vec<Vec<Vec<u32>>>; 2],
     /// Texts alone that read like its captions; and for mirrored views.
@@ -62,6 +64,7 @@ impl Pair {
             key: sample.key,
             references: sample.captions,
             rewritten: [Vec::new(), Vec::new()],
+            sentences: [Vec::new(), Vec::new()],
             paraphrased: [Vec::new(), Vec::new()],
             retrieved_texts: [Vec::new(), Vec::new()],
             retrieved_images: Vec::new(),
@@ -72,6 +75,12 @@ impl Pair {
     #[must_use]
     pub fn captions_for(&self, view: usize) -> &[Vec<u32>] {
         if is_mirrored(view) { &self.mirrored } else { &self.captions }
+    }
+
+    /// Captions of other pictures that belong to caption `caption`'s sentence level, as fits a view: taken for false of the picture.
+    #[must_use]
+    pub fn sentences_for(&self, view: usize, caption: usize) -> &[Vec<u32>] {
+        self.sentences[usize::from(is_mirrored(view))].get(caption).map_or(&[], Vec::as_slice)
     }
 
     /// Caption `caption` in other words, as fits a view: all true of the picture.
@@ -273,7 +282,7 @@ impl Corpus {
         Ok(())
     }
 
-    /// Adds the word- and phrase-level negatives and the paraphrases of `unimo-train rewrite`; gives the number of pictures that have some.
+    /// Adds the negatives and the paraphrases of `unimo-train rewrite`; gives the number of pictures that have some.
     ///
     /// # Errors
     /// Rewrites of other captions than the pairs', or of none of these pictures.
@@ -293,6 +302,7 @@ impl Corpus {
                 };
                 let captions = picture.captions.iter();
                 pair.rewritten[mirrored] = captions.clone().map(|c| c.word.iter().chain(&c.phrase).map(ids).collect()).collect();
+                pair.sentences[mirrored] = captions.clone().map(|c| c.sentence.iter().map(ids).collect()).collect();
                 pair.paraphrased[mirrored] = captions.map(|c| c.paraphrases.iter().map(ids).collect()).collect();
             }
             found += 1;

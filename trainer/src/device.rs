@@ -1,5 +1,6 @@
 //! Which device trains.
 
+use std::fmt::{self, Display, Formatter};
 use std::str::FromStr;
 
 use candle_core::Device;
@@ -29,6 +30,16 @@ impl FromStr for DeviceChoice {
                 Some(number) => Ok(Self::Cuda(number)),
                 None => Err("expected auto, cpu, cuda or cuda:N".to_owned()),
             },
+        }
+    }
+}
+
+impl Display for DeviceChoice {
+    fn fmt(&self, f: &mut Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Auto => f.write_str("auto"),
+            Self::Cpu => f.write_str("cpu"),
+            Self::Cuda(number) => write!(f, "cuda:{number}"),
         }
     }
 }
@@ -182,6 +193,9 @@ mod tests {
             ("gpu", Err(())),
         ] {
             assert_eq!(text.parse::<DeviceChoice>().map_err(|_| ()), expected, "{text}");
+            if let Ok(choice) = expected {
+                assert_eq!(choice.to_string().parse(), Ok(choice));
+            }
         }
     }
 

@@ -1,5 +1,7 @@
 //! Evaluation of a model on development pictures.
 
+mod reranking;
+
 use std::fmt;
 
 use anyhow::Result;
@@ -11,6 +13,9 @@ use crate::metrics::{caption_scores, recall_at_k};
 use crate::model::{Packer, Unimo};
 use crate::regions::alike;
 use crate::vision::Vision;
+use reranking::Embedded;
+
+pub use reranking::Reranked;
 
 /// Pictures or texts in one forward pass.
 const BATCH: usize = 50;
@@ -32,6 +37,9 @@ pub struct Scores {
     pub image_to_text: [f64; 3],
     /// Text→image recall at 1, 5, 10 among the evaluated pictures.
     pub text_to_image: [f64; 3],
+    /// The same after a second pass over the best candidates, if asked for.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub reranked: Option<Reranked>,
     /// The first captions, `(key, caption)`.
     pub samples: Vec<(String, String)>,
 }
@@ -47,16 +55,31 @@ impl fmt::Display for Scores {
             percent(&self.image_to_text),
             percent(&self.text_to_image),
             self.images
-        )
+        )?;
+        let Some(reranked) = self.reranked else { return Ok(()) };
+        for (by, recall) in [("matching", reranked.by_matching), ("both", reranked.by_both)] {
+            let (texts, images) = (percent(&recall.image_to_text), percent(&recall.text_to_image));
+            write!(f, "\n{} candidates by {by}: image→text {texts}  text→image {images}", reranked.candidates)?;
+        }
+        Ok(())
     }
 }
 
-/// Greedy captions, and retrieval by separately encoded embeddings, of the first `limit` pictures.
+/// What [`evaluate`] looks at.
+#[derive(Debug, Clone, Copy)]
+pub struct Extent {
+    /// Pictures, from the first.
+    pub images: usize,
+    /// Candidates of each picture and each text that are put in order by matching.
+    pub rerank: Option<usize>,
+}
+
+/// Greedy captions, and retrieval by separately encoded embeddings, of the first pictures.
 ///
 /// # Errors
 /// Those of candle.
-pub fn evaluate(model: &Unimo, vision: &Vision, tokenizer: &Tokenizer, corpus: &Corpus, limit: usize) -> Result<Scores> {
-    let count = limit.min(corpus.pairs.len());
+pub fn evaluate(model: &Unimo, vision: &Vision, tokenizer: &Tokenizer, corpus: &Corpus, extent: Extent) -> Result<Scores> {
+    let count = extent.images.min(corpus.pairs.len());
     let (mut captions, mut images) = (vec![String::new(); count], vec![Vec::new(); count]);
     for start in (0..count).step_by(BATCH) {
         let records = vision.regions((start..count.min(start + BATCH)).map(|i| corpus.pair_record(i, 0)).collect())?;
@@ -74,6 +97,8 @@ pub fn evaluate(model: &Unimo, vision: &Vision, tokenizer: &Tokenizer, corpus: &
     let references: Vec<Vec<String>> = corpus.pairs[..count].iter().map(|p| p.references.clone()).collect();
     let caption = caption_scores(&captions, &references);
     let recall = recall_at_k(&images, &texts, &image_of_text);
+    let embedded = Embedded { images, texts, image_of_text };
+    let rerank = |candidates| reranking::rerank(model, vision, corpus, &embedded, candidates);
     let samples = corpus.pairs.iter().zip(&captions).take(8).map(|(p, c)| (p.key.clone(), c.clone())).collect();
     Ok(Scores {
         images: count,
@@ -82,11 +107,28 @@ pub fn evaluate(model: &Unimo, vision: &Vision, tokenizer: &Tokenizer, corpus: &
         rouge_l: caption.rouge_l,
         image_to_text: recall.image_to_text,
         text_to_image: recall.text_to_image,
+        reranked: extent.rerank.map(rerank).transpose()?,
         samples,
     })
 }
 
-fn embed_texts(model: &Unimo, corpus: &Corpus, count: usize) -> Result<(Vec<Vec<f32>>, Vec<usize>)> {
+/// Embeddings of the first pictures.
+pub(crate) fn embed_images(model: &Unimo, vision: &Vision, corpus: &Corpus, count: usize) -> Result<Vec<Vec<f32>>> {
+    let mut images = vec![Vec::new(); count];
+    for start in (0..count).step_by(BATCH) {
+        let records = vision.regions((start..count.min(start + BATCH)).map(|i| corpus.pair_record(i, 0)).collect())?;
+        for group in alike(&records, BATCH) {
+            let encoded = model.encode_records(&group.iter().map(|&i| &records[i]).collect::<Vec<_>>())?;
+            for (&i, embedding) in group.iter().zip(model.embed_image(&encoded)?.to_vec2::<f32>()?) {
+                images[start + i] = embedding;
+            }
+        }
+    }
+    Ok(images)
+}
+
+/// Embeddings of all captions of the first pictures, and whose they are.
+pub(crate) fn embed_texts(model: &Unimo, corpus: &Corpus, count: usize) -> Result<(Vec<Vec<f32>>, Vec<usize>)> {
     let (mut texts, mut image_of_text) = (Vec::new(), Vec::new());
     let all: Vec<(usize, &Vec<u32>)> =
         corpus.pairs[..count].iter().enumerate().flat_map(|(i, p)| p.captions.iter().map(move |c| (i, c))).collect();

@@ -2,7 +2,6 @@
 
 use std::process::ExitCode;
 
-use clap::Parser;
 mod cli;
 
 use cli::Cli;
@@ -20,7 +19,7 @@ fn main() -> ExitCode {
     // Given back after mimalloc's 10 ms, the memory would have to be cleared again in the next step: a sixth of the time.
     // SAFETY: sets one number of the allocator, which it reads when it frees.
     unsafe { libmimalloc_sys::mi_option_set(PURGE_DELAY, -1) };
-    match cli::run(Cli::parse()) {
+    match cli::run(Cli::from_words(std::env::args_os())) {
         Ok(code) => code,
         Err(error) => {
             eprintln!("error: {error:#}");

@@ -28,6 +28,9 @@ pub struct Recipe {
     /// Share of the activations dropped while training, instead of the model's own.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub dropout: Option<f64>,
+    /// Share of a picture's mean feature that is dropped before it is embedded, where it is pooled, instead of `dropout`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub feature_dropout: Option<f64>,
     /// Beginnings of the names of the weights that are trained, such as `embed.`; the others stay as they are, to the last bit.
     /// Without any, all are trained.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
@@ -113,6 +116,9 @@ pub struct BatchConfig {
     /// Captions of each of those rewritten to be false (needs --rewrites).
     #[serde(default)]
     pub match_rewrites: usize,
+    /// Captions of other pictures from the sentence level of rewrites, of each of those (needs --rewrites).
+    #[serde(default)]
+    pub match_sentences: usize,
     /// Captions of each of those in other words, as positives (needs --rewrites made with --paraphrases).
     #[serde(default)]
     pub match_paraphrases: usize,
@@ -236,8 +242,10 @@ impl Recipe {
         if !(0.0..1.0).contains(&b.hidden_regions) {
             bail!("hidden_regions {} is not in [0, 1)", b.hidden_regions);
         }
-        if let Some(dropout) = recipe.dropout.filter(|share| !(0.0..1.0).contains(share)) {
-            bail!("dropout {dropout} is not in [0, 1)");
+        for (name, share) in [("dropout", recipe.dropout), ("feature_dropout", recipe.feature_dropout)] {
+            if let Some(share) = share.filter(|share| !(0.0..1.0).contains(share)) {
+                bail!("{name} {share} is not in [0, 1)");
+            }
         }
         if recipe.trained_blocks > BLOCKS.len() {
             bail!("the backbone has {} blocks to train, not {}", BLOCKS.len(), recipe.trained_blocks);
@@ -312,7 +320,7 @@ mod tests {
     #[test]
     fn the_recipe_of_embeddings_alone_is_nothing_but_a_contrast_of_pairs() {
         let recipe = Recipe::from_toml(include_str!("../recipes/finetune-embeddings.toml")).unwrap();
-        assert_eq!((recipe.batch.images, recipe.batch.contrast_pairs, recipe.trained.len()), (0, 512, 2));
+        assert_eq!((recipe.batch.images, recipe.batch.contrast_pairs, recipe.trained.len()), (0, 1024, 2));
     }
 
     #[test]
@@ -335,6 +343,7 @@ mod tests {
         }
         for (first, last, says) in [
             ("dropout = 1.0", "", "dropout 1"),
+            ("feature_dropout = -0.1", "", "feature_dropout -0.1"),
             ("ends_at = 11", "", "ends_at 11"),
             ("trained_blocks = 18", "", "17 blocks"),
             ("trained_blocks = 2", "masked_pairs = 1", "stays as it is"),

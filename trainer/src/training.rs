@@ -23,7 +23,7 @@ use set_up::{JudgedBy, Ready, set_up};
 
 use crate::checkpoint::{self, RunState};
 use crate::device;
-use crate::evaluation;
+use crate::evaluation::{self, Extent};
 use crate::model::{Dropout, ModelConfig, Unimo};
 use crate::objectives::{Orders, Source, StepBatch, Tally};
 use crate::optimizer::AdamW;
@@ -207,7 +207,7 @@ fn judge(trainer: &Loop, by: &JudgedBy, images: usize) -> Result<Vec<(serde_json
         found.push((serde_json::to_value(scores)?, format!("{scores} ({} texts)", data.examples.len())));
     }
     if !by.development.pairs.is_empty() {
-        let scores = evaluation::evaluate(model, vision, by.tokenizer, by.development, images)?;
+        let scores = evaluation::evaluate(model, vision, by.tokenizer, by.development, Extent { images, rerank: None })?;
         found.push((serde_json::to_value(&scores)?, scores.to_string()));
     }
     Ok(found)
@@ -296,7 +296,8 @@ impl Loop<'_> {
         let started = Instant::now();
         let recipe = &self.job.recipe;
         let rate = recipe.dropout.unwrap_or(self.model.config().dropout) as f32;
-        let dropout = Dropout { rate, seed: seed::mix(recipe.seed ^ 0xd409, step) };
+        let mut dropout = Dropout::of(rate, seed::mix(recipe.seed ^ 0xd409, step));
+        dropout.features = recipe.feature_dropout.map_or(rate, |share| share as f32);
         let whole = Tally::of(batch, &self.model, self.source.vision).over(self.ranks)?;
         let learnt = batch.learn(&self.model, recipe, &self.source, dropout, &whole, self.ranks)?;
         let objectives: serde_json::Map<_, _> =

@@ -2,7 +2,7 @@
 
     pip install numpy safetensors onnx onnxruntime
     python reference.py --checkpoint FOLDER --bundle FOLDER   compares every output of every graph with NumPy
-    python reference.py --golden golden.json                  writes the values that tests/export_parity.rs asserts
+    python reference.py --golden golden.json                  writes the values that tests/export_parity asserts
 
 Nothing here is shared with the exporter or the trainer: a mistake would have to be made twice. Each precision is compared
 with a NumPy forward over weights rounded as the bundle stores them, so the tolerance is that of 32-bit sums in another order.
@@ -29,7 +29,7 @@ erf = np.vectorize(math.erf, otypes=[np.float32])
 
 
 def inputs(vocabulary):
-    """The same in tests/export_parity.rs: smooth pixels in [-1, 1], and a text of eight ids."""
+    """The same in tests/export_parity: smooth pixels in [-1, 1], and a text of eight ids."""
     c, y, x = np.meshgrid(np.arange(3), np.arange(224), np.arange(224), indexing="ij")
     pixels = np.sin(0.05 * (c + 1) * x + 0.031 * y).astype(np.float32)
     words = [4 + (37 * i + 11) % (vocabulary - 5) for i in range(6)]
@@ -44,7 +44,7 @@ GOLDEN_SIZES = {
 
 
 def scattered(name, shape, bound, centre=0.0):
-    """Values in centre +- bound, fixed by the tensor's name: the same in tests/export_parity.rs."""
+    """Values in centre +- bound, fixed by the tensor's name: the same in tests/export_parity."""
     seed = 2166136261  # FNV-1a
     for byte in name.encode():
         seed = (seed ^ byte) * 16777619 % 2**32

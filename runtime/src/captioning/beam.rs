@@ -1,6 +1,7 @@
 //! Beam search over a next-word model.
 
 use super::DecodeOptions;
+use crate::lanes::log_sum_exp;
 use crate::tokenizer::{CLS, SEP};
 
 /// A text that goes on: which of the texts of the call before, and with what.
@@ -126,9 +127,7 @@ fn repeats(tokens: &[u32], id: u32, length: usize) -> bool {
 
 /// The `count` likeliest allowed ids with their log-probabilities (softmax over all ids), likeliest first; of equals, the lower id.
 fn likeliest(logits: &[f32], count: usize, allowed: impl Fn(u32) -> bool) -> Vec<(u32, f32)> {
-    let largest = logits.iter().copied().fold(f32::NEG_INFINITY, f32::max);
-    let sum: f32 = logits.iter().map(|logit| (logit - largest).exp()).sum();
-    let normaliser = largest + sum.ln();
+    let normaliser = log_sum_exp(logits);
     let mut best: Vec<(u32, f32)> = Vec::with_capacity(count + 1);
     for (id, &logit) in (0u32..).zip(logits) {
         // Few ids get as far as the second question, which looks through the whole text.

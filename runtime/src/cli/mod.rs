@@ -11,6 +11,7 @@ mod embed;
 pub mod exit;
 #[cfg(feature = "gallery")]
 mod index;
+mod loading;
 mod match_;
 mod model_args;
 mod output;

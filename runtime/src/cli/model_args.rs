@@ -12,6 +12,8 @@ use unimo::engine::{EngineKind, EngineOptions, Provider};
 use unimo::model::Model;
 use unimo_devices::board;
 
+use super::loading;
+
 /// Which model to run, and how.
 #[derive(Debug, Args)]
 #[command(next_help_heading = "Model")]
@@ -88,7 +90,9 @@ impl ModelArgs {
             ..EngineOptions::default()
         };
         let source = self.bundle.clone().map_or(BundleSource::Embedded, BundleSource::Path);
-        Ok((Model::open(&source, &options)?, workers))
+        let mut model = Model::open(&source, &options)?;
+        model.observe_loading(loading::observer(&options));
+        Ok((model, workers))
     }
 
     fn engine(&self) -> anyhow::Result<Way> {

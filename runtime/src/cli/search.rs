@@ -28,7 +28,8 @@ Examples:
 
 The number before a picture is the cosine of its embedding and the query's; with --rerank, the probability that the words
 describe it (- where the picture cannot be read any more). --json has the cosine as `score`, the probability as `match`.
-";
+
+The default model finds worse with --rerank than without (see its model card).";
 
 /// Find pictures in a gallery by words or by a picture
 #[derive(Debug, Args)]

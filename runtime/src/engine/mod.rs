@@ -30,7 +30,7 @@ use std::str::FromStr;
 pub use self::cost::{GraphCost, graph_cost};
 pub use self::form::preferred_form;
 #[cfg(feature = "ort")]
-pub use self::ort::{OrtLibrary, ort_library};
+pub use self::ort::{OrtLibrary, ort_library, tensorrt_cache};
 pub use self::tensor::Tensor;
 use crate::bundle::SharedBytes;
 use crate::bundle::manifest::{Dtype, Form, GraphSignature, Precision, Sizes, TensorSignature};
@@ -320,7 +320,9 @@ fn checked_output(
     let expected = &signature.outputs[index];
     let tensor = tensor.filter(|tensor| tensor.shape() == expected.shape);
     let tensor = tensor.ok_or_else(|| shape_error(signature, "output", expected, format!("{shape:?}")))?;
-    if tensor.floats().iter().any(|value| !value.is_finite()) {
+    // Whole stretches at once, which is done in vectors.
+    let strays = |values: &[f32]| values.iter().filter(|value| !value.is_finite()).count();
+    if tensor.floats().chunks(1 << 10).any(|values| strays(values) > 0) {
         return Err(EngineError::NotFinite { graph: signature.name.clone(), tensor: expected.name.clone() });
     }
     Ok(tensor)

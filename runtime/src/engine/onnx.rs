@@ -68,6 +68,8 @@ fn parsed(source: &GraphSource<'_>, fuse: bool) -> Result<(ModelProto, Option<Ba
         backbone = network::take_backbone(graph, &constants);
         fusion::fuse_linears(graph, &constants);
         fusion::fuse_attention(graph, &constants);
+        fusion::fuse_self_attention(graph, &constants);
+        fusion::fuse_norms(graph, &constants);
     } else {
         fold(graph, &mut constants);
         blocks::check(graph, &constants).map_err(load)?;

@@ -2,6 +2,8 @@
 
 mod attention;
 mod linear;
+mod normalize;
+mod self_attention;
 
 use std::sync::{Arc, Mutex, PoisonError};
 
@@ -20,6 +22,8 @@ use crate::kernels::Scratch;
 
 pub(super) use self::attention::OPERATOR as ATTENTION;
 pub(super) use self::linear::OPERATOR as LINEAR;
+pub(super) use self::normalize::OPERATOR as LAYER_NORM;
+pub(super) use self::self_attention::OPERATOR as SELF_ATTENTION;
 
 /// tract on the processor.
 pub(super) struct Tract {
@@ -64,6 +68,8 @@ fn prepare(proto: &tract_onnx::pb::ModelProto) -> TractResult<Arc<TypedRunnableM
     let mut onnx = tract_onnx::onnx();
     attention::register(&mut onnx);
     linear::register(&mut onnx);
+    normalize::register(&mut onnx);
+    self_attention::register(&mut onnx);
     onnx.model_for_proto_model(proto)?.into_optimized()?.into_runnable()
 }
 

@@ -2,8 +2,7 @@
 
 use multiversion::multiversion;
 
-use super::LANES;
-use super::matrix::exp;
+use crate::lanes::{LANES, exp, sum_of_lanes};
 
 /// Keys and values of one layer, `[heads, rows, depth]` each.
 #[derive(Debug, Clone, Copy)]
@@ -111,15 +110,7 @@ fn dot(a: &[f32], b: &[f32]) -> f32 {
         }
     }
     let rest: f32 = a_rest.iter().zip(b_rest).map(|(a, b)| a * b).sum();
-    // Halves onto each other: in this order it is done in registers.
-    let mut width = LANES / 2;
-    while width > 0 {
-        for lane in 0..width {
-            sums[lane] += sums[lane + width];
-        }
-        width /= 2;
-    }
-    sums[0] + rest
+    sum_of_lanes(sums) + rest
 }
 
 #[cfg(test)]

@@ -1,5 +1,5 @@
-//! Arithmetic of our own where the built-in engine is slow: products with weights that stay in 8 or 4 bits in memory, attention over a
-//! cache, and the convolutional backbone. Written once, compiled for several instruction sets and chosen at run time: products of
+//! Arithmetic of our own where the built-in engine is slow: products with weights that stay in 8 or 4 bits in memory, attention,
+//! LayerNorm, and the convolutional backbone. Written once, compiled for several instruction sets and chosen at run time: products of
 //! floats through `pulp` (AVX-512, AVX2, NEON), those of integers with AVX-512 VNNI or ARM's dot product, the rest as plain loops over
 //! [`LANES`] floats through `multiversion`.
 
@@ -7,19 +7,21 @@ mod attention;
 mod bottleneck;
 mod depthwise;
 mod matrix;
+mod normalize;
+mod self_attention;
 
 pub(crate) use self::attention::{Cache, CachedAttention};
 pub(crate) use self::bottleneck::{Bottleneck, Network, Scratch, Stem};
 pub(crate) use self::depthwise::Depthwise;
 pub(crate) use self::matrix::{Activation, BLOCK, Layout, Matrix, Weights, multiplies_bytes};
+pub(crate) use self::normalize::LayerNorm;
+pub(crate) use self::self_attention::SelfAttention;
+use crate::lanes::LANES;
 
 /// Whether this processor has vector instructions that the kernels know; tract's own know more, such as 32-bit ARM's.
 pub(crate) fn available() -> bool {
     matrix::lanes() > 1
 }
-
-/// Columns that are worked on together: one register of AVX-512, four of NEON.
-pub(crate) const LANES: usize = 16;
 
 /// `a · b + c`, in one rounding where the instruction set has an instruction for it.
 #[inline(always)]

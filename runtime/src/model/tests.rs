@@ -126,3 +126,28 @@ fn what_is_loaded_is_verified() {
     let error = open(&folder).err().unwrap().to_string();
     assert!(error.contains("tokenizer.json has ") && error.ends_with(" ids, the model has 400"), "{error}");
 }
+
+#[test]
+fn an_observer_sees_each_graph_loaded_once() {
+    struct Loading(Arc<Mutex<Vec<String>>>, GraphName);
+    impl Drop for Loading {
+        fn drop(&mut self) {
+            self.0.lock().unwrap().push(format!("{} done", self.1.name()));
+        }
+    }
+    let folder = folder();
+    let mut model = open(&folder).unwrap();
+    let seen = Arc::new(Mutex::new(Vec::new()));
+    let of_observer = seen.clone();
+    model.observe_loading(Box::new(move |graph| {
+        of_observer.lock().unwrap().push(graph.name().to_owned());
+        Box::new(Loading(of_observer.clone(), graph))
+    }));
+    let vision = model.see(&grey(9)).unwrap();
+    model.see(&grey(200)).unwrap();
+    assert_eq!(*seen.lock().unwrap(), ["vision", "vision done"]);
+    // One that cannot be loaded is over as well.
+    fs::write(folder.path().join("f16/match.onnx"), b"no graph").unwrap();
+    assert!(model.match_score(&vision, "a dog").is_err());
+    assert_eq!(seen.lock().unwrap()[2..], ["match", "match done"]);
+}

@@ -23,12 +23,21 @@ pub struct DeviceArgs {
     /// Where to compute: auto, cpu, cuda or cuda:N; auto is a CUDA device if this build can use one and there is one, else the CPU
     #[arg(long, default_value = "auto", value_name = "DEVICE")]
     device: DeviceChoice,
-    /// What matrix products are computed in on a CUDA device [default: tf32]; the CPU knows f32 only
+    /// What matrix products are computed in [default: tf32 on a CUDA device, f32 on the CPU]; the CPU knows f32 and, where it has
+    /// Intel's AMX, bf16
     #[arg(long, value_name = "PRECISION")]
     precision: Option<PrecisionChoice>,
 }
 
 impl DeviceArgs {
+    /// The words that give a command these arguments, where they are not the default.
+    pub fn words(&self) -> Vec<String> {
+        let device = (self.device != DeviceChoice::default()).then(|| ["--device".to_owned(), self.device.to_string()]);
+        let precision = self.precision.and_then(|precision| precision.to_possible_value());
+        let precision = precision.map(|value| ["--precision".to_owned(), value.get_name().to_owned()]);
+        [device, precision].into_iter().flatten().flatten().collect()
+    }
+
     /// Opens the device, and says which it is unless that is the CPU of a build that knows no other.
     ///
     /// # Errors
@@ -37,9 +46,14 @@ impl DeviceArgs {
         let device = self.device.open()?;
         let precision = match (self.precision, device.is_cpu()) {
             (None | Some(PrecisionChoice::F32), true) | (Some(PrecisionChoice::F32), false) => Precision::F32,
-            (Some(_), true) => anyhow::bail!("the CPU computes in f32; --precision tf32 and bf16 are for CUDA devices"),
+            (Some(PrecisionChoice::Tf32), true) => {
+                anyhow::bail!("--precision tf32 is for CUDA devices; the CPU computes in f32 or bf16")
+            }
+            (Some(PrecisionChoice::Bf16), true) if !ops::kernels::amx::available() => {
+                anyhow::bail!("--precision bf16 needs a CUDA device or a processor with Intel's AMX; this one computes in f32")
+            }
             (None | Some(PrecisionChoice::Tf32), false) => Precision::Tf32,
-            (Some(PrecisionChoice::Bf16), false) => Precision::Bf16,
+            (Some(PrecisionChoice::Bf16), _) => Precision::Bf16,
         };
         ops::set_precision(precision);
         if let candle_core::DeviceLocation::Cuda { gpu_id } = device.location() {

@@ -15,6 +15,7 @@ pub mod rewrite;
 pub mod tasks;
 pub mod tokenizer;
 
+use std::ffi::OsString;
 use std::process::ExitCode;
 
 use anyhow::Result;
@@ -36,6 +37,19 @@ Exit codes: 0 done, 2 usage, 3 bad input, 4 device not there, 5 build or librari
 pub struct Cli {
     #[command(subcommand)]
     command: Command,
+}
+
+impl Cli {
+    /// The command line, or clap's message and the end of the process. A plan begins with pretraining, and may be given to that
+    /// command: `pretrain --config PLAN` is `plan --config PLAN`.
+    pub fn from_words(words: impl Iterator<Item = OsString>) -> Self {
+        let mut words: Vec<OsString> = words.collect();
+        let is_config = |word: &OsString| word.to_str().is_some_and(|word| word == "--config" || word.starts_with("--config="));
+        if words.get(1).is_some_and(|word| word == "pretrain") && words.iter().any(is_config) {
+            words[1] = "plan".into();
+        }
+        Self::parse_from(words)
+    }
 }
 
 #[derive(Debug, Subcommand)]

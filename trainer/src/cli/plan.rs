@@ -9,6 +9,7 @@ use clap::Parser;
 use serde::{Deserialize, Serialize};
 
 use super::Cli;
+use super::device::DeviceArgs;
 use unimo_train::parallel::require_one_rank;
 use unimo_train::work_files;
 
@@ -18,6 +19,8 @@ const EXAMPLES: &str = "Examples:
       --images coco --texts captions-en.txt --dev flickr8k/dev-0000.tar --out runs/edge-s
   # what would be run?
   unimo-train plan … --show
+
+`unimo-train pretrain --config PLAN …` is the same command.
 
 A plan is a list of stages, each a command of unimo-train. OUT/stages.toml says which are done: interrupt it and give the same
 command, and it goes on, inside a stage of training at that stage's newest checkpoint.
@@ -53,6 +56,9 @@ pub struct Args {
     /// Print the commands instead of running them
     #[arg(long)]
     show: bool,
+    /// Where stages that run the model compute, and how exactly
+    #[command(flatten)]
+    device: DeviceArgs,
 }
 
 #[derive(Debug, Deserialize)]
@@ -94,7 +100,10 @@ pub fn run(args: &Args) -> Result<ExitCode> {
         parse(stage, words.clone())?;
     }
     if args.show {
-        stages.iter().for_each(|(words, _)| println!("unimo-train {}", words.join(" ")));
+        for (words, _) in &stages {
+            let device = if computes(words) { args.device.words() } else { Vec::new() };
+            println!("unimo-train {}", [words.as_slice(), &device].concat().join(" "));
+        }
         return Ok(ExitCode::SUCCESS);
     }
     std::fs::create_dir_all(&args.out).with_context(|| format!("cannot create {}", args.out.display()))?;
@@ -111,7 +120,10 @@ pub fn run(args: &Args) -> Result<ExitCode> {
         }
         eprintln!("stage {} of {}: {}", number + 1, plan.stages.len(), stage.name);
         let mut now = words.clone();
-        if makes.join("checkpoints").is_dir() && words.iter().any(|word| word == "pretrain" || word == "finetune") {
+        if computes(&words) {
+            now.extend(args.device.words());
+        }
+        if computes(&words) && makes.join("checkpoints").is_dir() {
             now.push("--resume".to_owned());
         } else if makes.is_dir() {
             std::fs::remove_dir_all(&makes).with_context(|| format!("cannot clear {}", makes.display()))?;
@@ -121,6 +133,12 @@ pub fn run(args: &Args) -> Result<ExitCode> {
         work_files::write_whole(&path, toml::to_string(&done)?.as_bytes())?;
     }
     Ok(ExitCode::SUCCESS)
+}
+
+/// Whether a stage runs the model, which computes where and as exactly as it is told to; trainings among them can be resumed.
+fn computes(words: &[String]) -> bool {
+    words.first().is_some_and(|first| ["pretrain", "finetune"].contains(&first.as_str()))
+        || words.iter().any(|word| word == "--checkpoint")
 }
 
 fn parse(stage: &Stage, words: Vec<String>) -> Result<Cli> {

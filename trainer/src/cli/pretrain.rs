@@ -19,6 +19,8 @@ const EXAMPLES: &str = "Examples:
   # regions, and in base64 boxes, 2048 features and 1601 class probabilities of each
   unimo-train pretrain --size base --recipe recipe.toml --tokenizer tokenizer.json --pairs coco-captions --regions coco-regions \\
       --images openimages-regions --texts captions.txt --out runs/base
+  # all stages of a plan, from data to a finished model (see `unimo-train plan --help`)
+  unimo-train pretrain --config trainer/recipes/edge-s.toml --backbone mobilenetv2.safetensors --pairs flickr8k/train … --out runs/edge-s
   # what would it cost?
   unimo-train pretrain … --out runs/edge-s --dry-run
   # after an interruption, with the same arguments

@@ -11,7 +11,7 @@ mod rouge;
 mod tokenise;
 
 pub use cider::CiderReward;
-pub use recall::{RECALL_AT, RecallScores, recall_at_k};
+pub use recall::{RECALL_AT, RecallScores, recall_at_k, recall_of_ranks};
 pub use rouge::rouge_scores;
 pub use tokenise::tokenise;
 

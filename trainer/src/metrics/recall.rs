@@ -44,7 +44,7 @@ pub fn recall_at_k(images: &[Vec<f32>], texts: &[Vec<f32>], image_of_text: &[usi
             Some((0..texts.len()).filter(|t| !own(t) && !below(scores[*t], best)).count())
         })
         .collect();
-    RecallScores { image_to_text: recall(&image_ranks), text_to_image: recall(&text_ranks) }
+    RecallScores { image_to_text: recall_of_ranks(&image_ranks), text_to_image: recall_of_ranks(&text_ranks) }
 }
 
 /// Not the negation of `>=`: where either is not a number, the answer counts as above, so that a broken model finds nothing.
@@ -52,7 +52,9 @@ fn below(score: f32, best: f32) -> bool {
     score < best
 }
 
-fn recall(ranks: &[Option<usize>]) -> [f64; 3] {
+/// Recall at [`RECALL_AT`] of queries whose best right answer has so many wrong ones before it; `None` where it was not found.
+#[must_use]
+pub fn recall_of_ranks(ranks: &[Option<usize>]) -> [f64; 3] {
     RECALL_AT.map(|k| {
         let found = ranks.iter().flatten().filter(|&&rank| rank < k).count();
         found as f64 / ranks.len().max(1) as f64

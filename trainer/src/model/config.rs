@@ -20,24 +20,6 @@ pub enum ImageEmbedding {
     Pooled,
 }
 
-impl ImageEmbedding {
-    fn is_token(&self) -> bool {
-        *self == Self::Token
-    }
-}
-
-impl FromStr for ImageEmbedding {
-    type Err = String;
-
-    fn from_str(name: &str) -> Result<Self, String> {
-        match name {
-            "token" => Ok(Self::Token),
-            "pooled" => Ok(Self::Pooled),
-            _ => Err(format!("{name} is none of token, pooled")),
-        }
-    }
-}
-
 /// What of a text is taken into the unified image–text space.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
@@ -50,23 +32,31 @@ pub enum TextEmbedding {
     Both,
 }
 
-impl TextEmbedding {
-    fn is_token(&self) -> bool {
-        *self == Self::Token
-    }
-}
-
-impl FromStr for TextEmbedding {
-    type Err = String;
-
-    fn from_str(name: &str) -> Result<Self, String> {
-        match name {
-            "token" => Ok(Self::Token),
-            "both" => Ok(Self::Both),
-            _ => Err(format!("{name} is none of token, both")),
+/// The names on the command line, those of TOML; the default's is `token`.
+macro_rules! named {
+    ($type:ident { Token = "token", $variant:ident = $name:literal }) => {
+        impl $type {
+            fn is_token(&self) -> bool {
+                *self == Self::Token
+            }
         }
-    }
+
+        impl FromStr for $type {
+            type Err = String;
+
+            fn from_str(name: &str) -> Result<Self, String> {
+                match name {
+                    "token" => Ok(Self::Token),
+                    $name => Ok(Self::$variant),
+                    _ => Err(format!("{name} is none of token, {}", $name)),
+                }
+            }
+        }
+    };
 }
+
+named!(ImageEmbedding { Token = "token", Pooled = "pooled" });
+named!(TextEmbedding { Token = "token", Both = "both" });
 
 /// Sizes of one model (`model.toml` of a checkpoint).
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]

@@ -47,12 +47,12 @@ impl Unimo {
     /// # Errors
     /// Those of candle, as of a model that embeds hidden states.
     pub fn embed_means(&self, means: &Tensor, dropout: Dropout, kind: EmbeddedImages) -> Result<Tensor> {
-        if dropout.rate == 0.0 {
+        if dropout.features == 0.0 {
             return unit(&self.linear("embed.image", means)?);
         }
         // Behind the sites of the layers.
         let site = dropout.site(1 + 3 * self.config.layers + kind as usize);
-        unit(&self.linear("embed.image", &ops::dropout_add(&means.zeros_like()?, means, dropout.rate, site)?)?)
+        unit(&self.linear("embed.image", &ops::dropout_add(&means.zeros_like()?, means, dropout.features, site)?)?)
     }
 
     /// Unified-space embeddings of encoded images, `[batch, embedding]`, unit length.
@@ -302,11 +302,15 @@ mod tests {
         let model = model(2, 0);
         let means = Tensor::from_slice(&[1f32, 2.0, 3.0, 4.0, 5.0, 6.0], (2, WIDTH), &Device::Cpu).unwrap();
         let embed = |dropout: Dropout, kind: EmbeddedImages| wide(&model.embed_means(&means, dropout, kind).unwrap());
-        let dropout = Dropout { rate: 0.5, seed: 7 };
+        let dropout = Dropout::of(0.5, 7);
         let once = embed(dropout, EmbeddedImages::Described);
         assert_eq!(once, embed(dropout, EmbeddedImages::Described));
         assert_ne!(once, embed(Dropout::OFF, EmbeddedImages::Described));
         assert_ne!(once, embed(dropout, EmbeddedImages::Further));
+        // Its share is not that of the layers.
+        let kind = EmbeddedImages::Described;
+        assert_eq!(once, embed(Dropout { rate: 0.0, ..dropout }, kind));
+        assert_eq!(embed(Dropout { features: 0.0, ..dropout }, kind), embed(Dropout::OFF, kind));
     }
 
     /// Texts as they are packed, each behind a pair that is not among them; the second is empty.

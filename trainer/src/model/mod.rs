@@ -32,15 +32,23 @@ pub const INITIAL_TEMPERATURE: f64 = 0.07;
 /// Dropout of one forward pass: the rate, and the seed from which every site draws its own stream.
 #[derive(Debug, Clone, Copy)]
 pub struct Dropout {
-    /// Share of values dropped; 0 in evaluation.
+    /// Share of values dropped in the layers; 0 in evaluation.
     pub rate: f32,
+    /// Share dropped of a picture's mean feature before it is embedded.
+    pub features: f32,
     /// Seed of this pass.
     pub seed: u64,
 }
 
 impl Dropout {
     /// Nothing dropped.
-    pub const OFF: Self = Self { rate: 0.0, seed: 0 };
+    pub const OFF: Self = Self::of(0.0, 0);
+
+    /// The same share of what the layers compute and of mean features.
+    #[must_use]
+    pub const fn of(rate: f32, seed: u64) -> Self {
+        Self { rate, features: rate, seed }
+    }
 
     fn site(&self, site: usize) -> u32 {
         crate::seed::mix(self.seed, site as u64) as u32
@@ -378,7 +386,7 @@ mod tests {
         let (text, features) = (packer.text(&[0, 7, 2], false), [0.5; 12]);
         packer.pair(Regions::visible(&features), &[0, 9, 2]);
         let batch = packer.finish(&Device::Cpu).unwrap();
-        let hidden = model.forward(&batch, None, Dropout { rate: 0.1, seed: 1 }).unwrap().hidden;
+        let hidden = model.forward(&batch, None, Dropout::of(0.1, 1)).unwrap().hidden;
         assert!(!hidden.track_op());
         let embedding = model.text_embedding(&batch, &hidden, &[text]).unwrap();
         let loss = (embedding.sum_all().unwrap() / model.temperature().unwrap()).unwrap();

@@ -285,6 +285,8 @@ impl Draft<'_> {
         }
         let rewritten = pair.rewrites_for(picture.view, own).choose_multiple(rng, batch.match_rewrites);
         candidates.extend(rewritten.map(|ids| (ids.clone(), 0.0)));
+        let sentences = pair.sentences_for(picture.view, own).choose_multiple(rng, batch.match_sentences);
+        candidates.extend(sentences.map(|ids| (ids.clone(), 0.0)));
         let paraphrases = pair.paraphrases_for(picture.view, own).choose_multiple(rng, batch.match_paraphrases);
         candidates.extend(paraphrases.map(|ids| (ids.clone(), 1.0)));
         let hidden = self.hidden(&picture.record, rng);
@@ -379,7 +381,7 @@ mod tests {
     use crate::detections::{DetectionCache, write_line};
     use crate::model::{ModelConfig, Unimo};
     use crate::recipe::Recipe;
-    use crate::rewriting::{Counts, RewriteJob, rewrite};
+    use crate::rewriting::{Counts, RewriteJob, nearest_captions, rewrite};
     use crate::shards::read_shards;
     use crate::vision::Vision;
 
@@ -398,37 +400,54 @@ mod tests {
         })
         .unwrap();
         std::fs::write(&paraphrases, lines).unwrap();
-        let (counts, out) = (Counts { word: 2, phrase: 0, sentence: 0 }, folder.path().join("rewrites"));
-        let job = RewriteJob { pairs: vec![shards], out: out.clone(), counts, seed: 1, paraphrases: Some(paraphrases) };
+        let config = ModelConfig { vocabulary: tokenizer.vocabulary_size(), ..ModelConfig::named("pico").unwrap() };
+        let model = Unimo::new(config, 1, &Device::Cpu).unwrap();
+        let vision = Vision::new(backbone, 0, &Device::Cpu).unwrap();
+        let nearest = nearest_captions(&model, &vision, &corpus, 5).unwrap();
+        let (counts, out) = (Counts { word: 2, phrase: 0, sentence: 1 }, folder.path().join("rewrites"));
+        let job = RewriteJob {
+            pairs: vec![shards],
+            out: out.clone(),
+            counts,
+            seed: 1,
+            paraphrases: Some(paraphrases),
+            sentences: Some(nearest),
+        };
         rewrite(&job, &|_| ()).unwrap();
         assert_eq!(corpus.add_rewrites(&out, &tokenizer, 48).unwrap(), 6);
 
-        let config = ModelConfig { vocabulary: tokenizer.vocabulary_size(), ..ModelConfig::named("pico").unwrap() };
-        let model = Unimo::new(config, 1, &Device::Cpu).unwrap();
         let source = Source {
             corpus: &corpus,
             tfidf: None,
             first_text: &(0..6).map(|i| i * 5).collect::<Vec<_>>(),
-            vision: &Vision::new(backbone, 0, &Device::Cpu).unwrap(),
+            vision: &vision,
             vocabulary: &Vocabulary::of(&tokenizer),
             task: None,
             writing: None,
             critic: None,
         };
         let recipe = "steps = 1\nviews = 2\n[batch]\nimages = 6\ncaptions = 1\nmatch_images = 6\nmatch_negatives = 1\n\
-                      match_rewrites = 1\nmatch_paraphrases = 1\n";
+                      match_rewrites = 1\nmatch_sentences = 1\nmatch_paraphrases = 1\n";
         let recipe = Recipe::from_toml(recipe).unwrap();
         let batch = StepBatch::build(&model, &recipe, &source, &mut Orders::default(), 0).unwrap();
         let parts = &batch.chunks[0].parts;
-        // Of every picture its own caption, a neighbour's, a rewritten one where a word can be replaced, a paraphrase.
+        // Of every picture its own caption, a neighbour's, a rewritten one where a word can be replaced, another picture's
+        // that is near, a paraphrase.
         let mut rewritten = 0;
         for picture in 0..6 {
             let own = parts.match_labels.iter().zip(&parts.match_image_of).filter(|(_, of)| **of == picture);
             let labels: Vec<f32> = own.map(|(label, _)| *label).collect();
-            assert!([vec![1.0, 0.0, 0.0, 1.0], vec![1.0, 0.0, 1.0]].contains(&labels), "{labels:?}");
-            rewritten += labels.len() - 3;
+            assert!([vec![1.0, 0.0, 0.0, 0.0, 1.0], vec![1.0, 0.0, 0.0, 1.0]].contains(&labels), "{labels:?}");
+            rewritten += labels.len() - 4;
         }
         assert!(rewritten >= 4, "{rewritten}");
+        // The near ones are other pictures' captions, one for each of its own.
+        for pair in &corpus.pairs {
+            for caption in 0..5 {
+                let [near] = pair.sentences_for(0, caption) else { panic!("{}: caption {caption}", pair.key) };
+                assert!(!pair.captions.contains(near) && corpus.pairs.iter().any(|other| other.captions.contains(near)));
+            }
+        }
     }
 
     #[test]

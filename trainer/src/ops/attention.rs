@@ -6,7 +6,7 @@ use std::sync::Arc;
 use candle_core::{CpuStorage, CustomOp1, Error, Layout, Result, Shape, Tensor};
 use rayon::prelude::*;
 
-use super::kernels::{self, Matrix, Product, sgemm};
+use super::kernels::{self, Matrix, Product, matmul};
 use super::{f32_slice, on_cuda, with_values};
 
 /// Rows that attend alike. Row numbers count from the start of the group.
@@ -114,9 +114,9 @@ impl Attention {
         let query = view.at(qkv, view.query, block.rows.start);
         let product = |columns| Product { m: n, n: columns, k: view.depth, accumulate: false, parallel: false };
         if c > 0 {
-            sgemm(product(c), query, view.at(qkv, view.key, block.context.start).transposed(), p, width);
+            matmul(product(c), query, view.at(qkv, view.key, block.context.start).transposed(), p, width);
         }
-        sgemm(product(n), query, view.at(qkv, view.key, block.rows.start).transposed(), &mut p[c..], width);
+        matmul(product(n), query, view.at(qkv, view.key, block.rows.start).transposed(), &mut p[c..], width);
         let scale = 1.0 / (view.depth as f32).sqrt();
         for (i, row) in p.chunks_exact_mut(width).enumerate() {
             let seen = if block.causal { c + i + 1 } else { width };
@@ -144,7 +144,7 @@ impl Attention {
                 self.drop(p, block, group, head);
                 let out = &mut y[block.rows.start * view.width + head * view.depth..];
                 let product = |k, accumulate| Product { m: n, n: view.depth, k, accumulate, parallel: false };
-                sgemm(
+                matmul(
                     product(n, false),
                     Matrix::rows(&p[c..], c + n),
                     view.at(qkv, view.value, block.rows.start),
@@ -152,7 +152,7 @@ impl Attention {
                     view.width,
                 );
                 if c > 0 {
-                    sgemm(
+                    matmul(
                         product(c, true),
                         Matrix::rows(p, c + n),
                         view.at(qkv, view.value, block.context.start),
@@ -193,9 +193,9 @@ impl Attention {
                     }
                     let grow = Product { m: seen.len(), n: view.depth, k: n, accumulate: true, parallel: false };
                     let target = &mut dx[seen.start * view.stride + view.value..];
-                    sgemm(grow, Matrix::rows(&dropped[column..], width).transposed(), dout, target, view.stride);
+                    matmul(grow, Matrix::rows(&dropped[column..], width).transposed(), dout, target, view.stride);
                     let back = Product { m: n, n: seen.len(), k: view.depth, accumulate: false, parallel: false };
-                    sgemm(back, dout, view.at(qkv, view.value, seen.start).transposed(), &mut dp[column..], width);
+                    matmul(back, dout, view.at(qkv, view.value, seen.start).transposed(), &mut dp[column..], width);
                 }
                 self.drop(dp, block, group, head);
                 for (p, dp) in p.chunks_exact(width).zip(dp.chunks_exact_mut(width)) {
@@ -207,11 +207,11 @@ impl Attention {
                     }
                     let queries = Product { m: n, n: view.depth, k: seen.len(), accumulate: true, parallel: false };
                     let target = &mut dx[block.rows.start * view.stride + view.query..];
-                    sgemm(queries, Matrix::rows(&dp[column..], width), view.at(qkv, view.key, seen.start), target, view.stride);
+                    matmul(queries, Matrix::rows(&dp[column..], width), view.at(qkv, view.key, seen.start), target, view.stride);
                     let keys = Product { m: seen.len(), n: view.depth, k: n, accumulate: true, parallel: false };
                     let query = view.at(qkv, view.query, block.rows.start);
                     let target = &mut dx[seen.start * view.stride + view.key..];
-                    sgemm(keys, Matrix::rows(&dp[column..], width).transposed(), query, target, view.stride);
+                    matmul(keys, Matrix::rows(&dp[column..], width).transposed(), query, target, view.stride);
                 }
             }
         }

@@ -5,7 +5,7 @@ use std::sync::Mutex;
 use candle_core::{CpuStorage, CustomOp3, Error, Layout, Result, Shape, Tensor};
 use rayon::prelude::*;
 
-use super::kernels::{Matrix, Product, add_assign, cross_entropy_row, sgemm};
+use super::kernels::{Matrix, Product, add_assign, cross_entropy_row, matmul};
 use super::{f32_slice, linear, on_cuda};
 
 /// Rows of logits that exist at one time; bounds memory to this many times the vocabulary.
@@ -64,7 +64,7 @@ impl CustomOp3 for TiedCrossEntropy {
             let logits = &mut logits[..n * classes];
             let x = &hidden[start * width..(start + n) * width];
             let product = |m, n, k, accumulate| Product { m, n, k, accumulate, parallel: true };
-            sgemm(
+            matmul(
                 product(n, classes, width, false),
                 Matrix::rows(x, width),
                 Matrix::rows(weight, width).transposed(),
@@ -84,9 +84,9 @@ impl CustomOp3 for TiedCrossEntropy {
                 .iter()
                 .sum::<f64>();
             let dx = &mut gradients.hidden[start * width..(start + n) * width];
-            sgemm(product(n, width, classes, false), Matrix::rows(logits, classes), Matrix::rows(weight, width), dx, width);
+            matmul(product(n, width, classes, false), Matrix::rows(logits, classes), Matrix::rows(weight, width), dx, width);
             let dw = &mut gradients.weight;
-            sgemm(
+            matmul(
                 product(classes, width, n, true),
                 Matrix::rows(logits, classes).transposed(),
                 Matrix::rows(x, width),

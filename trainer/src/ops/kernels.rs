@@ -1,31 +1,16 @@
 //! Slice kernels of the fused operators: plain loops that vectorise, compiled for several instruction sets and chosen at
 //! run time (AVX-512, AVX2 + FMA, or the target's baseline).
 
+pub mod amx;
 mod convolution;
 
 use gemm::Parallelism;
 use multiversion::multiversion;
+use unimo::lanes::{LANES, exp};
+
+use super::precision::{Precision, precision};
 
 pub use convolution::{DepthwiseGradient, Plane, depthwise_relu6, depthwise_relu6_backward, relu6, relu6_backward};
-
-const LANES: usize = 16;
-
-/// e^x to about 2 ulp for x in [−87, 88], clamped outside (polynomial of Cephes' `expf`).
-#[inline(always)]
-pub fn exp(x: f32) -> f32 {
-    let x = x.clamp(-87.0, 88.0);
-    // Adding and subtracting 1.5·2^23 rounds to the nearest integer without a call.
-    let z = (x * std::f32::consts::LOG2_E + 12_582_912.0) - 12_582_912.0;
-    let r = x - z * 0.693_359_4 - z * -2.121_944_4e-4;
-    let mut p = 1.987_569_1e-4_f32;
-    p = p * r + 1.398_199_9e-3;
-    p = p * r + 8.333_452e-3;
-    p = p * r + 4.166_579_6e-2;
-    p = p * r + 1.666_666_5e-1;
-    p = p * r + 0.5;
-    let y = p * r * r + r + 1.0;
-    y * f32::from_bits((((z as i32) + 127) as u32) << 23)
-}
 
 /// The error function with absolute error below 2e-7 (Abramowitz & Stegun 7.1.26).
 #[inline(always)]
@@ -375,17 +360,25 @@ pub fn sgemm(size: Product, a: Matrix, b: Matrix, c: &mut [f32], c_stride: usize
     }
 }
 
+/// [`sgemm`] in the precision that is [set](super::set_precision).
+///
+/// # Panics
+/// As [`sgemm`].
+pub fn matmul(size: Product, a: Matrix, b: Matrix, c: &mut [f32], c_stride: usize) {
+    /// Products of less are made before their factors are laid out.
+    const WORTH_LAYING_OUT: usize = 8 * 8 * 16;
+    let worth = size.m * size.n * size.k >= WORTH_LAYING_OUT;
+    if !(worth && precision() == Precision::Bf16 && amx::multiply(size, a, b, c, c_stride)) {
+        sgemm(size, a, b, c, c_stride);
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
 
     #[test]
-    fn exponential_and_error_function_agree_with_references() {
-        for i in -8000..8000 {
-            let x = i as f32 * 0.01;
-            let expected = f64::from(x).exp();
-            assert!(((f64::from(exp(x)) - expected) / expected).abs() < 3e-7, "exp({x})");
-        }
+    fn the_error_function_agrees_with_references() {
         // Values of scipy.special.erf.
         for (x, expected) in
             [(0.0, 0.0), (0.5, 0.520_499_877_8), (1.0, 0.842_700_792_9), (-2.0, -0.995_322_265), (3.5, 0.999_999_256_9)]

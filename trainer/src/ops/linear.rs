@@ -3,7 +3,7 @@
 use candle_core::{CpuStorage, CustomOp3, Layout, Result, Shape, Tensor};
 use rayon::prelude::*;
 
-use super::kernels::{Matrix, Product, add_assign, sgemm};
+use super::kernels::{Matrix, Product, add_assign, matmul};
 use super::{f32_slice, on_cuda, rows_per_task, with_values};
 
 struct Linear;
@@ -36,7 +36,7 @@ impl CustomOp3 for Linear {
             y.extend_from_slice(bias);
         }
         let size = Product { m: rows, n: outputs, k: inputs, accumulate: true, parallel: true };
-        sgemm(size, Matrix::rows(x, inputs), Matrix::rows(weight, inputs).transposed(), &mut y, outputs);
+        matmul(size, Matrix::rows(x, inputs), Matrix::rows(weight, inputs).transposed(), &mut y, outputs);
         Ok((CpuStorage::F32(y), Shape::from(dims)))
     }
 
@@ -58,11 +58,11 @@ impl CustomOp3 for Linear {
             if wants_dx {
                 dx = vec![0f32; rows * inputs];
                 let size = Product { m: rows, n: inputs, k: outputs, accumulate: false, parallel: true };
-                sgemm(size, Matrix::rows(dy, outputs), Matrix::rows(weight, inputs), &mut dx, inputs);
+                matmul(size, Matrix::rows(dy, outputs), Matrix::rows(weight, inputs), &mut dx, inputs);
             }
             let mut dw = vec![0f32; outputs * inputs];
             let size = Product { m: outputs, n: inputs, k: rows, accumulate: false, parallel: true };
-            sgemm(size, Matrix::rows(dy, outputs).transposed(), Matrix::rows(x, inputs), &mut dw, inputs);
+            matmul(size, Matrix::rows(dy, outputs).transposed(), Matrix::rows(x, inputs), &mut dw, inputs);
             (dx, dw, column_sums(dy, outputs))
         })?;
         let device = x.device();

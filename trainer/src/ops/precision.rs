@@ -1,4 +1,4 @@
-//! What matrix products are computed in on CUDA devices; on the CPU that is f32.
+//! What matrix products are computed in: any of these on CUDA devices; on the CPU f32 or, where it has AMX, bf16.
 
 use std::sync::atomic::{AtomicU8, Ordering};
 

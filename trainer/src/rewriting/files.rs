@@ -29,6 +29,9 @@ pub struct RewriteJob {
     pub seed: u64,
     /// JSON lines `{"caption": …, "paraphrases": […]}`: back-translations, or any other way of saying the same.
     pub paraphrases: Option<PathBuf>,
+    /// By each picture's key, captions for the sentence level ([`nearest_captions`](super::nearest_captions)); without them those are taken
+    /// that read most alike.
+    pub sentences: Option<HashMap<String, Vec<String>>>,
 }
 
 /// What was done.
@@ -66,7 +69,7 @@ pub struct RewrittenCaption {
     pub word: Vec<String>,
     /// One noun phrase, or two words, replaced.
     pub phrase: Vec<String>,
-    /// Captions of other pictures that read most alike.
+    /// Captions of other pictures that read most alike, or are nearest to this one by a model.
     pub sentence: Vec<String>,
     /// The same in other words, from the file of paraphrases.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
@@ -134,7 +137,15 @@ pub fn rewrite(job: &RewriteJob, progress: &(dyn Fn(u64) + Sync)) -> Result<Rewr
                         caption: caption.clone(),
                         word: made.word,
                         phrase: made.phrase,
-                        sentence: made.sentence,
+                        sentence: match &job.sentences {
+                            None => made.sentence,
+                            // Dealt out among its captions, which are about as near as each other.
+                            Some(found) => {
+                                let others = found.get(&pictures[picture].key).into_iter().flatten();
+                                let others = others.skip(i).step_by(captions[picture].len());
+                                others.take(job.counts.sentence).cloned().collect()
+                            }
+                        },
                         paraphrases: paraphrases.get(caption).cloned().unwrap_or_default(),
                     }
                 });
@@ -143,7 +154,7 @@ pub fn rewrite(job: &RewriteJob, progress: &(dyn Fn(u64) + Sync)) -> Result<Rewr
             .collect();
         for caption in lines.iter().flat_map(|line| &line.captions) {
             report.captions += 1;
-            report.barren += usize::from(caption.word.is_empty());
+            report.barren += usize::from(job.counts.word > 0 && caption.word.is_empty());
             for (sum, made) in report.negatives.iter_mut().zip([&caption.word, &caption.phrase, &caption.sentence]) {
                 *sum += made.len();
             }
@@ -168,6 +179,11 @@ fn claim(
     let mut sorted: Vec<_> = paraphrases.iter().collect();
     sorted.sort_unstable();
     hash.update(serde_json::to_vec(&sorted)?);
+    if let Some(sentences) = &job.sentences {
+        let mut sorted: Vec<_> = sentences.iter().collect();
+        sorted.sort_unstable();
+        hash.update(serde_json::to_vec(&sorted)?);
+    }
     let about = About { schema: 1, fingerprint: hex(&hash.finalize()[..16]), seed: job.seed, counts: job.counts };
     work_files::claim(&job.out, ABOUT, &about)
 }
@@ -202,7 +218,26 @@ mod tests {
             write_corpus(&shards, &CorpusOptions { seed: 3, count: 90, samples_per_shard: 30, ..Default::default() }).unwrap();
         }
         let counts = Counts { word: 2, phrase: 2, sentence: 1 };
-        RewriteJob { pairs: vec![shards], out: folder.join("rewrites"), counts, seed: 1, paraphrases: None }
+        RewriteJob { pairs: vec![shards], out: folder.join("rewrites"), counts, seed: 1, paraphrases: None, sentences: None }
+    }
+
+    #[test]
+    fn sentences_that_are_given_are_dealt_out_among_a_pictures_captions() {
+        let folder = tempfile::tempdir().unwrap();
+        let job = job(folder.path());
+        rewrite(&job, &|_| ()).unwrap();
+        let keys = read_rewrites(&job.out).unwrap().into_iter().map(|picture| picture.key);
+        let near: Vec<String> = (0..12).map(|rank| format!("rank {rank}")).collect();
+        let sentences = Some(keys.skip(1).map(|key| (key, near.clone())).collect());
+        let counts = Counts { word: 0, phrase: 0, sentence: 2 };
+        let job = RewriteJob { sentences, counts, out: folder.path().join("near"), ..job };
+        rewrite(&job, &|_| ()).unwrap();
+        let dealt = read_rewrites(&job.out).unwrap();
+        // A picture without any, as a damaged one, has none.
+        assert!(dealt[0].captions.iter().all(|caption| caption.sentence.is_empty()));
+        for (i, caption) in dealt[1].captions.iter().enumerate() {
+            assert_eq!(caption.sentence, [i, i + 5].map(|rank| format!("rank {rank}")));
+        }
     }
 
     #[test]

@@ -3,12 +3,14 @@
 
 mod files;
 mod graph;
+mod nearest;
 mod rewriter;
 mod tagging;
 mod vocabulary;
 
 pub use files::{RewriteJob, RewriteReport, RewrittenCaption, RewrittenPicture, read_rewrites, rewrite};
 pub use graph::{Object, Relation, SceneGraph};
+pub use nearest::nearest_captions;
 pub use rewriter::{Counts, Negatives, Rewriter};
 pub use tagging::{Tag, Word, tag};
 

@@ -104,10 +104,11 @@ fn load_corpus(
 /// Adds what the recipe asks for of rewritten captions, retrieved images and texts, and texts alone.
 fn add_texts(job: &TrainingJob, corpus: &mut Corpus, tokenizer: &Tokenizer, positions: usize) -> Result<()> {
     let batch = &job.recipe.batch;
-    if batch.match_rewrites + batch.match_paraphrases > 0 {
+    if batch.match_rewrites + batch.match_sentences + batch.match_paraphrases > 0 {
         if job.rewrites.is_empty() {
             bail!(
-                "the recipe trains on rewritten captions (`match_rewrites`, `match_paraphrases`), and none were given with --rewrites"
+                "the recipe trains on rewritten captions (`match_rewrites`, `match_sentences`, `match_paraphrases`), and none were given \
+                 with --rewrites"
             );
         }
         for folder in &job.rewrites {

@@ -17,7 +17,7 @@ use super::super::pictures::{self, Picture};
 use super::{BenchArgs, source};
 
 /// A drawn picture, for who has none.
-const SAMPLE: &[u8] = include_bytes!("../../../samples/red-circle.png");
+const SAMPLE: &[u8] = include_bytes!("../../../samples/red-star.png");
 
 /// First line of a worker: printed as soon as the first caption is there.
 #[derive(Debug, Serialize, Deserialize)]

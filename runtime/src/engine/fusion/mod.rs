@@ -3,9 +3,13 @@
 //! - Products of rows with a constant matrix, with the bias and the GELU that follow: one [`LINEAR`] node. Weights of 8 and of 4 bits
 //!   stay so; where the graph multiplies in integers, so does the node.
 //! - Rows of an 8-bit table: gathered as they are stored, and scaled then.
-//! - Attention over stacked caches ([`attention`]).
+//! - Attention over stacked caches ([`attention`]), and of rows over each other ([`self_attention`]).
+//! - LayerNorm with the sum before it ([`normalize`]).
 
 mod attention;
+mod normalize;
+mod search;
+mod self_attention;
 
 use std::borrow::Cow;
 use std::collections::{BTreeMap, BTreeSet};
@@ -14,6 +18,8 @@ use tract_onnx::pb::tensor_proto::DataType;
 use tract_onnx::pb::{AttributeProto, GraphProto, NodeProto, TensorProto, attribute_proto::AttributeType};
 
 pub(super) use self::attention::fuse_attention;
+pub(super) use self::normalize::fuse_norms;
+pub(super) use self::self_attention::fuse_self_attention;
 use super::blocks::Product;
 use super::onnx::Constant;
 use super::tract::LINEAR;
@@ -51,12 +57,7 @@ pub(super) fn fuse_levels(graph: &mut GraphProto, constants: &mut Constants<'_>)
                 let name = |part: &str| format!("{output}/{part}");
                 constants.insert(name("scales"), column);
                 graph.node[at] = node_of("Mul", &[&name("floats"), &name("scale")], &output, vec![]);
-                let to = AttributeProto {
-                    name: "to".into(),
-                    i: DataType::Float as i64,
-                    r#type: AttributeType::Int as i32,
-                    ..AttributeProto::default()
-                };
+                let to = int("to", DataType::Float as i64);
                 let gathered = [
                     node_of("Gather", &[&rows, &ids], &name("levels"), vec![]),
                     node_of("Cast", &[&name("levels")], &name("floats"), vec![to]),
@@ -318,5 +319,13 @@ fn tensor(name: &str, constant: &Constant<'_>) -> AttributeProto {
 }
 
 fn flag(name: &str, set: bool) -> AttributeProto {
-    AttributeProto { name: name.to_owned(), i: i64::from(set), r#type: AttributeType::Int as i32, ..AttributeProto::default() }
+    int(name, i64::from(set))
+}
+
+fn int(name: &str, i: i64) -> AttributeProto {
+    AttributeProto { name: name.to_owned(), i, r#type: AttributeType::Int as i32, ..AttributeProto::default() }
+}
+
+fn float(name: &str, f: f32) -> AttributeProto {
+    AttributeProto { name: name.to_owned(), f, r#type: AttributeType::Float as i32, ..AttributeProto::default() }
 }

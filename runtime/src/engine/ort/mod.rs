@@ -8,10 +8,12 @@ use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 use ort::environment::Environment;
 use ort::ep::{self, ExecutionProvider, ExecutionProviderDispatch};
 use ort::logging::LogLevel;
+use ort::memory::AllocationDevice;
 use ort::session::builder::GraphOptimizationLevel;
 use ort::session::{Session, SessionInputValue};
-use ort::value::{Outlet, TensorElementType, TensorRef};
+use ort::value::{Outlet, Tensor as OrtTensor, TensorElementType, TensorRef};
 
+use super::tensor::Native;
 use super::{Engine, EngineError, EngineKind, EngineOptions, Graph, GraphSource, Provider, Tensor};
 use super::{check_names, checked_output, ordered_inputs, shape_error};
 use crate::bundle::SharedBytes;
@@ -26,6 +28,10 @@ struct Loaded {
 static LOADED: OnceLock<Loaded> = OnceLock::new();
 /// Held while the library is looked for, so that it is loaded once.
 static LOADING: Mutex<()> = Mutex::new(());
+
+/// Inputs that the same tensor is given to in many runs: a picture's keys and values at every step of its captions, its regions
+/// with every text that is matched.
+const GIVEN_AGAIN: [&str; 3] = ["prefix_keys", "prefix_values", "regions"];
 
 /// What is known of the library that this engine runs on.
 #[derive(Debug, Clone)]
@@ -61,10 +67,11 @@ pub fn ort_library(named: Option<&Path>) -> Result<OrtLibrary, EngineError> {
 
 fn loaded(named: Option<&Path>) -> Result<&'static Loaded, EngineError> {
     let _one_at_a_time = LOADING.lock().unwrap_or_else(PoisonError::into_inner);
+    // The library of a process cannot be changed; what is named must still be there, and may be the folder it lies in.
     if let Some(loaded) = LOADED.get() {
-        return match named {
-            Some(named) if !same_file(named, &loaded.path) => Err(EngineError::Library {
-                reason: format!("{} is loaded already, {} cannot be", loaded.path.display(), named.display()),
+        return match named.map(|named| find(Some(named))).transpose()? {
+            Some(found) if !same_file(&found, &loaded.path) => Err(EngineError::Library {
+                reason: format!("{} is loaded already, {} cannot be", loaded.path.display(), found.display()),
             }),
             _ => Ok(loaded),
         };
@@ -132,6 +139,7 @@ impl Engine for Ort {
             sizes: source.sizes,
             onnx: source.onnx.into(),
             weights: (source.external)(WEIGHTS),
+            device: device(self.options.provider),
         };
         let session = graph.session()?;
         check_names(source.signature, &names(session.inputs()), &names(session.outputs()))?;
@@ -172,6 +180,18 @@ struct OrtGraph {
     onnx: Box<[u8]>,
     /// Where they lie in the bundle; a session copies of them what it keeps.
     weights: Option<SharedBytes>,
+    /// Memory of its own that the provider computes in.
+    device: Option<AllocationDevice<'static>>,
+}
+
+/// A tensor's copy in a provider's own memory, to which nothing is written.
+#[derive(Debug)]
+struct OnDevice(OrtTensor<f32>);
+
+impl Native for OnDevice {
+    fn write(&mut self, _: &dyn Fn(&mut [f32])) -> bool {
+        false
+    }
 }
 
 impl OrtGraph {
@@ -216,12 +236,27 @@ impl OrtGraph {
         EngineError::Run { graph: self.signature.name.clone(), reason: one_line(error) }
     }
 
+    /// The copy of an input that is given again, in the provider's own memory if it has such; made at the first run.
+    fn on_device(&self, name: &str, tensor: &Tensor) -> ort::Result<Option<Arc<OnDevice>>> {
+        let Some(device) = self.device.as_ref().filter(|_| GIVEN_AGAIN.contains(&name)) else { return Ok(None) };
+        let copy = |tensor: &Tensor| {
+            let here = OrtTensor::from_array((tensor.shape(), tensor.floats().to_vec()))?;
+            Ok(OnDevice(here.to(device.clone(), 0)?))
+        };
+        tensor.native(copy).map(Some)
+    }
+
     fn run_on(&self, session: &mut Session, inputs: &[(&str, &Tensor)]) -> Result<Vec<Tensor>, EngineError> {
         let failed = |error: ort::Error| self.failed(&error);
         let tensors = ordered_inputs(&self.signature, inputs)?;
-        // Views: nothing is copied on the way in, however large the cache.
-        let named =
-            self.signature.inputs.iter().zip(tensors).map(|(signature, tensor)| Ok((signature.name.as_str(), view(tensor)?)));
+        let names = || self.signature.inputs.iter().map(|input| input.name.as_str());
+        let copies = names().zip(&tensors).map(|(name, tensor)| self.on_device(name, tensor));
+        let copies = copies.collect::<ort::Result<Vec<_>>>().map_err(failed)?;
+        // Views: nothing is copied on the way in, however large the cache; by a provider with memory of its own, what it has not yet.
+        let named = names().zip(tensors.iter().zip(&copies)).map(|(name, (tensor, copy))| {
+            let copy = copy.as_ref().map(|copy| SessionInputValue::from(&copy.0));
+            Ok((name, copy.map_or_else(|| view(tensor), Ok)?))
+        });
         let named: Vec<(&str, SessionInputValue)> = named.collect::<ort::Result<_>>().map_err(failed)?;
         let outputs = session.run(named).map_err(failed)?;
         let output = |(index, expected): (usize, &crate::bundle::manifest::TensorSignature)| {
@@ -261,6 +296,10 @@ fn view(tensor: &Tensor) -> ort::Result<SessionInputValue<'_>> {
     })
 }
 
+fn device(provider: Provider) -> Option<AllocationDevice<'static>> {
+    matches!(provider, Provider::Cuda | Provider::Tensorrt).then_some(AllocationDevice::CUDA)
+}
+
 fn provider(options: &EngineOptions) -> Option<ExecutionProviderDispatch> {
     match options.provider {
         Provider::Cpu => None,
@@ -273,7 +312,7 @@ fn provider(options: &EngineOptions) -> Option<ExecutionProviderDispatch> {
             // TensorRT builds an engine for minutes; it names what it keeps by the graph and its own version.
             let tensorrt = ep::TensorRT::default();
             Some(
-                match cache() {
+                match tensorrt_cache() {
                     Some(folder) => {
                         let folder = folder.to_string_lossy().into_owned();
                         tensorrt
@@ -290,8 +329,9 @@ fn provider(options: &EngineOptions) -> Option<ExecutionProviderDispatch> {
     }
 }
 
-/// A writable folder for what TensorRT builds.
-fn cache() -> Option<PathBuf> {
+/// The folder for what TensorRT builds, which takes minutes at the first time; none where it cannot be made.
+#[must_use]
+pub fn tensorrt_cache() -> Option<PathBuf> {
     let base = std::env::var_os("XDG_CACHE_HOME").map(PathBuf::from).filter(|path| path.is_absolute());
     let folder = base.or_else(|| Some(PathBuf::from(std::env::var_os("HOME")?).join(".cache")))?.join("unimo/tensorrt");
     std::fs::create_dir_all(&folder).ok().map(|()| folder)
@@ -300,3 +340,6 @@ fn cache() -> Option<PathBuf> {
 fn one_line(error: &ort::Error) -> String {
     error.to_string().split_whitespace().collect::<Vec<_>>().join(" ")
 }
+
+#[cfg(all(test, feature = "tract"))]
+mod tests;

@@ -54,7 +54,8 @@ fn build(_: &ParsingContext, node: &NodeProto) -> TractResult<(Box<dyn Inference
     Ok((expand(Linear { matrix: Arc::new(matrix), activation }), vec![]))
 }
 
-fn floats(tensor: &TensorProto) -> Vec<f32> {
+/// The floats that an attribute holds.
+pub(super) fn floats(tensor: &TensorProto) -> Vec<f32> {
     tensor.raw_data.as_chunks().0.iter().map(|&bytes| f32::from_le_bytes(bytes)).collect()
 }
 

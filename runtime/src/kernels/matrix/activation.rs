@@ -2,6 +2,8 @@
 
 use multiversion::multiversion;
 
+use crate::lanes::exp;
+
 /// What is done to each sum before it is stored.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Activation {
@@ -18,23 +20,6 @@ pub(super) fn gelu_all(values: &mut [f32]) {
     for value in values {
         *value = gelu(*value);
     }
-}
-
-/// e^x to about 2 ulp for x in [−87, 88], clamped outside (polynomial of Cephes' `expf`).
-#[inline(always)]
-pub(in crate::kernels) fn exp(x: f32) -> f32 {
-    let x = x.clamp(-87.0, 88.0);
-    // Adding and subtracting 1.5·2^23 rounds to the nearest integer without a call.
-    let z = (x * std::f32::consts::LOG2_E + 12_582_912.0) - 12_582_912.0;
-    let r = x - z * 0.693_359_4 - z * -2.121_944_4e-4;
-    let mut p = 1.987_569_1e-4_f32;
-    p = p * r + 1.398_199_9e-3;
-    p = p * r + 8.333_452e-3;
-    p = p * r + 4.166_579_6e-2;
-    p = p * r + 1.666_666_5e-1;
-    p = p * r + 0.5;
-    let y = p * r * r + r + 1.0;
-    y * f32::from_bits((((z as i32) + 127) as u32) << 23)
 }
 
 /// GELU by the error function to an absolute error below 2e-7 (Abramowitz & Stegun 7.1.26).

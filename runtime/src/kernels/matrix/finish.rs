@@ -25,27 +25,73 @@ impl<'a> Finish<'a> {
 
     /// Scales sums of some rows with a panel, adds what is to be added and stores them.
     #[inline(always)]
-    pub fn store(&mut self, sums: &mut [[f32; WIDEST]], panel: usize, row: usize) {
+    pub fn store(&mut self, sums: &[[f32; WIDEST]], panel: usize, row: usize) {
         let matrix = self.matrix;
         let first = panel * matrix.width;
         let column = first - self.first * matrix.width;
         let lanes = matrix.width.min(matrix.outputs - first);
-        let bias = &matrix.bias[first..first + lanes];
+        let relu6 = self.relu6;
         let (y, to) = &mut self.y;
-        for (r, sums) in sums.iter_mut().enumerate() {
-            let sums = &mut sums[..lanes];
-            if let Some(scales) = &matrix.scales {
-                sums.iter_mut().zip(&scales[first..first + lanes]).for_each(|(sum, scale)| *sum *= scale);
+        for (r, sums) in sums.iter().enumerate() {
+            let parts = Parts {
+                sums: &sums[..lanes],
+                scales: matrix.scales.as_ref().map(|scales| &scales[first..first + lanes]),
+                bias: &matrix.bias[first..first + lanes],
+                add: self.add.map(|(add, layout)| &add[layout.at(row + r) + first..][..lanes]),
+            };
+            let y = &mut y[to.at(row + r) + column..][..lanes];
+            // Lengths that are known when this is compiled take a few registers; others, calls and loops.
+            match lanes {
+                32 => parts.store_whole::<32>(relu6, y),
+                16 => parts.store_whole::<16>(relu6, y),
+                8 => parts.store_whole::<8>(relu6, y),
+                _ => parts.store(relu6, y),
             }
-            sums.iter_mut().zip(bias).for_each(|(sum, bias)| *sum += bias);
-            if let Some((add, layout)) = self.add {
-                let add = &add[layout.at(row + r) + first..][..lanes];
-                sums.iter_mut().zip(add).for_each(|(sum, add)| *sum += add);
+        }
+    }
+}
+
+/// A row's sums with a panel, and what goes with them; all as long as there are outputs.
+struct Parts<'a> {
+    sums: &'a [f32],
+    scales: Option<&'a [f32]>,
+    bias: &'a [f32],
+    add: Option<&'a [f32]>,
+}
+
+impl Parts<'_> {
+    #[inline(always)]
+    fn store_whole<const LANES: usize>(&self, relu6: bool, y: &mut [f32]) {
+        let whole = (self.sums.first_chunk::<LANES>(), self.bias.first_chunk::<LANES>(), y.first_chunk_mut::<LANES>());
+        let (Some(sums), Some(bias), Some(y)) = whole else { return };
+        let mut values = *sums;
+        if let Some(scales) = self.scales.and_then(|scales| scales.first_chunk::<LANES>()) {
+            for lane in 0..LANES {
+                values[lane] *= scales[lane];
             }
-            if self.relu6 {
-                sums.iter_mut().for_each(|sum| *sum = sum.clamp(0.0, 6.0));
+        }
+        for lane in 0..LANES {
+            values[lane] += bias[lane];
+        }
+        if let Some(add) = self.add.and_then(|add| add.first_chunk::<LANES>()) {
+            for lane in 0..LANES {
+                values[lane] += add[lane];
             }
-            y[to.at(row + r) + column..][..lanes].copy_from_slice(sums);
+        }
+        if relu6 {
+            for value in &mut values {
+                *value = value.clamp(0.0, 6.0);
+            }
+        }
+        *y = values;
+    }
+
+    #[inline(always)]
+    fn store(&self, relu6: bool, y: &mut [f32]) {
+        for (lane, y) in y.iter_mut().enumerate() {
+            let scaled = self.sums[lane] * self.scales.map_or(1.0, |scales| scales[lane]);
+            let sum = scaled + self.bias[lane] + self.add.map_or(0.0, |add| add[lane]);
+            *y = if relu6 { sum.clamp(0.0, 6.0) } else { sum };
         }
     }
 }

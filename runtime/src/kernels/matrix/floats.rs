@@ -208,6 +208,6 @@ impl<S: Simd> Tile for FloatTile<'_, '_, S> {
             registers[0] = sums[0];
             registers[1] = sums[1];
         }
-        self.finish.store(&mut done, self.panel, row);
+        self.finish.store(&done, self.panel, row);
     }
 }

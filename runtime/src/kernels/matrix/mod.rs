@@ -12,7 +12,6 @@ use std::ops::Range;
 use rayon::prelude::*;
 
 pub(crate) use self::activation::Activation;
-pub(super) use self::activation::exp;
 use self::activation::gelu_all;
 use self::finish::Finish;
 pub(super) use self::floats::lanes;
@@ -20,7 +19,7 @@ pub(crate) use self::integers::multiplies_bytes;
 use self::nibbles::Nibbles;
 
 /// Multiplications from which on it pays to wake other threads.
-const WORTH_SHARING: usize = 1 << 17;
+pub(super) const WORTH_SHARING: usize = 1 << 17;
 /// The widest panel of any instruction set.
 const WIDEST: usize = 32;
 /// Inputs of an output that share a scale where weights have 4 bits.

@@ -7,15 +7,18 @@ use super::super::device::DeviceArgs;
 use anyhow::{Result, bail};
 use clap::Args;
 use unimo::tokenizer::Tokenizer;
+use unimo_train::checkpoint;
 use unimo_train::corpus::Corpus;
 use unimo_train::detections::DetectionCache;
+use unimo_train::evaluation::{self, Extent};
 use unimo_train::features::FeatureCache;
 use unimo_train::model::Unimo;
 use unimo_train::vision::Vision;
-use unimo_train::{checkpoint, evaluation};
 
-const EXAMPLES: &str = "Example:
+const EXAMPLES: &str = "Examples:
   unimo-train eval checkpoint --checkpoint runs/edge-s --dev flickr8k/dev-0000.tar --features runs/edge-s/features
+  # what a second look at the best candidates gains
+  unimo-train eval checkpoint --checkpoint runs/edge-s --dev flickr8k/dev-0000.tar --features runs/edge-s/features --rerank 16
 
 Captions are greedy and computed by the trainer; `eval captions` scores those of the exported bundle.";
 
@@ -38,6 +41,9 @@ pub struct CheckpointArgs {
     /// Pictures evaluated
     #[arg(long, default_value_t = usize::MAX, hide_default_value = true, value_name = "N")]
     limit: usize,
+    /// Puts the first K answers to every picture and text in order by reading each with its query, and tells recall after that
+    #[arg(long, value_name = "K")]
+    rerank: Option<usize>,
     #[command(flatten)]
     device: DeviceArgs,
     /// One JSON object instead of text
@@ -71,7 +77,7 @@ pub fn run(args: &CheckpointArgs) -> Result<ExitCode> {
     if corpus.pairs.is_empty() {
         bail!("the shards hold no pictures with captions");
     }
-    let scores = evaluation::evaluate(&model, &vision, &tokenizer, &corpus, args.limit)?;
+    let scores = evaluation::evaluate(&model, &vision, &tokenizer, &corpus, Extent { images: args.limit, rerank: args.rerank })?;
     if args.json {
         let mut value = serde_json::to_value(&scores)?;
         value["schema"] = 1.into();

@@ -135,6 +135,6 @@ impl<D: Dot> Tile for BlockTile<'_, '_, D> {
                 *done = (*done - range.zero as f32 * sum) * range.scale;
             }
         }
-        self.finish.store(&mut done, self.panel, row);
+        self.finish.store(&done, self.panel, row);
     }
 }

@@ -272,7 +272,7 @@ impl<D: Dot> Tile for IntegerTile<'_, '_, D> {
                 *done = sum.wrapping_sub(range.zero.wrapping_mul(*level_sum)) as f32 * range.scale;
             }
         }
-        self.finish.store(&mut done, self.panel, row);
+        self.finish.store(&done, self.panel, row);
     }
 }
 

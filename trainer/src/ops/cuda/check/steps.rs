@@ -54,7 +54,7 @@ pub fn first_steps(device: &Device) -> Result<Steps> {
             joint_texts.extend(pair.texts);
         }
         let batch = packer.finish(device)?;
-        let passed = model.forward(&batch, None, Dropout { rate: 0.1, seed: 100 + u64::from(step) })?;
+        let passed = model.forward(&batch, None, Dropout::of(0.1, 100 + u64::from(step)))?;
         let hidden = &passed.hidden;
         let language = model.language_loss(&model.rows(hidden, &predicting)?, targets, 0.1)?;
         let contrast = contrastive_loss(
