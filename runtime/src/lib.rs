@@ -18,6 +18,7 @@ pub mod lanes;
 mod map;
 pub mod model;
 pub mod ordered;
+pub mod reranking;
 #[cfg(feature = "tract")]
 pub mod roofline;
 pub mod tokenizer;

@@ -7,7 +7,7 @@ use ::image::RgbImage;
 
 use crate::bundle::manifest::{Form, Manifest, Precision, Sizes};
 use crate::bundle::{Bundle, BundleError, BundleFault, BundleSource};
-use crate::captioning::{Branch, Caption, DecodeOptions, KvPool, LanguageModel, beam_search};
+use crate::captioning::{Branch, Caption, DecodeOptions, KvPool, LanguageModel, beam_search, log_likelihood};
 use crate::engine::{self, Engine, EngineError, EngineOptions, Graph, GraphSource, Tensor};
 use crate::tokenizer::{CLS, PAD, SEP, Tokenizer};
 
@@ -266,13 +266,27 @@ impl Model {
         if !(1..=most).contains(&options.max_words) {
             return Err(ModelError::TooManyWords { asked: options.max_words, most });
         }
-        let sizes = self.decoder_sizes(options.beam);
-        let graph = self.sized_graph(GraphName::Decode, sizes)?;
-        let pool = KvPool::new(&self.manifest().model, sizes);
-        let mut writer = Writer { model: self, vision, graph, sizes, pool, steps: 0 };
+        let mut writer = self.writer(vision, options.beam)?;
         let best = beam_search(&mut writer, options)?;
         let text = self.tokenizer.decode(&best.tokens);
         Ok(Caption { text, tokens: best.tokens, score: best.score, steps: writer.steps })
+    }
+
+    /// Natural logarithm of the probability that the model captions a picture with just this text, which is cut to
+    /// [`Self::text_room`]. Of pictures, the likeliest for a text are those that it describes; of texts, short ones and those of
+    /// frequent words are the likelier of any picture.
+    ///
+    /// # Errors
+    /// Where the `decode` graph cannot be loaded or run.
+    pub fn log_likelihood(&self, vision: &Vision, text: &str) -> Result<f32, ModelError> {
+        log_likelihood(&mut self.writer(vision, 1)?, &self.tokenizer.encode(text, self.text_room()))
+    }
+
+    fn writer<'a>(&'a self, vision: &'a Vision, beam: usize) -> Result<Writer<'a>, ModelError> {
+        let sizes = self.decoder_sizes(beam);
+        let graph = self.sized_graph(GraphName::Decode, sizes)?;
+        let pool = KvPool::new(&self.manifest().model, sizes);
+        Ok(Writer { model: self, vision, graph, sizes, pool, steps: 0 })
     }
 
     /// `ids` and `mask` of a text: `[CLS] w1 … wn [SEP] [PAD] …`.

@@ -1,5 +1,7 @@
 //! Everything a run trains on, in memory: tokenised captions, cached region features, texts.
 
+mod mirroring;
+
 use std::collections::HashMap;
 use std::path::{Path, PathBuf};
 
@@ -16,6 +18,8 @@ use crate::regions::Record;
 use crate::retrieval;
 use crate::rewriting;
 use crate::shards::{self, Damage, Sample};
+
+use mirroring::mirror_text;
 
 /// Pictures' regions: computed from pixels, or detected.
 enum PictureFile {
@@ -133,22 +137,6 @@ pub fn text_ids(tokenizer: &Tokenizer, text: &str, positions: usize) -> Vec<u32>
     ids.extend(tokenizer.encode(text, positions - 2));
     ids.push(SEP);
     ids
-}
-
-/// Exchanges the words left and right.
-#[must_use]
-pub fn mirror_text(text: &str) -> String {
-    text.split(' ')
-        .map(|word| {
-            let bare = word.trim_matches(|c: char| !c.is_alphanumeric());
-            match bare.to_ascii_lowercase().as_str() {
-                "left" => word.replace(bare, "right"),
-                "right" => word.replace(bare, "left"),
-                _ => word.to_owned(),
-            }
-        })
-        .collect::<Vec<_>>()
-        .join(" ")
 }
 
 impl Corpus {
@@ -482,21 +470,5 @@ impl Corpus {
             bail!("the recipe trains on texts alone (`texts`), and none were given with --texts");
         }
         Ok(())
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn mirrored_captions_exchange_left_and_right() {
-        for (text, expected) in [
-            ("a dog left of a cat", "a dog right of a cat"),
-            ("turning Right, then left.", "turning left, then right."),
-            ("a bright lefty", "a bright lefty"),
-        ] {
-            assert_eq!(mirror_text(text), expected);
-        }
     }
 }

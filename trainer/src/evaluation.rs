@@ -57,7 +57,7 @@ impl fmt::Display for Scores {
             self.images
         )?;
         let Some(reranked) = self.reranked else { return Ok(()) };
-        for (by, recall) in [("matching", reranked.by_matching), ("both", reranked.by_both)] {
+        for (by, recall) in [("matching", reranked.by_matching), ("likelihood", reranked.by_likelihood)] {
             let (texts, images) = (percent(&recall.image_to_text), percent(&recall.text_to_image));
             write!(f, "\n{} candidates by {by}: image→text {texts}  text→image {images}", reranked.candidates)?;
         }
@@ -70,7 +70,7 @@ impl fmt::Display for Scores {
 pub struct Extent {
     /// Pictures, from the first.
     pub images: usize,
-    /// Candidates of each picture and each text that are put in order by matching.
+    /// Candidates of each picture and each text that are read together and put in order anew.
     pub rerank: Option<usize>,
 }
 

@@ -2,9 +2,11 @@
 
 mod beam;
 mod cache;
+mod likelihood;
 
 pub use self::beam::{Branch, Hypothesis, LanguageModel, beam_search};
 pub use self::cache::KvPool;
+pub use self::likelihood::log_likelihood;
 
 use crate::bundle::manifest::DecodingDefaults;
 

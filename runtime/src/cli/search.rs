@@ -8,6 +8,7 @@ use serde::Serialize;
 use unimo::gallery::{Filter, Gallery, Hit, Method, Time};
 use unimo::image::{DecodeLimits, read};
 use unimo::model::Model;
+use unimo::reranking;
 
 use super::ModelArgs;
 use super::exit::{NOTHING_FOUND, UsageError};
@@ -24,12 +25,12 @@ Examples:
   unimo search 'a dog on the beach' --gallery holidays.gallery
   unimo search --image dog.jpg --gallery holidays.gallery -k 3
   unimo search 'a red circle' --gallery g --since 2026-11-01 --source /camera/front --json
-  unimo search 'two children' --gallery g --rerank      looks again at the best ones, together with the words
+  unimo search 'two children' --gallery g --rerank      looks again at the best ones, and takes longer
 
-The number before a picture is the cosine of its embedding and the query's; with --rerank, the probability that the words
-describe it (- where the picture cannot be read any more). --json has the cosine as `score`, the probability as `match`.
-
-The default model finds worse with --rerank than without (see its model card).";
+The number before a picture is the cosine of its embedding and the query's. With --rerank, four times as many pictures as are asked
+for are read again, and ordered by the cosine together with how likely the model is to caption each with the words; the number is
+then the probability that this picture is meant, if one of those is (- where it cannot be read any more). --json has the cosine as
+`score`, the probability as `match`.";
 
 /// Find pictures in a gallery by words or by a picture
 #[derive(Debug, Args)]
@@ -55,7 +56,7 @@ pub struct SearchArgs {
     /// Pictures whose path begins with this one
     #[arg(long, value_name = "PREFIX")]
     source: Option<String>,
-    /// Read the best pictures again, and order them by how well the words match each
+    /// Read the best pictures again, and order them by how likely the words are as the caption of each
     #[arg(long, conflicts_with = "image")]
     rerank: bool,
     #[command(flatten)]
@@ -65,7 +66,7 @@ pub struct SearchArgs {
     json: bool,
 }
 
-/// A picture found, and with --rerank how probably the words describe it: `None` where it cannot be read any more.
+/// A picture found, and with --rerank how probably it is the one meant: `None` where it cannot be read any more.
 struct Found {
     hit: Hit,
     matching: Option<Option<f32>>,
@@ -124,23 +125,27 @@ fn query(args: &SearchArgs, model: &Model) -> anyhow::Result<Vec<f32>> {
     Ok(model.embed_image(&pictures::load(picture)?)?)
 }
 
-/// Orders pictures by the probability that the words describe them, read together. Those that cannot be read any more keep
-/// their order behind the others, and are named.
+/// Orders pictures by how likely the words are as the caption of each, together with the cosine. Those that cannot be read any
+/// more keep their order behind the others, and are named.
 fn rerank(model: &Model, words: &str, hits: Vec<Hit>) -> anyhow::Result<Vec<Found>> {
-    let mut found = Vec::with_capacity(hits.len());
+    let (mut read_again, mut gone) = (Vec::with_capacity(hits.len()), Vec::new());
     for hit in hits {
-        let matching = match read(hit.source.as_ref(), &DecodeLimits::default()) {
-            Ok(image) => Some(model.match_score(&model.see(&image)?, words)?),
+        match read(hit.source.as_ref(), &DecodeLimits::default()) {
+            Ok(image) => {
+                let log_likelihood = model.log_likelihood(&model.see(&image)?, words)?;
+                read_again.push((reranking::score(log_likelihood, hit.score), hit));
+            }
             Err(error) => {
                 eprintln!("not reranked: {error}");
-                None
+                gone.push(Found { hit, matching: Some(None) });
             }
-        };
-        found.push(Found { hit, matching: Some(matching) });
+        }
     }
-    let key = |found: &Found| found.matching.flatten().unwrap_or(f32::NEG_INFINITY);
-    found.sort_by(|a, b| key(b).total_cmp(&key(a)));
-    Ok(found)
+    read_again.sort_by(|(a, _), (b, _)| b.total_cmp(a));
+    let (scores, hits): (Vec<f32>, Vec<Hit>) = read_again.into_iter().unzip();
+    let probabilities = reranking::probabilities(&scores);
+    let found = hits.into_iter().zip(probabilities).map(|(hit, probability)| Found { hit, matching: Some(Some(probability)) });
+    Ok(found.chain(gone).collect())
 }
 
 fn print(found: &[Found], json: bool) -> io::Result<()> {

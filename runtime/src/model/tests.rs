@@ -91,6 +91,35 @@ fn matching_gives_a_probability() {
 }
 
 #[test]
+fn a_texts_likelihood_is_that_of_its_ids_one_after_the_other() {
+    let folder = folder();
+    let model = open(&folder).unwrap();
+    let vocabulary = model.manifest().model.vocabulary;
+    for (level, start) in [(0, 48.0), (255, 80.0)] {
+        let vision = model.see(&grey(level)).unwrap();
+        let found = f64::from(model.log_likelihood(&vision, "a dog").unwrap());
+        let ids = model.tokenizer().encode("a dog", 6);
+        // The toy's logits by hand: −(id − start − n)² after n words, and 10⁵ (n − 2.5) more for `[SEP]`.
+        let expected: f64 = (0..=ids.len())
+            .map(|n| {
+                let logit = |id: usize| {
+                    let end = if id == SEP as usize { 1e5 * (n as f64 - 2.5) } else { 0.0 };
+                    end - (id as f64 - start - n as f64).powi(2)
+                };
+                let largest = (0..vocabulary).map(logit).fold(f64::MIN, f64::max);
+                let normaliser = largest + (0..vocabulary).map(|id| (logit(id) - largest).exp()).sum::<f64>().ln();
+                logit(ids.get(n).map_or(SEP as usize, |&id| id as usize)) - normaliser
+            })
+            .sum();
+        // f32 numbers of size 10⁵.
+        assert!((found - expected).abs() < 1e-5 * expected.abs(), "level {level}: {found} {expected}");
+    }
+    // As many ids as a text may have still leave room for `[SEP]`.
+    let vision = model.see(&grey(9)).unwrap();
+    assert_eq!(model.log_likelihood(&vision, "zzzzzzzzz").unwrap(), model.log_likelihood(&vision, "zzzzzzzzzz").unwrap());
+}
+
+#[test]
 fn long_texts_are_cut_and_counted() {
     let folder = folder();
     let model = open(&folder).unwrap();

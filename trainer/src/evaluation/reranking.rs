@@ -3,6 +3,8 @@
 use anyhow::Result;
 use rayon::prelude::*;
 use serde::Serialize;
+use unimo::lanes::log_sum_exp;
+use unimo::reranking::score;
 
 use crate::corpus::Corpus;
 use crate::metrics::{RecallScores, recall_of_ranks};
@@ -19,8 +21,10 @@ pub struct Reranked {
     pub candidates: usize,
     /// By the matching logit alone.
     pub by_matching: RecallScores,
-    /// By its sum with the cosine over the contrast's temperature: both are logarithms of odds, up to a constant of the query.
-    pub by_both: RecallScores,
+    /// By the likelihood of the text as the picture's caption together with the cosine, as `unimo search --rerank` does it. Of
+    /// texts for a picture, each text's likelihood is divided by its mean over the pictures that it was read with: what is likely
+    /// of any picture says little of one.
+    pub by_likelihood: RecallScores,
 }
 
 /// Unit vectors of pictures and texts, and whose text is whose.
@@ -39,6 +43,7 @@ struct Pair {
     of_image: bool,
     cosine: f32,
     logit: f32,
+    log_likelihood: f32,
 }
 
 /// Reads each of the `candidates` nearest answers to each picture and each text.
@@ -54,22 +59,57 @@ pub(super) fn rerank(
     for (image, pairs) in pairs.iter_mut().enumerate() {
         let record = vision.regions(vec![corpus.pair_record(image, 0)])?.remove(0);
         for pairs in pairs.chunks_mut(BATCH) {
-            let mut packer = Packer::new(model);
-            let rows: Vec<_> = pairs.iter().map(|pair| packer.pair(Regions::of(&record, &[]), texts[pair.text])).collect();
-            let hidden = model.evaluate(&packer.finish(model.device())?)?;
-            let rows_of = |row: &dyn Fn(usize) -> usize| model.rows(&hidden, &(0..rows.len()).map(row).collect::<Vec<_>>());
-            let logits = model.match_logits(&rows_of(&|i| rows[i].image)?, &rows_of(&|i| rows[i].texts[0])?)?;
-            for (pair, logit) in pairs.iter_mut().zip(logits.to_vec1::<f32>()?) {
-                pair.logit = logit;
+            let regions = Regions::of(&record, &[]);
+            let read: Vec<&[u32]> = pairs.iter().map(|pair| texts[pair.text].as_slice()).collect();
+            let (logits, likelihoods) = (matching(model, regions, &read)?, log_likelihoods(model, regions, &read)?);
+            for (pair, (logit, log_likelihood)) in pairs.iter_mut().zip(logits.into_iter().zip(likelihoods)) {
+                (pair.logit, pair.log_likelihood) = (logit, log_likelihood);
             }
         }
     }
-    let temperature = model.temperature()?.to_scalar::<f32>()?;
+    let of_text = mean_likelihoods(&pairs, texts.len());
+    let image_of_text = &embedded.image_of_text;
     Ok(Reranked {
         candidates,
-        by_matching: recall(&pairs, &embedded.image_of_text, |pair| pair.logit),
-        by_both: recall(&pairs, &embedded.image_of_text, |pair| pair.logit + pair.cosine / temperature),
+        by_matching: recall(&pairs, image_of_text, |pair| pair.logit),
+        by_likelihood: RecallScores {
+            text_to_image: recall(&pairs, image_of_text, |pair| score(pair.log_likelihood, pair.cosine)).text_to_image,
+            image_to_text: recall(&pairs, image_of_text, |pair| score(pair.log_likelihood - of_text[pair.text], pair.cosine))
+                .image_to_text,
+        },
     })
+}
+
+/// Matching logits of a picture and each text.
+fn matching(model: &Unimo, regions: Regions<'_>, texts: &[&[u32]]) -> Result<Vec<f32>> {
+    let mut packer = Packer::new(model);
+    let rows: Vec<_> = texts.iter().map(|ids| packer.pair(regions, ids)).collect();
+    let hidden = model.evaluate(&packer.finish(model.device())?)?;
+    let images: Vec<usize> = rows.iter().map(|rows| rows.image).collect();
+    let texts: Vec<usize> = rows.iter().map(|rows| rows.texts[0]).collect();
+    Ok(model.match_logits(&model.rows(&hidden, &images)?, &model.rows(&hidden, &texts)?)?.to_vec1()?)
+}
+
+/// Logarithm of each text's probability as the picture's caption; texts are `[CLS] w1 … wn [SEP]`.
+fn log_likelihoods(model: &Unimo, regions: Regions<'_>, texts: &[&[u32]]) -> Result<Vec<f32>> {
+    let mut packer = Packer::new(model);
+    let inputs: Vec<&[u32]> = texts.iter().map(|ids| &ids[..ids.len() - 1]).collect();
+    let firsts = packer.image_with_captions(regions, &inputs).texts;
+    let hidden = model.evaluate(&packer.finish(model.device())?)?;
+    let rows: Vec<usize> = firsts.iter().zip(&inputs).flat_map(|(&first, ids)| first..first + ids.len()).collect();
+    let logits = model.language_logits(&model.rows(&hidden, &rows)?)?.to_vec2::<f32>()?;
+    let targets: Vec<u32> = texts.iter().flat_map(|ids| &ids[1..]).copied().collect();
+    let of_ids: Vec<f32> =
+        logits.par_iter().zip(targets).map(|(logits, target)| logits[target as usize] - log_sum_exp(logits)).collect();
+    let mut of_ids = of_ids.into_iter();
+    Ok(inputs.iter().map(|ids| of_ids.by_ref().take(ids.len()).sum()).collect())
+}
+
+/// Logarithm of each text's mean likelihood over the pictures that it was read with; of a text that was read with none, −∞.
+fn mean_likelihoods(pairs: &[Vec<Pair>], texts: usize) -> Vec<f32> {
+    let mut of_texts = vec![Vec::new(); texts];
+    pairs.iter().flatten().for_each(|pair| of_texts[pair.text].push(pair.log_likelihood));
+    of_texts.iter().map(|read| log_sum_exp(read) - (read.len() as f32).ln()).collect()
 }
 
 /// Pairs of each picture, by their texts.
@@ -85,7 +125,7 @@ fn nearest(Embedded { images, texts, .. }: &Embedded, candidates: usize) -> Vec<
     let mut pairs: Vec<Vec<Pair>> = images
         .par_iter()
         .map(|image| {
-            let pair = |(cosine, text)| Pair { text, of_text: false, of_image: true, cosine, logit: 0.0 };
+            let pair = |(cosine, text)| Pair { text, of_text: false, of_image: true, cosine, logit: 0.0, log_likelihood: 0.0 };
             best(image, texts).into_iter().map(pair).collect()
         })
         .collect();
@@ -93,7 +133,7 @@ fn nearest(Embedded { images, texts, .. }: &Embedded, candidates: usize) -> Vec<
         for (cosine, image) in found {
             match pairs[image].iter_mut().find(|pair| pair.text == text) {
                 Some(pair) => pair.of_text = true,
-                None => pairs[image].push(Pair { text, of_text: true, of_image: false, cosine, logit: 0.0 }),
+                None => pairs[image].push(Pair { text, of_text: true, of_image: false, cosine, logit: 0.0, log_likelihood: 0.0 }),
             }
         }
     }
@@ -128,8 +168,11 @@ fn recall(pairs: &[Vec<Pair>], image_of_text: &[usize], score: impl Fn(&Pair) ->
 
 #[cfg(test)]
 mod tests {
+    use unimo::tokenizer::{CLS, SEP};
+
     use super::*;
     use crate::metrics::recall_at_k;
+    use crate::model::ModelConfig;
 
     fn vectors(count: usize, seed: usize) -> Vec<Vec<f32>> {
         // Multiplicative hashing, of which the upper bits look drawn.
@@ -173,8 +216,36 @@ mod tests {
     }
 
     #[test]
+    fn likelihoods_are_those_of_a_text_alone_behind_the_picture() {
+        let model = Unimo::new(ModelConfig::named("pico").unwrap(), 3, &candle_core::Device::Cpu).unwrap();
+        let features: Vec<f32> = vectors(model.config().regions(), 5).concat();
+        let features: Vec<f32> =
+            features.into_iter().cycle().take(model.config().regions() * model.config().region_feature).collect();
+        let texts: [&[u32]; 3] = [&[CLS, 9, 17, 5, SEP], &[CLS, 9, SEP], &[CLS, 30, 31, 32, 33, SEP]];
+        let found = log_likelihoods(&model, Regions::visible(&features), &texts).unwrap();
+        for (ids, found) in texts.iter().zip(found) {
+            // The language model's mean loss, of one text in a batch of its own.
+            let mut packer = Packer::new(&model);
+            let first = packer.target_after(Some(Regions::visible(&features)), &[], &ids[..ids.len() - 1]);
+            let hidden = model.evaluate(&packer.finish(model.device()).unwrap()).unwrap();
+            let rows: Vec<usize> = (first..first + ids.len() - 1).collect();
+            let loss = model.language_loss(&model.rows(&hidden, &rows).unwrap(), ids[1..].to_vec(), 0.0).unwrap();
+            let expected = -loss.to_scalar::<f32>().unwrap() * (ids.len() - 1) as f32;
+            assert!((found - expected).abs() < 1e-3, "{ids:?}: {found} {expected}");
+        }
+    }
+
+    #[test]
+    fn a_texts_mean_is_over_the_pictures_that_it_was_read_with() {
+        let pair = |text, log_likelihood| Pair { text, of_text: true, of_image: true, cosine: 0.0, logit: 0.0, log_likelihood };
+        let means = mean_likelihoods(&[vec![pair(0, -2.0), pair(1, -5.0)], vec![pair(0, -3.0)]], 3);
+        let expected = (((-2f64).exp() + (-3f64).exp()) / 2.0).ln();
+        assert!((f64::from(means[0]) - expected).abs() < 1e-5 && (means[1] + 5.0).abs() < 1e-5, "{means:?}");
+    }
+
+    #[test]
     fn who_is_no_candidate_of_a_query_does_not_stand_before_its_answer() {
-        let pair = |of_text, of_image, logit| Pair { text: 0, of_text, of_image, cosine: 0.0, logit };
+        let pair = |of_text, of_image, logit| Pair { text: 0, of_text, of_image, cosine: 0.0, logit, log_likelihood: 0.0 };
         // The second picture has the text as a candidate; the text has not the picture.
         let pairs = [vec![pair(true, false, 0.0)], vec![pair(false, true, 5.0)]];
         let found = recall(&pairs, &[0], |pair| pair.logit);

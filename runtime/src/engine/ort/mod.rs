@@ -2,6 +2,7 @@
 
 mod library;
 
+use std::error::Error as _;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 
@@ -78,10 +79,19 @@ fn loaded(named: Option<&Path>) -> Result<&'static Loaded, EngineError> {
     }
     let path = find(named)?;
     let refused = |reason: String| EngineError::Library { reason };
-    let builder = ort::init_from(&path).map_err(|error| refused(format!("{}: {error}", path.display())))?;
+    let builder = ort::init_from(&path).map_err(|error| refused(format!("{}: {}", path.display(), unloadable(&error))))?;
     let environment = builder.with_name("unimo").with_telemetry(false).build().map_err(|error| refused(error.to_string()))?;
     environment.set_log_level(LogLevel::Fatal);
     Ok(LOADED.get_or_init(|| Loaded { environment, path }))
+}
+
+/// Why a library does not load; of most failures only the system's loader knows.
+fn unloadable(error: &ort::LoadDynamicError) -> String {
+    let loader = match error {
+        ort::LoadDynamicError::Dlopen { error, .. } => error.source(),
+        _ => None,
+    };
+    loader.map_or_else(|| error.to_string(), ToString::to_string)
 }
 
 fn same_file(a: &Path, b: &Path) -> bool {
