@@ -55,6 +55,13 @@ if [ -n "$wheel" ]; then
     fi
 fi
 
+# The emulated processor's library, whatever this machine's own tests are given.
+if [ -n "$library" ]; then
+    export ORT_DYLIB_PATH=$library UNIMO_REQUIRE_ORT=1
+else
+    unset ORT_DYLIB_PATH UNIMO_REQUIRE_ORT
+fi
+
 export "CARGO_TARGET_$(tr 'a-z-' 'A-Z_' <<<"$triple")_RUNNER=${!runner}"
 say "the runtime's library"
 cargo-zigbuild test --release --package unimo --package unimo-devices --lib --target "$linked" "${features[@]}" -- "${units[@]}"
@@ -75,7 +82,7 @@ tests=()
 for suite in "${suites[@]}"; do tests+=(--test "$suite"); done
 for engine in tract ${library:+ort}; do
     say "on $engine"
-    UNIMO_ENGINE=$engine ORT_DYLIB_PATH=$library cargo test --release --workspace "${tests[@]}" -- "${cases[@]}"
+    UNIMO_ENGINE=$engine cargo test --release --workspace "${tests[@]}" -- "${cases[@]}"
 done
 if [ "$newer" != "${!runner}" ]; then
     say "on tract, on a processor with the dot product"
