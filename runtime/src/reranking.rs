@@ -5,7 +5,7 @@ use crate::lanes::log_sum_exp;
 
 /// How many nats a cosine of 1 is worth beside the logarithm of a likelihood. Both estimate how much likelier the words make a
 /// picture; the captioner knows places and words that the embeddings lose, the embeddings are surer on the whole. With the default
-/// bundle, text to image on Flickr8k's development split, anything from 40 to 100 finds within half a point of the most.
+/// bundle, text to image on 400 of Flickr8k's development pictures, anything from 40 to 100 finds within 0.7 points of the most.
 pub const COSINE_WEIGHT: f32 = 60.0;
 
 /// What candidates of the same words are ordered by, of a picture's [`log_likelihood`](crate::captioning::log_likelihood) and its
