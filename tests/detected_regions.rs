@@ -162,6 +162,7 @@ fn job(folder: &Path) -> TrainingJob {
         resume: false,
         data_note: "drawn scenes".into(),
         stop_after: None,
+        activation_checkpointing: false,
         device: candle_core::Device::Cpu,
     }
 }

@@ -179,6 +179,8 @@ def main():
     parser.add_argument("--seconds", default=4.0, type=float, help="of each side in each round")
     parser.add_argument("--rounds", default=5, type=int)
     options = parser.parse_args()
+    # A bare name would be looked for in PATH, not here.
+    options.unimo = options.unimo.resolve()
     library = pathlib.Path(os.environ.get("ORT_DYLIB_PATH") or pathlib.Path(onnxruntime.__file__).parent / "capi")
     encoded = [path.read_bytes() for path in options.pictures]
     with tempfile.TemporaryDirectory() as folder:

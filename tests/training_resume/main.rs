@@ -123,6 +123,7 @@ fn job(folder: &Path, run: &str) -> TrainingJob {
         resume: false,
         data_note: "drawn scenes".into(),
         stop_after: None,
+        activation_checkpointing: false,
         device: candle_core::Device::Cpu,
     }
 }
@@ -196,7 +197,7 @@ fn losses(run: &Path) -> Vec<BTreeMap<String, f64>> {
 }
 
 #[test]
-fn a_step_in_chunks_teaches_what_one_pass_does() {
+fn a_step_in_chunks_or_with_its_activations_thrown_away_teaches_what_one_pass_does() {
     let folder = tempfile::tempdir().unwrap();
     let token = (ImageEmbedding::Token, TextEmbedding::Token);
     let both = (ImageEmbedding::Pooled, TextEmbedding::Both);
@@ -209,9 +210,10 @@ fn a_step_in_chunks_teaches_what_one_pass_does() {
         ("both", POOLED, both),
         ("heads alone", heads.as_str(), both),
     ] {
-        let run = |chunks: usize| {
+        let run = |chunks: usize, activation_checkpointing: bool| {
             // Dropout would differ: it goes by a row's place in its pass.
-            let mut job = job(folder.path(), &format!("{name}-{chunks}"));
+            let run = format!("{name}-{chunks}-{activation_checkpointing}");
+            let mut job = TrainingJob { activation_checkpointing, ..job(folder.path(), &run) };
             job.size.dropout = 0.0;
             (job.size.image_embedding, job.size.text_embedding) = embeddings;
             job.recipe = Recipe::from_toml(recipe).unwrap();
@@ -221,20 +223,24 @@ fn a_step_in_chunks_teaches_what_one_pass_does() {
             training::run(&job).unwrap();
             job.run
         };
-        let (whole, cut) = (run(1), run(3));
-        for (step, (one, many)) in losses(&whole).iter().zip(losses(&cut)).enumerate() {
-            assert_eq!(one.keys().collect::<Vec<_>>(), many.keys().collect::<Vec<_>>());
-            // Sums in f32, in another order; the second step starts from weights that differ by as much.
-            for (objective, loss) in one {
-                assert!((loss - many[objective]).abs() < 1e-4 * (1.0 + loss.abs()), "{name} {step} {objective}: {loss} {many:?}");
+        let whole = run(1, false);
+        for cut in [run(3, false), run(1, true), run(3, true)] {
+            let name = cut.display();
+            for (step, (one, many)) in losses(&whole).iter().zip(losses(&cut)).enumerate() {
+                assert_eq!(one.keys().collect::<Vec<_>>(), many.keys().collect::<Vec<_>>());
+                // Sums in f32, in another order; the second step starts from weights that differ by as much.
+                for (objective, loss) in one {
+                    let near = (loss - many[objective]).abs() < 1e-4 * (1.0 + loss.abs());
+                    assert!(near, "{name} {step} {objective}: {loss} {many:?}");
+                }
             }
-        }
-        let (one, many) = (moments(&whole), moments(&cut));
-        for (weight, moment) in one.iter().filter(|(weight, _)| weight.ends_with(".first")) {
-            let scale = moment.abs().unwrap().flatten_all().unwrap().max(0).unwrap().to_scalar::<f32>().unwrap();
-            let difference = (moment - &many[weight]).unwrap().abs().unwrap().flatten_all().unwrap().max(0).unwrap();
-            let difference = difference.to_scalar::<f32>().unwrap();
-            assert!(difference <= 1e-2 * scale + 1e-7, "{name}: {weight} differs by {difference} of {scale}");
+            let (one, many) = (moments(&whole), moments(&cut));
+            for (weight, moment) in one.iter().filter(|(weight, _)| weight.ends_with(".first")) {
+                let scale = moment.abs().unwrap().flatten_all().unwrap().max(0).unwrap().to_scalar::<f32>().unwrap();
+                let difference = (moment - &many[weight]).unwrap().abs().unwrap().flatten_all().unwrap().max(0).unwrap();
+                let difference = difference.to_scalar::<f32>().unwrap();
+                assert!(difference <= 1e-2 * scale + 1e-7, "{name}: {weight} differs by {difference} of {scale}");
+            }
         }
     }
 }

@@ -119,17 +119,20 @@ fn what_a_recipe_does_not_name_stays_as_it_is_to_the_last_bit() {
 }
 
 #[test]
-fn a_step_of_embeddings_alone_has_no_backward_pass_through_the_layers() {
+fn a_step_of_embeddings_alone_has_no_backward_pass_through_the_layers_and_one_without_activations_two_forward_ones() {
     let folder = tempfile::tempdir().unwrap();
-    let operations = |run: &str, trained: &str| -> f64 {
-        let mut job = pooled_job(folder.path(), run);
+    let operations = |run: &str, trained: &str, activation_checkpointing: bool| -> f64 {
+        let mut job = TrainingJob { activation_checkpointing, ..pooled_job(folder.path(), run) };
         let recipe = format!("{trained}steps = 1\nviews = 2\n[batch]\nimages = 0\ncaptions = 0\ncontrast_pairs = 8\n");
         job.recipe = Recipe::from_toml(&recipe).unwrap();
         training::run(&job).unwrap();
         let log = std::fs::read_to_string(job.run.join("log.jsonl")).unwrap();
         serde_json::from_str::<serde_json::Value>(&log).unwrap()["operations"].as_f64().unwrap()
     };
-    assert_eq!(operations("all", ""), 3.0 * operations("heads", HEADS));
+    let heads = operations("heads", HEADS, false);
+    assert_eq!(operations("all", "", false), 3.0 * heads);
+    assert_eq!(operations("checkpointed", "", true), 4.0 * heads);
+    assert_eq!(operations("checkpointed heads", HEADS, true), heads);
 }
 
 #[test]

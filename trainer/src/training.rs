@@ -83,6 +83,8 @@ pub struct TrainingJob {
     pub data_note: String,
     /// Stops after this many steps of this call, as if interrupted after the next checkpoint.
     pub stop_after: Option<u64>,
+    /// Keeps of the layers' activations their inputs alone and computes the rest again: less memory for more time.
+    pub activation_checkpointing: bool,
     /// Where the arithmetic is done. The data are read and packed on the CPU.
     pub device: Device,
 }

@@ -77,6 +77,10 @@ pub struct DataArgs {
     /// Stop after this many steps; --resume goes on
     #[arg(long, value_name = "N")]
     pub stop_after: Option<u64>,
+    /// Keep of the layers' activations their inputs alone, and compute the rest again in the backward pass: less memory, a third
+    /// more arithmetic, the same gradients. A run may be resumed with it or without
+    #[arg(long)]
+    pub activation_checkpointing: bool,
     #[command(flatten)]
     pub device: DeviceArgs,
     /// What the data is and under which licence, for the model card
@@ -143,6 +147,7 @@ impl DataArgs {
             resume: self.resume,
             data_note: self.data_note.clone(),
             stop_after: self.stop_after,
+            activation_checkpointing: self.activation_checkpointing,
             device: self.device.open()?,
         })
     }

@@ -1,5 +1,6 @@
 //! The UNIMO model: one post-LayerNorm Transformer over image regions and text (arXiv 2012.15409, section 2).
 
+mod checkpointing;
 mod config;
 mod generate;
 mod heads;
@@ -63,6 +64,8 @@ pub struct Passed {
     features: Option<ImageFeatures>,
     /// The pass's dropout.
     pub dropout: Dropout,
+    /// What a backward pass needs where activations were thrown away.
+    kept: Option<checkpointing::Kept>,
 }
 
 /// The model's weights and sizes.
@@ -73,6 +76,7 @@ pub struct Unimo {
     /// Those of them that are not trained, over the same memory and cut off from gradients.
     frozen: BTreeMap<String, Tensor>,
     statistics: RegionStatistics,
+    checkpoints_activations: bool,
 }
 
 /// Names under which a checkpoint holds the region statistics, beside the weights.
@@ -106,7 +110,7 @@ impl Unimo {
             weights.insert(name, Var::from_vec(values, shape, device)?);
         }
         let statistics = RegionStatistics::identity(config.region_feature);
-        Ok(Self { config, device: device.clone(), weights, frozen: BTreeMap::new(), statistics })
+        Ok(Self { config, device: device.clone(), weights, frozen: BTreeMap::new(), statistics, checkpoints_activations: false })
     }
 
     /// The same model with a fresh head of `classes` outputs for a downstream task, in place of one that it may have. All weights
@@ -156,7 +160,7 @@ impl Unimo {
         if let Some(extra) = tensors.keys().next() {
             bail!("{} holds `{extra}`, which this model does not have", path.display());
         }
-        Ok(Self { config, device: device.clone(), weights, frozen: BTreeMap::new(), statistics })
+        Ok(Self { config, device: device.clone(), weights, frozen: BTreeMap::new(), statistics, checkpoints_activations: false })
     }
 
     /// Trains, from now on, only the weights whose names begin with one of `beginnings`; all, if there are none. The others are
@@ -307,10 +311,14 @@ impl Unimo {
         if dropout.rate > 0.0 {
             x = ops::dropout_add(&x.zeros_like()?, &x, dropout.rate, dropout.site(0))?;
         }
+        if self.checkpoints_activations {
+            let (hidden, kept) = self.layers_from_checkpoints(x, batch, dropout)?;
+            return Ok(Passed { hidden, features, dropout, kept });
+        }
         for layer in 0..self.config.layers {
             x = self.layer(layer, &x, batch, dropout)?;
         }
-        Ok(Passed { hidden: x, features, dropout })
+        Ok(Passed { hidden: x, features, dropout, kept: None })
     }
 
     fn layer(&self, layer: usize, x: &Tensor, batch: &PackedBatch, dropout: Dropout) -> candle_core::Result<Tensor> {

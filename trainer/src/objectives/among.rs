@@ -50,7 +50,7 @@ impl StepBatch {
                 }
             };
             let terms = chunk.local_terms(&passed.hidden, model, recipe, source, whole)?;
-            learnt.add(terms, carrying.next(encoded)?)?;
+            learnt.add(terms, carrying.next(encoded)?, |loss| passed.backward(model, &chunk.packed, loss))?;
         }
         let (total, losses) = learnt.losses()?;
         let (total, losses) = sum_losses(ranks, total, &losses)?;
@@ -114,7 +114,7 @@ impl StepBatch {
                 gradients[5 + kind] = of_second;
             }
         }
-        learnt.add(Vec::new(), Some((temperature * by_temperature)?))?;
+        learnt.add(Vec::new(), Some((temperature * by_temperature)?), |loss| loss.backward())?;
         Ok(gradients)
     }
 

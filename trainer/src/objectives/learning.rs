@@ -53,8 +53,13 @@ pub(super) struct Learning {
 }
 
 impl Learning {
-    /// Takes the losses of one pass, and what it carries for the contrasts of all, and adds their gradients.
-    pub(super) fn add(&mut self, terms: Vec<Term>, carried: Option<Tensor>) -> Result<()> {
+    /// Takes losses, and what is carried for the contrasts of all passes, and adds their gradients, which `backward` takes.
+    pub(super) fn add(
+        &mut self,
+        terms: Vec<Term>,
+        carried: Option<Tensor>,
+        backward: impl FnOnce(Tensor) -> candle_core::Result<GradStore>,
+    ) -> Result<()> {
         let mut sum = carried;
         for Term { name, weight, share, loss } in terms {
             self.terms.push((name, weight, share, loss.detach()));
@@ -65,7 +70,7 @@ impl Learning {
             });
         }
         let Some(sum) = sum else { return Ok(()) };
-        let gradients = sum.backward()?;
+        let gradients = backward(sum)?;
         match &mut self.gradients {
             Some(so_far) => so_far.extend(gradients)?,
             None => self.gradients = Some(gradients),

@@ -177,7 +177,7 @@ impl StepBatch {
         let times = |trained: bool| if trained { 3.0 } else { 1.0 };
         let layers_train = trains(&["text.", "image.", "layers."]);
         let heads_train = layers_train || trains(&["lm.", "region."]);
-        let (mut products, mut again) = (0.0, 0.0);
+        let (mut products, mut again, mut through_layers) = (0.0, 0.0, 0.0);
         for chunk in &self.chunks {
             let (rows, parts) = (chunk.packed.rows() as f64, &chunk.parts);
             let layers = c.layers as f64 * (rows * (4.0 * h * h + 2.0 * h * f) + 2.0 * h * chunk.packed.attended() as f64);
@@ -196,10 +196,12 @@ impl StepBatch {
                 + parts.regions.rows.len() as f64 * h * (c.region_feature + c.region_classes) as f64;
             products += times(layers_train) * (layers + regions + pictures) + times(heads_train) * heads;
             again += layers + regions + pictures;
+            through_layers += layers;
         }
-        // What is contrasted over several chunks is encoded twice.
-        let repeated = if self.chunks.len() > 1 && self.contrasted() { again } else { 0.0 };
-        2.0 * (products + repeated)
+        // What is contrasted over several chunks is encoded twice; without activations, the layers are run again.
+        let encoded = if self.chunks.len() > 1 && self.contrasted() { again } else { 0.0 };
+        let recomputed = if model.checkpoints_activations() && layers_train { through_layers } else { 0.0 };
+        2.0 * (products + encoded + recomputed)
     }
 
     /// The step's losses and their gradients.
@@ -230,7 +232,7 @@ impl StepBatch {
             let passed = chunk.forward(model, source, dropout)?;
             let mut terms = chunk.local_terms(&passed.hidden, model, recipe, source, whole)?;
             terms.extend(self.contrast_terms(&chunk.encode(&passed, model, recipe)?, model, recipe)?);
-            learnt.add(terms, None)?;
+            learnt.add(terms, None, |loss| passed.backward(model, &chunk.packed, loss))?;
             return learnt.finish();
         }
         let contrasted = self.contrasted();
@@ -247,7 +249,7 @@ impl StepBatch {
         let mut by_leaf: [Option<Tensor>; KINDS] = Default::default();
         let terms = self.contrast_terms(&encoded, model, recipe)?;
         if !terms.is_empty() {
-            learnt.add(terms, None)?;
+            learnt.add(terms, None, |loss| loss.backward())?;
             let gradients = learnt.gradients.as_ref();
             by_leaf = leaves.each_ref().map(|leaf| gradients?.get(leaf.as_ref()?.as_tensor()).cloned());
         }
@@ -255,7 +257,8 @@ impl StepBatch {
         for (i, chunk) in self.chunks.iter().enumerate() {
             let passed = chunk.forward(model, source, of_chunk(i))?;
             let terms = chunk.local_terms(&passed.hidden, model, recipe, source, whole)?;
-            learnt.add(terms, carrying.next(chunk.encode(&passed, model, recipe)?)?)?;
+            let carried = carrying.next(chunk.encode(&passed, model, recipe)?)?;
+            learnt.add(terms, carried, |loss| passed.backward(model, &chunk.packed, loss))?;
         }
         learnt.finish()
     }

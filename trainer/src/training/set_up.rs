@@ -258,6 +258,7 @@ pub(super) fn set_up<R>(
         bail!("the recipe learns a downstream task (`task_examples`), and none was given");
     }
     model.train_only(&job.recipe.trained)?;
+    model.set_activation_checkpointing(job.activation_checkpointing);
     let positions = model.config().positions;
     let writing = job.writing.as_ref().map(|both| both.each_ref().map(|raw| WritingData::new(raw, &tokenizer, positions)));
     let fingerprint = fingerprint(job, model.config(), &corpus)?;
