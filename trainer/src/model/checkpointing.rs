@@ -5,6 +5,7 @@ use candle_core::backprop::GradStore;
 use candle_core::{Result, Tensor, Var};
 
 use super::{Dropout, PackedBatch, Passed, Unimo};
+use crate::ops::gradients;
 
 /// What a forward pass with thrown-away activations keeps for its backward pass.
 pub(super) struct Kept {
@@ -56,37 +57,29 @@ impl Unimo {
 }
 
 impl Passed {
-    /// Gradients of `loss`, a scalar that was computed of this pass. `batch` is what was passed through `model`.
+    /// Gradients by variables of `loss`, a scalar that was computed of this pass. `batch` is what was passed through `model`.
     ///
     /// # Errors
     /// Those of candle.
-    pub fn backward(self, model: &Unimo, batch: &PackedBatch, loss: Tensor) -> Result<GradStore> {
+    pub fn backward(self, model: &Unimo, batch: &PackedBatch, loss: Tensor, by: &[Var]) -> Result<GradStore> {
         let Self { hidden, features, dropout, kept } = self;
-        let mut gradients = loss.backward()?;
-        // What the loss was computed by would otherwise stay in memory while the layers are run again.
-        drop((loss, hidden, features));
-        let Some(Kept { embedded, layers, hidden }) = kept else { return Ok(gradients) };
-        let mut carried = gradients.remove(&hidden);
-        drop(hidden);
+        let Some(Kept { embedded, layers, hidden: given }) = kept else { return gradients(loss, by) };
+        let mut all = gradients(loss, by.iter().chain([&given]))?;
+        let mut carried = all.remove(&given);
+        // The last hidden states are not read again.
+        drop((hidden, features, given));
         for (layer, input) in layers.into_iter().rev() {
-            let Some(gradient) = carried else { return Ok(gradients) };
-            carry(&model.layer(layer, input.as_tensor(), batch, dropout)?, &gradient, &mut gradients)?;
-            carried = gradients.remove(&input);
+            let Some(gradient) = carried else { return Ok(all) };
+            let output = model.layer(layer, input.as_tensor(), batch, dropout)?;
+            // The gradient of this sum by the output is the one carried, to the last bit.
+            all.extend(gradients((output * gradient)?.sum_all()?, by.iter().chain([&input]))?)?;
+            carried = all.remove(&input);
         }
         if let (Some(embedded), Some(gradient)) = (embedded, carried) {
-            carry(&embedded, &gradient, &mut gradients)?;
+            all.extend(gradients((embedded * gradient)?.sum_all()?, by)?)?;
         }
-        Ok(gradients)
+        Ok(all)
     }
-}
-
-/// Adds to `gradients` those of what `output` was computed of, where `by_output` is the gradient by it.
-fn carry(output: &Tensor, by_output: &Tensor, gradients: &mut GradStore) -> Result<()> {
-    // The gradient of this sum by the output is the one carried, to the last bit.
-    let mut further = (output * by_output)?.sum_all()?.backward()?;
-    // candle has one by the other factor as well.
-    further.remove(by_output);
-    gradients.extend(further)
 }
 
 #[cfg(test)]
@@ -111,16 +104,20 @@ mod tests {
     }
 
     /// Gradients by name of a loss that reads tokens (tied to their embeddings) and an embedding.
-    fn gradients(model: &Unimo, batch: &PackedBatch, [text, pair]: [usize; 2]) -> BTreeMap<String, Vec<f32>> {
+    fn by_name(model: &Unimo, batch: &PackedBatch, [text, pair]: [usize; 2]) -> BTreeMap<String, Vec<f32>> {
         let passed = model.forward(batch, None, Dropout::of(0.3, 5)).unwrap();
         assert_eq!(passed.kept.is_some(), model.checkpoints_activations() && passed.hidden.track_op());
         assert!(passed.kept.is_none() || passed.hidden.is_variable(), "activations hang on the hidden states");
         let words = model.language_loss(&model.rows(&passed.hidden, &[text, pair]).unwrap(), vec![7, 9], 0.1).unwrap();
         let embedding = model.text_embedding(batch, &passed.hidden, &[text]).unwrap();
         let loss = (words + embedding.narrow(1, 0, 3).unwrap().sum_all().unwrap()).unwrap();
-        let found = passed.backward(model, batch, loss).unwrap();
+        let by: Vec<Var> = model.weights().values().cloned().collect();
+        let found = passed.backward(model, batch, loss, &by).unwrap();
         let of = |(name, var): (&String, &Var)| Some((name.clone(), found.get(var)?.flatten_all().unwrap().to_vec1().unwrap()));
-        model.weights().iter().filter_map(of).collect()
+        let named: BTreeMap<String, Vec<f32>> = model.weights().iter().filter_map(of).collect();
+        assert_eq!(found.get_ids().count(), named.len(), "something else is kept");
+        assert!(by.iter().filter_map(|var| found.get(var)).all(|gradient| !gradient.track_op()), "a graph is kept");
+        named
     }
 
     #[test]
@@ -130,9 +127,9 @@ mod tests {
         for (trained, layers) in [(&[][..], 3), (&["layers.2.", "embed."][..], 1), (&["embed.", "temperature"][..], 0)] {
             model.train_only(&trained.iter().map(|&name| name.to_owned()).collect::<Vec<_>>()).unwrap();
             model.set_activation_checkpointing(false);
-            let expected = gradients(&model, &batch, texts);
+            let expected = by_name(&model, &batch, texts);
             model.set_activation_checkpointing(true);
-            let found = gradients(&model, &batch, texts);
+            let found = by_name(&model, &batch, texts);
             let of_layers = expected.keys().filter(|name| name.ends_with("attention.qkv.weight")).count();
             assert_eq!(of_layers, layers);
             assert_eq!(expected.keys().collect::<Vec<_>>(), found.keys().collect::<Vec<_>>());
@@ -152,9 +149,8 @@ mod tests {
         let (mut model, batch, _) = model_and_batch();
         model.set_activation_checkpointing(true);
         let passed = model.forward(&batch, None, Dropout::OFF).unwrap();
-        let gradients = passed.backward(&model, &batch, model.temperature().unwrap()).unwrap();
-        let moved: Vec<&String> =
-            model.weights().iter().filter(|(_, var)| gradients.get(var).is_some()).map(|(name, _)| name).collect();
-        assert_eq!(moved, ["temperature"]);
+        let by: Vec<Var> = model.weights().values().cloned().collect();
+        let found = passed.backward(&model, &batch, model.temperature().unwrap(), &by).unwrap();
+        assert!(found.get_ids().count() == 1 && found.get(&model.weights()["temperature"]).is_some());
     }
 }

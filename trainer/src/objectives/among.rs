@@ -8,6 +8,7 @@ use super::learning::{Carrying, Learning};
 use super::tally::{CONTRAST, CROSS_MODAL, Tally, sum_losses};
 use super::{Learnt, Source, StepBatch};
 use crate::model::{Dropout, Unimo};
+use crate::ops;
 use crate::parallel::contrast::{self, Own, Settings};
 use crate::parallel::{Collective, gradients};
 use crate::recipe::Recipe;
@@ -24,7 +25,7 @@ impl StepBatch {
         whole: &Tally,
         ranks: &dyn Collective,
     ) -> Result<Learnt> {
-        let mut learnt = Learning::default();
+        let mut learnt = Learning::of(model, source.vision);
         let of_chunk = |i: usize| Dropout { seed: seed::mix(dropout.seed, (self.passes.own.start + i) as u64), ..dropout };
         let mut carrying = Carrying { gradients: Default::default(), at: [0; KINDS] };
         let mut kept = None;
@@ -50,14 +51,14 @@ impl StepBatch {
                 }
             };
             let terms = chunk.local_terms(&passed.hidden, model, recipe, source, whole)?;
-            learnt.add(terms, carrying.next(encoded)?, |loss| passed.backward(model, &chunk.packed, loss))?;
+            learnt.add(terms, carrying.next(encoded)?, |loss, by| passed.backward(model, &chunk.packed, loss, by))?;
         }
         let (total, losses) = learnt.losses()?;
         let (total, losses) = sum_losses(ranks, total, &losses)?;
         // A rank may have nothing to learn from in a step: its gradients are zeros.
         let mut summed = match learnt.gradients {
             Some(gradients) => gradients,
-            None => model.temperature()?.affine(0.0, 0.0)?.backward()?,
+            None => ops::gradients(model.temperature()?.affine(0.0, 0.0)?, &learnt.by)?,
         };
         let weights = model.weights().values().chain(source.vision.weights().values());
         gradients::all_reduce(ranks, weights, &mut summed)?;
@@ -114,7 +115,7 @@ impl StepBatch {
                 gradients[5 + kind] = of_second;
             }
         }
-        learnt.add(Vec::new(), Some((temperature * by_temperature)?), |loss| loss.backward())?;
+        learnt.add(Vec::new(), Some((temperature * by_temperature)?), |loss, by| ops::gradients(loss, by))?;
         Ok(gradients)
     }
 

@@ -1,10 +1,12 @@
 //! What the passes of a step add up to: losses and gradients.
 
 use anyhow::{Context, Result};
-use candle_core::Tensor;
 use candle_core::backprop::GradStore;
+use candle_core::{Tensor, Var};
 
 use super::chunk::{Encoded, KINDS, Term};
+use crate::model::Unimo;
+use crate::vision::Vision;
 
 /// What a step taught.
 pub struct Learnt {
@@ -43,8 +45,9 @@ impl Carrying {
 }
 
 /// Sums of a step's passes.
-#[derive(Default)]
 pub(super) struct Learning {
+    /// What is trained.
+    pub(super) by: Vec<Var>,
     /// Objective, weight, share and value of losses. Read at the end, all at once: to read one means to wait for the device.
     terms: Vec<(&'static str, f64, f64, Tensor)>,
     /// Objective, weight and value of those that are numbers already.
@@ -53,12 +56,19 @@ pub(super) struct Learning {
 }
 
 impl Learning {
-    /// Takes losses, and what is carried for the contrasts of all passes, and adds their gradients, which `backward` takes.
+    /// Nothing yet, of what is to change the weights of `model` and `vision` that are trained.
+    pub(super) fn of(model: &Unimo, vision: &Vision) -> Self {
+        let by = model.trained().map(|(_, var)| var).chain(vision.weights().values()).cloned().collect();
+        Self { by, terms: Vec::new(), known: Vec::new(), gradients: None }
+    }
+
+    /// Takes losses, and what is carried for the contrasts of all passes, and adds the gradients of their sum by what is trained, which
+    /// `backward` takes.
     pub(super) fn add(
         &mut self,
         terms: Vec<Term>,
         carried: Option<Tensor>,
-        backward: impl FnOnce(Tensor) -> candle_core::Result<GradStore>,
+        backward: impl FnOnce(Tensor, &[Var]) -> candle_core::Result<GradStore>,
     ) -> Result<()> {
         let mut sum = carried;
         for Term { name, weight, share, loss } in terms {
@@ -70,7 +80,7 @@ impl Learning {
             });
         }
         let Some(sum) = sum else { return Ok(()) };
-        let gradients = backward(sum)?;
+        let gradients = backward(sum, &self.by)?;
         match &mut self.gradients {
             Some(so_far) => so_far.extend(gradients)?,
             None => self.gradients = Some(gradients),

@@ -13,6 +13,7 @@ use super::members::Members;
 use super::tally::{CONTRAST, CROSS_MODAL, Tally};
 use super::{Orders, Source, contrastive_loss, cross_modal_contrast, shuffled};
 use crate::model::{Dropout, Packer, Unimo};
+use crate::ops;
 use crate::parallel::{Collective, Passes, share};
 use crate::recipe::Recipe;
 use crate::regions::alike;
@@ -227,12 +228,12 @@ impl StepBatch {
         if ranks.ranks() > 1 {
             return self.learn_among(model, recipe, source, dropout, whole, ranks);
         }
-        let mut learnt = Learning::default();
+        let mut learnt = Learning::of(model, source.vision);
         if let [chunk] = self.chunks.as_slice() {
             let passed = chunk.forward(model, source, dropout)?;
             let mut terms = chunk.local_terms(&passed.hidden, model, recipe, source, whole)?;
             terms.extend(self.contrast_terms(&chunk.encode(&passed, model, recipe)?, model, recipe)?);
-            learnt.add(terms, None, |loss| passed.backward(model, &chunk.packed, loss))?;
+            learnt.add(terms, None, |loss, by| passed.backward(model, &chunk.packed, loss, by))?;
             return learnt.finish();
         }
         let contrasted = self.contrasted();
@@ -249,16 +250,18 @@ impl StepBatch {
         let mut by_leaf: [Option<Tensor>; KINDS] = Default::default();
         let terms = self.contrast_terms(&encoded, model, recipe)?;
         if !terms.is_empty() {
-            learnt.add(terms, None, |loss| loss.backward())?;
-            let gradients = learnt.gradients.as_ref();
-            by_leaf = leaves.each_ref().map(|leaf| gradients?.get(leaf.as_ref()?.as_tensor()).cloned());
+            learnt.add(terms, None, |loss, by| {
+                let mut all = ops::gradients(loss, by.iter().chain(leaves.iter().flatten()))?;
+                by_leaf = leaves.each_ref().map(|leaf| all.remove(leaf.as_ref()?));
+                Ok(all)
+            })?;
         }
         let mut carrying = Carrying { gradients: by_leaf, at: [0; KINDS] };
         for (i, chunk) in self.chunks.iter().enumerate() {
             let passed = chunk.forward(model, source, of_chunk(i))?;
             let terms = chunk.local_terms(&passed.hidden, model, recipe, source, whole)?;
             let carried = carrying.next(chunk.encode(&passed, model, recipe)?)?;
-            learnt.add(terms, carried, |loss| passed.backward(model, &chunk.packed, loss))?;
+            learnt.add(terms, carried, |loss, by| passed.backward(model, &chunk.packed, loss, by))?;
         }
         learnt.finish()
     }

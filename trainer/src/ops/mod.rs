@@ -11,6 +11,7 @@ mod cross_entropy;
 #[cfg(any(feature = "cuda", test))]
 pub mod cuda;
 mod elementwise;
+mod gradients;
 pub mod kernels;
 mod linear;
 mod precision;
@@ -21,6 +22,7 @@ pub use attention::{AttentionGroup, AttentionPlan, QueryBlock, attention};
 pub use convolution::{depthwise_relu6, pointwise_relu6};
 pub use cross_entropy::tied_cross_entropy;
 pub use elementwise::{dropout_add, dropout_add_layer_norm, gelu, layer_norm, relu6};
+pub use gradients::gradients;
 pub use linear::{linear, linear_gelu};
 pub use precision::{Precision, precision, set_precision};
 pub use rows::select_rows;
