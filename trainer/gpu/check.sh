@@ -91,7 +91,8 @@ PYTHON
     "$program" tokenizer --pairs "$work/captions-0000.tar" --vocabulary 300 --out "$work/tokenizer.json"
 }
 
-# Equal data, draws and masks on the device and on the CPU: the losses stay together. A run that the device began, the CPU ends.
+# Equal data, draws and masks on the device and on the CPU: the losses stay together. A run that the CPU began, the device ends,
+# and it has them too where it keeps no activations.
 train_both() {
     local program=$1 work=$2 first=$3 second=$4
     train() {
@@ -102,8 +103,9 @@ train_both() {
         train --out "$work/first" --device "$first" &&
         train --out "$work/second" --device "$second" &&
         train --out "$work/mixed" --device "$first" --stop-after 10 &&
-        train --out "$work/mixed" --device "$second" --resume || return 1
-    python3 - "$work"/{first,second,mixed}/log.jsonl <<'PYTHON'
+        train --out "$work/mixed" --device "$second" --resume &&
+        train --out "$work/checkpointed" --device "$second" --activation-checkpointing || return 1
+    python3 - "$work"/{first,second,mixed,checkpointed}/log.jsonl <<'PYTHON'
 import json, sys
 runs = [[json.loads(line)["loss"] for line in open(path)] for path in sys.argv[1:]]
 apart = [max(losses) / min(losses) - 1 for losses in zip(*runs, strict=True)]

@@ -91,13 +91,13 @@ def torch_step(module, vocabulary, sizes, args, compiled, bf16):
     return seconds, memory, rows
 
 
-def our_step(folder, args, precision):
+def our_step(folder, args, precision, *more):
     """Seconds of a step, bytes of memory, packed rows, operations of a step, seconds that it waited for its data."""
-    run = folder / f"run-{precision}"
+    run = folder / "".join(["run-", precision, *more])
     command = [pathlib.Path(args.trainer).resolve(), "pretrain", "--size", "size.toml", "--recipe", "recipe.toml", "--out", run]
     command += ["--tokenizer", "tokenizer.json", "--pairs", "captions-0000.tar", "--regions", "regions.tsv"]
     command += ["--features", folder / "features", "--device", args.device, "--stop-after", str(args.warm + args.steps)]
-    command += ["--precision", precision]
+    command += ["--precision", precision, *more]
     done = subprocess.run([str(word) for word in command], cwd=folder, capture_output=True, text=True)
     log = run / "log.jsonl"
     if not log.is_file():
@@ -115,8 +115,11 @@ def compare(size: str, args, module) -> None:
     with tempfile.TemporaryDirectory() as name:
         folder, sizes = pathlib.Path(name), shapes(size, args)
         vocabulary = module.write_data(folder, sizes)
-        ours = {p: our_step(folder, args, p) for p in (["f32"] if args.device == "cpu" else ["tf32", "bf16"])}
+        precisions = ["f32"] if args.device == "cpu" else ["tf32", "bf16"]
+        ours = {p: our_step(folder, args, p) for p in precisions}
+        # The operations of a pass that keeps its activations: what is computed twice is no use of the device.
         rows, operations = next(iter(ours.values()))[2:4]
+        ours[f"{precisions[-1]}, checkpointing"] = our_step(folder, args, precisions[-1], "--activation-checkpointing")
         lines = [(f"unimo-train {p}", seconds, memory, waited) for p, (seconds, memory, _, _, waited) in ours.items()]
         for compiled in [False, True] if args.compile else [False]:
             for bf16 in (False, True):
