@@ -115,7 +115,7 @@ from PIL import Image
 
 screen = Image.open(sys.argv[1]).convert("RGB")
 width, height = screen.size
-frame = screen.crop((0, 0, width, height // 2))
+frame = screen.crop((0, 0, width, height * 2 // 3))
 letters = screen.crop((0, height * 2 // 3, width, height)).convert("L").point(lambda light: 255 if light > 250 else 0)
 sys.exit(0 if len(frame.getcolors(1 << 24)) > 100 and letters.getbbox() else 1)
 PYTHON
