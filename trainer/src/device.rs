@@ -14,8 +14,8 @@ pub enum DeviceChoice {
     Auto,
     /// The CPU.
     Cpu,
-    /// A CUDA device, by its number.
-    Cuda(usize),
+    /// A CUDA device: by its number, or one for each rank of this host.
+    Cuda(Option<usize>),
 }
 
 impl FromStr for DeviceChoice {
@@ -25,9 +25,9 @@ impl FromStr for DeviceChoice {
         match text {
             "auto" => Ok(Self::Auto),
             "cpu" => Ok(Self::Cpu),
-            "cuda" => Ok(Self::Cuda(0)),
+            "cuda" => Ok(Self::Cuda(None)),
             _ => match text.strip_prefix("cuda:").and_then(|number| number.parse().ok()) {
-                Some(number) => Ok(Self::Cuda(number)),
+                Some(number) => Ok(Self::Cuda(Some(number))),
                 None => Err("expected auto, cpu, cuda or cuda:N".to_owned()),
             },
         }
@@ -39,7 +39,8 @@ impl Display for DeviceChoice {
         match self {
             Self::Auto => f.write_str("auto"),
             Self::Cpu => f.write_str("cpu"),
-            Self::Cuda(number) => write!(f, "cuda:{number}"),
+            Self::Cuda(None) => f.write_str("cuda"),
+            Self::Cuda(Some(number)) => write!(f, "cuda:{number}"),
         }
     }
 }
@@ -88,26 +89,29 @@ impl DeviceError {
 }
 
 impl DeviceChoice {
-    /// Opens the device.
+    /// Opens the device, for the rank that has the number `local_rank` among those of this host: without a number of its own, ranks
+    /// have the host's devices in turn.
     ///
     /// # Errors
     /// A CUDA device was asked for by name and cannot be had.
-    pub fn open(self) -> Result<Device, DeviceError> {
+    pub fn open(self, local_rank: usize) -> Result<Device, DeviceError> {
         match self {
             Self::Cpu => Ok(Device::Cpu),
-            Self::Auto => Ok(open_cuda(0).unwrap_or(Device::Cpu)),
-            Self::Cuda(number) => open_cuda(number),
+            Self::Auto => Ok(open_cuda(|found| local_rank % found).unwrap_or(Device::Cpu)),
+            Self::Cuda(None) => open_cuda(|found| local_rank % found),
+            Self::Cuda(Some(number)) => open_cuda(|_| number),
         }
     }
 }
 
 #[cfg(not(feature = "cuda"))]
-fn open_cuda(_number: usize) -> Result<Device, DeviceError> {
+fn open_cuda(_choose: impl FnOnce(usize) -> usize) -> Result<Device, DeviceError> {
     Err(DeviceError::NotBuilt)
 }
 
 #[cfg(feature = "cuda")]
-fn open_cuda(number: usize) -> Result<Device, DeviceError> {
+/// Opens one of the devices, of which there are at least as many as `choose` is told.
+fn open_cuda(choose: impl FnOnce(usize) -> usize) -> Result<Device, DeviceError> {
     use candle_core::cuda_backend::cudarc::driver::{CudaContext, DriverError, sys::CUdevice_attribute_enum as Attribute};
 
     if let Some(missing) = crate::ops::cuda::libraries::missing() {
@@ -120,6 +124,7 @@ fn open_cuda(number: usize) -> Result<Device, DeviceError> {
         Err(DriverError(candle_core::cuda_backend::cudarc::driver::sys::CUresult::CUDA_ERROR_NO_DEVICE)) => 0,
         Err(error) => return Err(driver(error)),
     };
+    let number = choose(found.max(1));
     if number >= found {
         return Err(DeviceError::NoDevice { asked: number, found });
     }
@@ -186,8 +191,9 @@ mod tests {
         for (text, expected) in [
             ("auto", Ok(DeviceChoice::Auto)),
             ("cpu", Ok(DeviceChoice::Cpu)),
-            ("cuda", Ok(DeviceChoice::Cuda(0))),
-            ("cuda:3", Ok(DeviceChoice::Cuda(3))),
+            ("cuda", Ok(DeviceChoice::Cuda(None))),
+            ("cuda:0", Ok(DeviceChoice::Cuda(Some(0)))),
+            ("cuda:3", Ok(DeviceChoice::Cuda(Some(3)))),
             ("cuda:", Err(())),
             ("cuda:x", Err(())),
             ("gpu", Err(())),

@@ -27,7 +27,7 @@ use crate::evaluation::{self, Extent};
 use crate::model::{Dropout, ModelConfig, Unimo};
 use crate::objectives::{Orders, Source, StepBatch, Tally};
 use crate::optimizer::AdamW;
-use crate::parallel::{self, Alone, Collective, Passes};
+use crate::parallel::{self, Alone, Collective, Connected, Passes};
 use crate::recipe::Recipe;
 use crate::seed;
 use crate::tasks::generation::{self, SourceAndTarget};
@@ -123,6 +123,7 @@ pub fn run(job: &TrainingJob) -> Result<PathBuf> {
 /// # Errors
 /// As [`run`]; a rank that is gone, or has another job.
 pub fn run_among(ranks: &dyn Collective, job: &TrainingJob) -> Result<PathBuf> {
+    let ranks = &Connected::new(ranks, &job.device)?;
     parallel::agree(ranks, "recipe", toml::to_string(&job.recipe)?.as_bytes())?;
     parallel::agree(
         ranks,

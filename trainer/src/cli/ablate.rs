@@ -8,7 +8,7 @@ use anyhow::{Result, bail};
 use super::pretrain::DataArgs;
 use unimo_train::ablation::{Plan, ablate};
 use unimo_train::model::ModelConfig;
-use unimo_train::parallel::require_one_rank;
+use unimo_train::parallel::{Alone, require_one_rank};
 
 const EXAMPLES: &str = "Examples:
   unimo-train rewrite --pairs flickr8k/train --out rewrites
@@ -43,7 +43,7 @@ pub fn run(args: &Args) -> Result<ExitCode> {
     if args.data.dry_run || args.data.resume || args.data.stop_after.is_some() {
         bail!("an ablation always goes on with what is there; --dry-run, --resume and --stop-after are for single runs");
     }
-    let job = args.data.job(first, ModelConfig::named(&plan.size)?, None)?;
+    let job = args.data.job(&Alone, first, ModelConfig::named(&plan.size)?, None)?;
     print!("{}", ablate(&plan, &job, &args.data.out)?);
     Ok(ExitCode::SUCCESS)
 }

@@ -5,6 +5,7 @@ use candle_core::Device;
 use clap::{Args, ValueEnum};
 use unimo_train::device::DeviceChoice;
 use unimo_train::ops::{self, Precision};
+use unimo_train::parallel::{Alone, Collective, local_rank};
 
 /// What matrix products are computed in.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
@@ -20,7 +21,8 @@ pub enum PrecisionChoice {
 /// Where to compute, and how exactly.
 #[derive(Debug, Clone, Copy, Args)]
 pub struct DeviceArgs {
-    /// Where to compute: auto, cpu, cuda or cuda:N; auto is a CUDA device if this build can use one and there is one, else the CPU
+    /// Where to compute: auto, cpu, cuda or cuda:N; auto is a CUDA device if this build can use one and there is one, else the CPU. Several ranks on a host have its
+    /// devices in turn, unless a number says which
     #[arg(long, default_value = "auto", value_name = "DEVICE")]
     device: DeviceChoice,
     /// What matrix products are computed in [default: tf32 on a CUDA device, f32 on the CPU]; the CPU knows f32 and, where it has
@@ -43,7 +45,15 @@ impl DeviceArgs {
     /// # Errors
     /// A device that cannot be had, or a precision that it does not have.
     pub fn open(&self) -> Result<Device> {
-        let device = self.device.open()?;
+        self.open_among(&Alone)
+    }
+
+    /// As [`DeviceArgs::open`], for each of several ranks its own.
+    ///
+    /// # Errors
+    /// As there; a rank that is gone.
+    pub fn open_among(&self, ranks: &dyn Collective) -> Result<Device> {
+        let device = self.device.open(local_rank(ranks)?)?;
         let precision = match (self.precision, device.is_cpu()) {
             (None | Some(PrecisionChoice::F32), true) | (Some(PrecisionChoice::F32), false) => Precision::F32,
             (Some(PrecisionChoice::Tf32), true) => {

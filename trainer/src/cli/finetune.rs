@@ -112,6 +112,6 @@ pub fn run(args: &Args) -> Result<ExitCode> {
         };
         let init = checkpoint::resolve(&task.init)?;
         let size = ModelConfig::named(&init.join("model.toml").to_string_lossy())?;
-        task.data.run(ranks, &TrainingJob { task: downstream, writing, ..task.data.job(recipe, size, Some(init))? })
+        task.data.run(ranks, &TrainingJob { task: downstream, writing, ..task.data.job(ranks, recipe, size, Some(init))? })
     })
 }

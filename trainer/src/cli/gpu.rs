@@ -41,10 +41,10 @@ pub fn run(args: &GpuArgs) -> Result<ExitCode> {
     let GpuCommand::Check(CheckArgs { device }) = args.command;
     anyhow::ensure!(device != DeviceChoice::Cpu, "the CPU has no kernels to check; the tests do that by emulation");
     let device = match device {
-        DeviceChoice::Auto => DeviceChoice::Cuda(0),
+        DeviceChoice::Auto => DeviceChoice::Cuda(None),
         named => named,
     };
-    check(device.open()?)
+    check(device.open(0)?)
 }
 
 #[cfg(feature = "cuda")]

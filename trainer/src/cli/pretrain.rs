@@ -122,11 +122,11 @@ impl DataArgs {
         Ok(ExitCode::SUCCESS)
     }
 
-    /// The job that these arguments describe.
+    /// The job that these arguments describe, for one of the ranks.
     ///
     /// # Errors
     /// A device that cannot be had.
-    pub fn job(&self, recipe: Recipe, size: ModelConfig, init: Option<PathBuf>) -> Result<TrainingJob> {
+    pub fn job(&self, ranks: &dyn Collective, recipe: Recipe, size: ModelConfig, init: Option<PathBuf>) -> Result<TrainingJob> {
         Ok(TrainingJob {
             recipe,
             size,
@@ -148,7 +148,7 @@ impl DataArgs {
             data_note: self.data_note.clone(),
             stop_after: self.stop_after,
             activation_checkpointing: self.activation_checkpointing,
-            device: self.device.open()?,
+            device: self.device.open_among(ranks)?,
         })
     }
 }
@@ -159,7 +159,7 @@ impl DataArgs {
 /// Unusable input or failed writes.
 pub fn run(args: &Args) -> Result<ExitCode> {
     parallel::as_launched(|ranks| {
-        let job = args.data.job(Recipe::from_file(&args.recipe)?, ModelConfig::named(&args.size)?, args.init.clone())?;
+        let job = args.data.job(ranks, Recipe::from_file(&args.recipe)?, ModelConfig::named(&args.size)?, args.init.clone())?;
         args.data.run(ranks, &job)
     })
 }
@@ -181,7 +181,7 @@ mod tests {
         let words = "pretrain --size base --recipe r --tokenizer t --pairs p --regions a b --images c --out o";
         let args = Program::parse_from(words.split(' ')).args;
         let recipe = Recipe::from_toml("steps = 1\n[batch]\nimages = 2\ncaptions = 1\n").unwrap();
-        let job = args.data.job(recipe, ModelConfig::named(&args.size).unwrap(), None).unwrap();
+        let job = args.data.job(&parallel::Alone, recipe, ModelConfig::named(&args.size).unwrap(), None).unwrap();
         assert_eq!((job.regions, job.images), (vec!["a".into(), "b".into()], vec!["c".into()]));
         assert!(job.size.detects() && job.backbone.is_none());
     }

@@ -4,12 +4,18 @@ use anyhow::Result;
 use candle_core::backprop::GradStore;
 use candle_core::{Tensor, Var};
 
-use super::Collective;
+use super::{Collective, DeviceSums};
 
 /// Values that are summed at once: 4 MiB, so that what an exchange holds beside the gradients is small.
 const BUCKET: usize = 1 << 20;
 
+/// Values of a bucket in device memory, 32 MiB, that is written at once.
+const DEVICE_BUCKET: usize = 1 << 23;
+
 /// Replaces the gradients by their sums over all ranks. A variable that no rank has a gradient of keeps none.
+///
+/// Where the ranks have a way between their devices, the sums do not leave these; they are made in an order of its library's then, the
+/// same in every run of as many ranks on as many hosts.
 ///
 /// candle gives the gradients of a backward pass all at once, when it is through: there is nothing left to overlap the exchange
 /// with, and buckets bound its memory only.
@@ -26,6 +32,9 @@ pub fn all_reduce<'a>(
     ranks.all_reduce(&mut having)?;
     let mut having = having.into_iter();
     variables.retain(|_| having.next().is_some_and(|ranks| ranks > 0.0));
+    if let Some(devices) = ranks.devices() {
+        return sum_on_devices(devices, &variables, gradients);
+    }
 
     let (mut of_bucket, mut bucket) = (Vec::new(), Vec::new());
     for (i, var) in variables.iter().enumerate() {
@@ -51,16 +60,65 @@ pub fn all_reduce<'a>(
     Ok(())
 }
 
+/// As [`all_reduce`], of the variables that some rank has a gradient of.
+fn sum_on_devices(devices: &dyn DeviceSums, variables: &[&Var], gradients: &mut GradStore) -> Result<()> {
+    let (mut buckets, mut size) = (Vec::<(Tensor, Vec<&Var>)>::new(), 0);
+    let (mut parts, mut of_bucket) = (Vec::new(), Vec::new());
+    for (i, &var) in variables.iter().enumerate() {
+        let count = var.elem_count();
+        parts.push(match gradients.remove(var) {
+            Some(gradient) => gradient.flatten_all()?,
+            None => Tensor::zeros(count, var.dtype(), var.device())?,
+        });
+        of_bucket.push(var);
+        size += count;
+        if size >= DEVICE_BUCKET || i + 1 == variables.len() {
+            // Sums are made in place: in memory of their own.
+            let bucket = Tensor::zeros(size, var.dtype(), var.device())?;
+            let mut at = 0;
+            for part in parts.drain(..) {
+                bucket.slice_set(&part.contiguous()?, 0, at)?;
+                at += part.elem_count();
+            }
+            buckets.push((bucket, std::mem::take(&mut of_bucket)));
+            size = 0;
+        }
+    }
+    devices.sum(&buckets.iter().map(|(bucket, _)| bucket.clone()).collect::<Vec<_>>())?;
+    for (bucket, variables) in buckets {
+        let mut at = 0;
+        for var in variables {
+            gradients.insert(var, bucket.narrow(0, at, var.elem_count())?.reshape(var.shape())?);
+            at += var.elem_count();
+        }
+    }
+    Ok(())
+}
+
 #[cfg(test)]
 mod tests {
     use candle_core::Device;
 
+    use super::super::Connected;
+    use super::super::nccl::Communicator;
+    use super::super::nccl::testing::{OnHost, stand_in};
     use super::super::testing::among;
     use super::*;
 
     #[test]
     fn every_rank_has_the_sums_also_of_what_it_had_no_gradient_of() {
+        the_sums_are_right(&|_| None);
+    }
+
+    #[test]
+    fn sums_between_devices_are_those_of_the_hosts() {
+        the_sums_are_right(&|ranks| Some(Box::new(OnHost(Communicator::join(stand_in(), ranks).unwrap()))));
+    }
+
+    fn the_sums_are_right(devices: &(dyn Fn(&dyn Collective) -> Option<Box<dyn DeviceSums>> + Sync)) {
         let got = among(3, |ranks| {
+            let connected = devices(ranks).map(|devices| Connected::by(ranks, devices));
+            let ranks = connected.as_ref().map_or(ranks, |connected| connected as &dyn Collective);
             // The first fills a bucket and more; nobody has a gradient of the last.
             let sizes = [BUCKET + 5, 3, 1, 4];
             let vars = sizes.map(|size| Var::ones(size, candle_core::DType::F32, &Device::Cpu).unwrap());

@@ -5,8 +5,11 @@
 //! gradients ([`gradients`]). Every rank draws its own part of one plan, and makes the same update of the same weights.
 
 pub mod contrast;
+mod devices;
 pub mod gradients;
 mod launch;
+#[cfg(any(feature = "nccl", test))]
+mod nccl;
 mod rendezvous;
 mod tcp;
 mod wire;
@@ -17,6 +20,7 @@ use std::time::Duration;
 use anyhow::{Context, Result, bail};
 use sha2::{Digest, Sha256};
 
+pub use devices::{Connected, DeviceSums, local_rank};
 pub use launch::{Launch, LaunchError};
 pub use tcp::TcpRanks;
 
@@ -117,6 +121,11 @@ pub trait Collective: Send + Sync {
         self.all_gather(&[]).map(drop)
     }
 
+    /// The way from device memory to device memory, where there is one.
+    fn devices(&self) -> Option<&dyn DeviceSums> {
+        None
+    }
+
     /// Tells the others that this rank makes no more calls: because all is done, or because of `trouble`.
     fn leave(&self, trouble: Option<&str>);
 }
@@ -156,17 +165,22 @@ pub fn as_launched<T>(work: impl FnOnce(&dyn Collective) -> Result<T>) -> Result
     let Some(launch) = Launch::from_environment(&|name| std::env::var(name).ok())? else {
         return work(&Alone);
     };
-    let seconds = match std::env::var(PATIENCE) {
-        Ok(value) => value.parse().ok().filter(|s| *s > 0).with_context(|| format!("{PATIENCE} is `{value}`, not seconds"))?,
-        Err(_) => DEFAULT_PATIENCE,
-    };
-    let ranks = TcpRanks::join(&launch, Duration::from_secs(seconds))?;
+    let ranks = TcpRanks::join(&launch, patience()?)?;
     let result = agree(&ranks, "program (unimo-train)", &program()?).and_then(|()| work(&ranks));
     match &result {
         Ok(_) => ranks.leave(None),
         Err(error) => ranks.leave(Some(&format!("{error:#}"))),
     }
     result
+}
+
+/// For how long ranks wait for one that is silent.
+fn patience() -> Result<Duration> {
+    let seconds = match std::env::var(PATIENCE) {
+        Ok(value) => value.parse().ok().filter(|s| *s > 0).with_context(|| format!("{PATIENCE} is `{value}`, not seconds"))?,
+        Err(_) => DEFAULT_PATIENCE,
+    };
+    Ok(Duration::from_secs(seconds))
 }
 
 /// Refuses to do, several times beside itself, what one process does.

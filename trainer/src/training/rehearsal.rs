@@ -7,7 +7,7 @@ use anyhow::Result;
 use super::TrainingJob;
 use super::set_up::set_up;
 use crate::checkpoint;
-use crate::parallel::{self, Alone, Collective};
+use crate::parallel::{self, Alone, Collective, Connected};
 
 /// What a job would cost, by a few of its steps.
 #[derive(Debug, Clone)]
@@ -52,6 +52,7 @@ pub fn rehearse(job: &TrainingJob) -> Result<Rehearsal> {
 /// # Errors
 /// As [`super::run_among`].
 pub fn rehearse_among(ranks: &dyn Collective, job: &TrainingJob) -> Result<Rehearsal> {
+    let ranks = &Connected::new(ranks, &job.device)?;
     parallel::agree(ranks, "recipe", toml::to_string(&job.recipe)?.as_bytes())?;
     let existing = checkpoint::list(&job.run.join("checkpoints"))?;
     set_up(job, &existing, ranks, |mut ready| {
