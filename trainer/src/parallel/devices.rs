@@ -148,7 +148,7 @@ mod found {
     use std::thread;
     use std::time::{Duration, Instant};
 
-    use anyhow::{Context, Result, bail};
+    use anyhow::{Result, bail};
     use candle_core::cuda_backend::CudaDType;
     use candle_core::cuda_backend::cudarc::driver::DevicePtr;
     use candle_core::{CudaDevice, Device, Storage, Tensor};
@@ -169,6 +169,9 @@ mod found {
     pub fn way(device: &Device) -> Result<Way, String> {
         let Device::Cuda(device) = device else { return Err(String::new()) };
         let nccl = nccl::find().map_err(|error| format!("{error:#}"))?;
+        // NCCL works on the thread's current device. One that cannot be it is told before anybody waits for this rank in NCCL.
+        let current = device.cuda_stream().context().bind_to_thread();
+        current.map_err(|error| format!("this rank's device cannot be used: {error}"))?;
         Ok(Way { device: device.clone(), nccl })
     }
 
@@ -182,8 +185,6 @@ mod found {
 
         pub fn open(self, ranks: &dyn Collective) -> Result<Box<dyn DeviceSums>> {
             let Self { device, nccl } = self;
-            let stream = device.cuda_stream();
-            stream.context().bind_to_thread().context("this rank's device cannot be used")?;
             let communicator = Communicator::join(nccl, ranks)?;
             Ok(Box::new(OnCuda { communicator, device, patience: super::super::patience()? }))
         }

@@ -115,7 +115,10 @@ mod tests {
         the_sums_are_right(&|ranks| Some(Box::new(OnHost(Communicator::join(stand_in(), ranks).unwrap()))));
     }
 
-    fn the_sums_are_right(devices: &(dyn Fn(&dyn Collective) -> Option<Box<dyn DeviceSums>> + Sync)) {
+    /// Gives a rank its way between devices.
+    type Connect = dyn Fn(&dyn Collective) -> Option<Box<dyn DeviceSums>> + Sync;
+
+    fn the_sums_are_right(devices: &Connect) {
         let got = among(3, |ranks| {
             let connected = devices(ranks).map(|devices| Connected::by(ranks, devices));
             let ranks = connected.as_ref().map_or(ranks, |connected| connected as &dyn Collective);
