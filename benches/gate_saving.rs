@@ -5,12 +5,12 @@
 //! ```
 //!
 //! Streams are made of photographs, since none of a camera is at hand: each is a scene that stays for a while, and halfway a part
-//! of another photograph enters it (a quarter of the frame's width, half of its height). Every frame has a sensor's noise (uniform, ±8 of 255 levels) and is
-//! compressed as a camera's MJPEG. Three cameras see the scenes: one that stands `still`, one under changing `light` (brightness
+//! of another photograph enters it (a quarter of the frame's width, half of its height). Every frame has a sensor's noise (uniform,
+//! ±8 of 255 levels) and is compressed as a camera's MJPEG. Three cameras see the scenes: one that stands `still`, one under changing `light` (brightness
 //! swings by ±15 % in 20 frames), and one that `sways` (up to 8 of 640 pixels in each direction, anew in every frame).
 //!
-//! Prints a Markdown table with a row for each gate, a cosine distance: of each camera, the captions made of a scene, of which two are needed,
-//! and the share of scenes that got none; of the still one, the share of what enters that got none. Above the table: of each
+//! Prints a Markdown table with a row for each gate, a cosine distance: of each camera, the captions made of a scene, of which two are
+//! needed, and the share of scenes that got none; of the still one, the share of what enters that got none. Above the table: of each
 //! camera the share of frames that differed in pixels and were shown to the model at all.
 
 use std::path::PathBuf;

@@ -21,8 +21,8 @@ pub enum PrecisionChoice {
 /// Where to compute, and how exactly.
 #[derive(Debug, Clone, Copy, Args)]
 pub struct DeviceArgs {
-    /// Where to compute: auto, cpu, cuda or cuda:N; auto is a CUDA device if this build can use one and there is one, else the CPU. Several ranks on a host have its
-    /// devices in turn, unless a number says which
+    /// Where to compute: auto, cpu, cuda or cuda:N; auto is a CUDA device if this build can use one and there is one, else the CPU.
+    /// Several ranks on a host have its devices in turn, unless a number says which
     #[arg(long, default_value = "auto", value_name = "DEVICE")]
     device: DeviceChoice,
     /// What matrix products are computed in [default: tf32 on a CUDA device, f32 on the CPU]; the CPU knows f32 and, where it has

@@ -62,8 +62,8 @@ impl Learning {
         Self { by, terms: Vec::new(), known: Vec::new(), gradients: None }
     }
 
-    /// Takes losses, and what is carried for the contrasts of all passes, and adds the gradients of their sum by what is trained, which
-    /// `backward` takes.
+    /// Takes losses, and what is carried for the contrasts of all passes, and adds the gradients of their sum by what is trained,
+    /// which `backward` takes.
     pub(super) fn add(
         &mut self,
         terms: Vec<Term>,

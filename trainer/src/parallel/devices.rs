@@ -24,8 +24,8 @@ pub struct Connected<'a> {
 impl<'a> Connected<'a> {
     /// Finds the way between the ranks' devices. All ranks call this, each with its own.
     ///
-    /// There is one where all compute on CUDA devices, no two on the same one, this build has the feature `nccl`, and NCCL is found. Where
-    /// not, rank 0 says why, and sums go through the hosts.
+    /// There is one where all compute on CUDA devices, no two on the same one, this build has the feature `nccl`, and NCCL is found.
+    /// Where not, rank 0 says why, and sums go through the hosts.
     ///
     /// # Errors
     /// A rank that is gone; what NCCL says.
