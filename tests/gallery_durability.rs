@@ -7,7 +7,7 @@ use std::sync::LazyLock;
 use std::time::Duration;
 
 use unimo_tests::index::{add, exported, scratch, stats, statuses};
-use unimo_tests::{command, path, program};
+use unimo_tests::{command, program};
 
 /// A bundle of random weights: it sees little, but the same every time.
 static BUNDLE: LazyLock<String> = LazyLock::new(|| {
@@ -73,9 +73,11 @@ fn kill_9_loses_nothing_that_was_acknowledged() {
 fn a_full_disk_is_said_and_loses_nothing() {
     let (_folder, pictures, gallery) = scratch(16);
     // No file may grow beyond 120 blocks of 512 or 1024 bytes, as the shell counts.
+    let unimo = command("unimo");
     let output = Command::new("sh")
         .args(["-c", "ulimit -f 120; exec \"$0\" \"$@\""])
-        .arg(path("unimo"))
+        .arg(unimo.get_program())
+        .args(unimo.get_args())
         .args(["index", "add", "--jsonl", "--gallery", &gallery, "--bundle", &BUNDLE])
         .args(&pictures)
         .output()
