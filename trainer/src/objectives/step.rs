@@ -441,6 +441,17 @@ mod tests {
              [weights]\ncross_modal = 1.0\n",
         )
         .unwrap();
+        // Of a step nothing is left but gradients: a graph behind one would keep the activations of its chunk.
+        for chunks in [1, 2] {
+            let mut recipe = recipe.clone();
+            recipe.batch.chunks = chunks;
+            let batch = StepBatch::build(&model, &recipe, &source, &mut Orders::default(), 0).unwrap();
+            let whole = Tally::of(&batch, &model, source.vision);
+            let learnt = batch.learn(&model, &recipe, &source, Dropout::OFF, &whole, &crate::parallel::Alone).unwrap();
+            let moved: Vec<_> = model.weights().values().filter_map(|var| learnt.gradients.get(var)).collect();
+            assert!(!moved.is_empty() && moved.iter().all(|gradient| !gradient.track_op()), "{chunks} chunks: a graph is kept");
+            assert_eq!(learnt.gradients.get_ids().count(), moved.len(), "{chunks} chunks: something else is kept");
+        }
         let batch = StepBatch::build(&model, &recipe, &source, &mut order, 0).unwrap();
         let [chunk] = batch.chunks.as_slice() else { panic!("one pass") };
         let means = chunk.further_means.as_ref().unwrap().to_vec2::<f32>().unwrap();
