@@ -1,13 +1,16 @@
 //! A bundle opened on an engine: captions, embeds and matches.
 
+mod writer;
+
 use std::any::Any;
 use std::sync::{Arc, Mutex, PoisonError};
 
 use ::image::RgbImage;
 
+use self::writer::Writer;
 use crate::bundle::manifest::{Form, Manifest, Precision, Sizes};
 use crate::bundle::{Bundle, BundleError, BundleFault, BundleSource};
-use crate::captioning::{Branch, Caption, DecodeOptions, KvPool, LanguageModel, beam_search, log_likelihood};
+use crate::captioning::{Caption, DecodeOptions, beam_search, log_likelihood};
 use crate::engine::{self, Engine, EngineError, EngineOptions, Graph, GraphSource, Tensor};
 use crate::tokenizer::{CLS, PAD, SEP, Tokenizer};
 
@@ -269,7 +272,7 @@ impl Model {
         let mut writer = self.writer(vision, options.beam)?;
         let best = beam_search(&mut writer, options)?;
         let text = self.tokenizer.decode(&best.tokens);
-        Ok(Caption { text, tokens: best.tokens, score: best.score, steps: writer.steps })
+        Ok(Caption { text, tokens: best.tokens, score: best.score, steps: writer.steps() })
     }
 
     /// Natural logarithm of the probability that the model captions a picture with just this text, which is cut to
@@ -284,9 +287,7 @@ impl Model {
 
     fn writer<'a>(&'a self, vision: &'a Vision, beam: usize) -> Result<Writer<'a>, ModelError> {
         let sizes = self.decoder_sizes(beam);
-        let graph = self.sized_graph(GraphName::Decode, sizes)?;
-        let pool = KvPool::new(&self.manifest().model, sizes);
-        Ok(Writer { model: self, vision, graph, sizes, pool, steps: 0 })
+        Ok(Writer::new(self, vision, self.sized_graph(GraphName::Decode, sizes)?, sizes)?)
     }
 
     /// `ids` and `mask` of a text: `[CLS] w1 … wn [SEP] [PAD] …`.
@@ -351,49 +352,6 @@ impl Model {
         }
         let external = |location: &str| self.bundle.share(&format!("{folder}{location}")).ok();
         Ok(work(&GraphSource { signature: &signature.fixed(sizes), sizes, onnx, external: &external })?)
-    }
-}
-
-/// The `decode` graph as a language model over one picture, whose keys and values all hypotheses share.
-struct Writer<'a> {
-    model: &'a Model,
-    vision: &'a Vision,
-    graph: Arc<dyn Graph>,
-    sizes: Sizes,
-    pool: KvPool,
-    steps: usize,
-}
-
-impl LanguageModel for Writer<'_> {
-    type Error = ModelError;
-
-    fn read(&mut self, branches: &[Branch]) -> Result<Vec<f32>, ModelError> {
-        self.steps += 1;
-        self.pool.branch(branches.iter().map(|branch| branch.parent));
-        // The graph reads as many hypotheses as the beam is wide, also where fewer are open; what it makes of the rest is left.
-        let ids = branches.iter().map(|branch| i64::from(branch.id)).chain(std::iter::repeat(i64::from(PAD)));
-        let ids = ids.take(self.sizes.hypotheses).collect();
-        let tokens = tensor(GraphName::Decode, "tokens", Tensor::i64(&[self.sizes.hypotheses], ids))?;
-        let position = tensor(GraphName::Decode, "position", Tensor::i64(&[1], vec![self.pool.words() as i64]))?;
-        let [keys, values, mask] = self.pool.inputs();
-        let inputs = [
-            ("tokens", &tokens),
-            ("position", &position),
-            ("prefix_keys", &self.vision.prefix_keys),
-            ("prefix_values", &self.vision.prefix_values),
-            keys,
-            values,
-            mask,
-        ];
-        let [logits, new_keys, new_values] = outputs(GraphName::Decode, self.graph.run(&inputs)?)?;
-        self.pool.store(&new_keys, &new_values, branches.len());
-        let mut logits = logits.into_floats();
-        logits.truncate(branches.len() * self.model.manifest().model.vocabulary);
-        Ok(logits)
-    }
-
-    fn is_forbidden(&self, id: u32) -> bool {
-        self.model.tokenizer.is_special(id)
     }
 }
 

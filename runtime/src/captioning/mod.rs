@@ -5,7 +5,7 @@ mod cache;
 mod likelihood;
 
 pub use self::beam::{Branch, Hypothesis, LanguageModel, beam_search};
-pub use self::cache::KvPool;
+pub use self::cache::{KvPool, Slots};
 pub use self::likelihood::log_likelihood;
 
 use crate::bundle::manifest::DecodingDefaults;

@@ -249,6 +249,27 @@ pub trait Graph: Send + Sync {
     /// # Errors
     /// Where an input is missing or of another shape, or the engine fails.
     fn run(&self, inputs: &[(&str, &Tensor)]) -> Result<Vec<Tensor>, EngineError>;
+
+    /// The graph with its past kept where the engine computes; `None` where that is the host's memory, which the engine reads in
+    /// place.
+    ///
+    /// # Errors
+    /// Where the engine has no memory for it.
+    fn cached(&self) -> Result<Option<Box<dyn CachedGraph>>, EngineError> {
+        Ok(None)
+    }
+}
+
+/// A graph that goes on from what it gave before: of its inputs, every `past_x` stays with the engine, which writes the output
+/// `new_x` into it. Neither crosses to the host.
+pub trait CachedGraph: Send {
+    /// Runs it once. Of the inputs those that are not `past_…` are given, of the outputs those that are not `new_…` come back, in
+    /// the signature's order. Row i of each `new_x`, along the axis before the last, is written to row `slot + i` of `past_x`,
+    /// before or while this run reads `past_x`: these rows must not matter to it.
+    ///
+    /// # Errors
+    /// Where an input is missing or of another shape, the rows do not fit, or the engine fails.
+    fn run(&mut self, inputs: &[(&str, &Tensor)], slot: usize) -> Result<Vec<Tensor>, EngineError>;
 }
 
 /// Opens the engine that the options name.
@@ -333,8 +354,27 @@ fn typed(dtype: Dtype, shape: &[usize]) -> String {
 }
 
 #[cfg(test)]
-mod tests {
+pub(crate) mod tests {
     use super::*;
+
+    /// What needs ONNX Runtime; none, said so, where no library lies and none must.
+    #[cfg(feature = "ort")]
+    pub(crate) fn with_library<T, E: fmt::Display>(made: Result<T, E>) -> Option<T> {
+        match made {
+            Ok(made) => Some(made),
+            Err(error) if std::env::var_os("UNIMO_REQUIRE_ORT").is_some() => panic!("{error}"),
+            Err(error) => {
+                println!("not tested: {error}");
+                None
+            }
+        }
+    }
+
+    /// ONNX Runtime on the processor, whose memory it takes for that of a device.
+    #[cfg(all(feature = "ort", feature = "tract"))]
+    pub(crate) fn ort_with_device(options: &EngineOptions) -> Box<dyn Engine> {
+        Box::new(ort::tests::with_device(options))
+    }
 
     #[test]
     fn engines_that_are_not_there() {

@@ -180,3 +180,36 @@ fn an_observer_sees_each_graph_loaded_once() {
     assert!(model.match_score(&vision, "a dog").is_err());
     assert_eq!(seen.lock().unwrap()[2..], ["match", "match done"]);
 }
+
+/// The shipped model, with ONNX Runtime: whether its words' keys and values lie with the engine or here makes no difference. The
+/// processor's memory stands for a device's.
+#[cfg(all(feature = "ort", feature = "embedded-bundle"))]
+#[test]
+fn captions_are_the_same_with_the_past_kept_by_the_engine() {
+    let options = EngineOptions { engine: engine::EngineKind::Ort, ..EngineOptions::default() };
+    let Some(here) = engine::tests::with_library(Model::open(&BundleSource::Embedded, &options)) else { return };
+    let mut there = Model::open(&BundleSource::Embedded, &options).unwrap();
+    there.engine = engine::tests::ort_with_device(&options);
+    let pictures = [
+        grey(90),
+        RgbImage::from_fn(64, 48, |x, y| Rgb([4 * x as u8, 5 * y as u8, 120])),
+        RgbImage::from_fn(50, 50, |x, y| if (x / 10 + y / 10) % 2 == 0 { Rgb([200, 40, 30]) } else { Rgb([20, 160, 60]) }),
+    ];
+    for picture in &pictures {
+        let vision = here.see(picture).unwrap();
+        for beam in [1, 3] {
+            let options =
+                DecodeOptions { beam, max_words: here.manifest().model.max_text - 1, length_penalty: 0.6, no_repeat: 0 };
+            let (a, b) = (here.caption(&vision, &options).unwrap(), there.caption(&vision, &options).unwrap());
+            assert_eq!((a.tokens, a.steps), (b.tokens, b.steps));
+            assert!((a.score - b.score).abs() < 1e-5, "{} {}", a.score, b.score);
+        }
+        // As long a text as there is room for.
+        let text = "a dog runs over the green grass ".repeat(8);
+        let [a, b] = [&here, &there].map(|model| model.log_likelihood(&vision, &text).unwrap());
+        assert!((a - b).abs() < 1e-4 * a.abs(), "{a} {b}");
+    }
+    let sizes = there.decoder_sizes(3);
+    assert!(there.sized_graph(GraphName::Decode, sizes).unwrap().cached().unwrap().is_some());
+    assert!(here.sized_graph(GraphName::Decode, sizes).unwrap().cached().unwrap().is_none());
+}

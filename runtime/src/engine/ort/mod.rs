@@ -1,5 +1,6 @@
 //! [ONNX Runtime](https://onnxruntime.ai), a shared library that is found and loaded when this engine is first opened.
 
+mod cache;
 mod library;
 
 use std::error::Error as _;
@@ -11,14 +12,15 @@ use ort::ep::{self, ExecutionProvider, ExecutionProviderDispatch};
 use ort::logging::LogLevel;
 use ort::memory::AllocationDevice;
 use ort::session::builder::GraphOptimizationLevel;
-use ort::session::{Session, SessionInputValue};
-use ort::value::{Outlet, Tensor as OrtTensor, TensorElementType, TensorRef};
+use ort::session::{Session, SessionInputValue, SessionOutputs};
+use ort::value::{Outlet, Shape, Tensor as OrtTensor, TensorElementType, TensorRef};
 
+use self::cache::{Cached, Caching, Running};
 use super::tensor::Native;
-use super::{Engine, EngineError, EngineKind, EngineOptions, Graph, GraphSource, Provider, Tensor};
+use super::{CachedGraph, Engine, EngineError, EngineKind, EngineOptions, Graph, GraphSource, Provider, Tensor};
 use super::{check_names, checked_output, ordered_inputs, shape_error};
 use crate::bundle::SharedBytes;
-use crate::bundle::manifest::{Dtype, GraphSignature, Sizes, Symbol, WEIGHTS};
+use crate::bundle::manifest::{Dtype, GraphSignature, Sizes, Symbol, TensorSignature, WEIGHTS};
 
 /// The library, once it is loaded; a process has one.
 struct Loaded {
@@ -126,6 +128,8 @@ fn find(named: Option<&Path>) -> Result<PathBuf, EngineError> {
 pub(super) struct Ort {
     environment: Environment,
     options: EngineOptions,
+    /// Memory of its own that the provider computes in.
+    device: Option<AllocationDevice<'static>>,
 }
 
 impl Ort {
@@ -135,36 +139,37 @@ impl Ort {
         if !has {
             return Err(EngineError::Provider { engine: EngineKind::Ort, provider: options.provider });
         }
-        Ok(Self { environment, options: options.clone() })
+        Ok(Self { environment, options: options.clone(), device: device(options.provider) })
     }
 }
 
 impl Engine for Ort {
     fn load(&self, source: &GraphSource<'_>) -> Result<Box<dyn Graph>, EngineError> {
-        let graph = OrtGraph {
-            sessions: Mutex::new(Vec::new()),
+        let program = |signature: GraphSignature, onnx: Box<[u8]>| Program {
             environment: self.environment.clone(),
             options: self.options.clone(),
-            signature: source.signature.clone(),
             sizes: source.sizes,
-            onnx: source.onnx.into(),
             weights: (source.external)(WEIGHTS),
-            device: device(self.options.provider),
+            signature,
+            onnx,
         };
-        let session = graph.session()?;
-        check_names(source.signature, &names(session.inputs()), &names(session.outputs()))?;
-        for (kind, outlets, expected) in
-            [("input", session.inputs(), &source.signature.inputs), ("output", session.outputs(), &source.signature.outputs)]
-        {
-            for (outlet, expected) in outlets.iter().zip(expected) {
-                let (element, shape) = (outlet.dtype().tensor_type(), outlet.dtype().tensor_shape());
-                let same = shape.is_some_and(|shape| shape.iter().map(|&d| d as usize).eq(expected.shape.iter().copied()));
-                if element != Some(element_type(expected.dtype)) || !same {
-                    return Err(shape_error(source.signature, kind, expected, outlet.dtype().to_string()));
-                }
-            }
+        let graph = OrtGraph {
+            plain: program(source.signature.clone(), source.onnx.into()),
+            sessions: Mutex::default(),
+            device: self.device.clone(),
+            cached: self.device.as_ref().and_then(|device| {
+                let caching = Caching::of(source.signature)?;
+                let program = program(caching.extended.clone(), caching.extend(source.onnx).into());
+                // TensorRT may do as it likes with what it reads before it has written.
+                let in_place = self.options.provider != Provider::Tensorrt;
+                Some(Arc::new(Cached { program, caching, device: device.clone(), in_place, idle: Mutex::default() }))
+            }),
+        };
+        // A session that is made now tells what is wrong with the graph now. On a device, keys and values are asked for first.
+        match &graph.cached {
+            Some(cached) => cached.give_back(cached.take()?),
+            None => graph.give_back(graph.plain.session()?),
         }
-        graph.give_back(session);
         Ok(Box::new(graph))
     }
 }
@@ -180,9 +185,8 @@ fn element_type(dtype: Dtype) -> TensorElementType {
     }
 }
 
-struct OrtGraph {
-    /// Idle sessions: a session runs for one thread at a time, and each thread that finds none makes one more.
-    sessions: Mutex<Vec<Session>>,
+/// What sessions are made of.
+struct Program {
     environment: Environment,
     options: EngineOptions,
     signature: GraphSignature,
@@ -190,27 +194,27 @@ struct OrtGraph {
     onnx: Box<[u8]>,
     /// Where they lie in the bundle; a session copies of them what it keeps.
     weights: Option<SharedBytes>,
-    /// Memory of its own that the provider computes in.
-    device: Option<AllocationDevice<'static>>,
 }
 
-/// A tensor's copy in a provider's own memory, to which nothing is written.
-#[derive(Debug)]
-struct OnDevice(OrtTensor<f32>);
-
-impl Native for OnDevice {
-    fn write(&mut self, _: &dyn Fn(&mut [f32])) -> bool {
-        false
-    }
-}
-
-impl OrtGraph {
-    /// A session that was given back, or a new one.
+impl Program {
+    /// A new session, with inputs and outputs as the signature says.
     fn session(&self) -> Result<Session, EngineError> {
-        if let Some(session) = self.sessions.lock().unwrap_or_else(PoisonError::into_inner).pop() {
-            return Ok(session);
+        let signature = &self.signature;
+        let refused = |error: ort::Error| EngineError::Load { graph: signature.name.clone(), reason: one_line(&error) };
+        let session = self.build().map_err(refused)?;
+        check_names(signature, &names(session.inputs()), &names(session.outputs()))?;
+        for (kind, outlets, expected) in
+            [("input", session.inputs(), &signature.inputs), ("output", session.outputs(), &signature.outputs)]
+        {
+            for (outlet, expected) in outlets.iter().zip(expected) {
+                let (element, shape) = (outlet.dtype().tensor_type(), outlet.dtype().tensor_shape());
+                let same = shape.is_some_and(|shape| shape.iter().map(|&d| d as usize).eq(expected.shape.iter().copied()));
+                if element != Some(element_type(expected.dtype)) || !same {
+                    return Err(shape_error(signature, kind, expected, outlet.dtype().to_string()));
+                }
+            }
         }
-        self.build().map_err(|error| EngineError::Load { graph: self.signature.name.clone(), reason: one_line(&error) })
+        Ok(session)
     }
 
     fn build(&self) -> ort::Result<Session> {
@@ -238,30 +242,57 @@ impl OrtGraph {
         builder.commit_from_memory(&self.onnx)
     }
 
+    fn failed(&self, error: &ort::Error) -> EngineError {
+        EngineError::Run { graph: self.signature.name.clone(), reason: one_line(error) }
+    }
+}
+
+struct OrtGraph {
+    plain: Program,
+    /// Idle sessions: a session runs for one thread at a time, and each thread that finds none makes one more.
+    sessions: Mutex<Vec<Session>>,
+    /// Memory of its own that the provider computes in.
+    device: Option<AllocationDevice<'static>>,
+    /// The graph with its past kept there.
+    cached: Option<Arc<Cached>>,
+}
+
+/// A tensor's copy in a provider's own memory, to which nothing is written.
+#[derive(Debug)]
+struct OnDevice(OrtTensor<f32>);
+
+impl OnDevice {
+    /// The copy of an input that is given again; made at the first run.
+    fn of(device: &AllocationDevice<'static>, name: &str, tensor: &Tensor) -> ort::Result<Option<Arc<Self>>> {
+        let copy = |tensor: &Tensor| Ok(Self(floats(tensor)?.to(device.clone(), 0)?));
+        GIVEN_AGAIN.contains(&name).then(|| tensor.native(copy)).transpose()
+    }
+}
+
+impl Native for OnDevice {
+    fn write(&mut self, _: &dyn Fn(&mut [f32])) -> bool {
+        false
+    }
+}
+
+impl OrtGraph {
+    /// A session that was given back, or a new one.
+    fn session(&self) -> Result<Session, EngineError> {
+        let idle = self.sessions.lock().unwrap_or_else(PoisonError::into_inner).pop();
+        idle.map_or_else(|| self.plain.session(), Ok)
+    }
+
     fn give_back(&self, session: Session) {
         self.sessions.lock().unwrap_or_else(PoisonError::into_inner).push(session);
     }
 
-    fn failed(&self, error: &ort::Error) -> EngineError {
-        EngineError::Run { graph: self.signature.name.clone(), reason: one_line(error) }
-    }
-
-    /// The copy of an input that is given again, in the provider's own memory if it has such; made at the first run.
-    fn on_device(&self, name: &str, tensor: &Tensor) -> ort::Result<Option<Arc<OnDevice>>> {
-        let Some(device) = self.device.as_ref().filter(|_| GIVEN_AGAIN.contains(&name)) else { return Ok(None) };
-        let copy = |tensor: &Tensor| {
-            let here = OrtTensor::from_array((tensor.shape(), tensor.floats().to_vec()))?;
-            Ok(OnDevice(here.to(device.clone(), 0)?))
-        };
-        tensor.native(copy).map(Some)
-    }
-
     fn run_on(&self, session: &mut Session, inputs: &[(&str, &Tensor)]) -> Result<Vec<Tensor>, EngineError> {
-        let failed = |error: ort::Error| self.failed(&error);
-        let tensors = ordered_inputs(&self.signature, inputs)?;
-        let names = || self.signature.inputs.iter().map(|input| input.name.as_str());
-        let copies = names().zip(&tensors).map(|(name, tensor)| self.on_device(name, tensor));
-        let copies = copies.collect::<ort::Result<Vec<_>>>().map_err(failed)?;
+        let signature = &self.plain.signature;
+        let failed = |error: ort::Error| self.plain.failed(&error);
+        let tensors = ordered_inputs(signature, inputs)?;
+        let names = || signature.inputs.iter().map(|input| input.name.as_str());
+        let copy = |(name, tensor)| self.device.as_ref().map_or(Ok(None), |device| OnDevice::of(device, name, tensor));
+        let copies = names().zip(tensors.iter().copied()).map(copy).collect::<ort::Result<Vec<_>>>().map_err(failed)?;
         // Views: nothing is copied on the way in, however large the cache; by a provider with memory of its own, what it has not yet.
         let named = names().zip(tensors.iter().zip(&copies)).map(|(name, (tensor, copy))| {
             let copy = copy.as_ref().map(|copy| SessionInputValue::from(&copy.0));
@@ -269,25 +300,31 @@ impl OrtGraph {
         });
         let named: Vec<(&str, SessionInputValue)> = named.collect::<ort::Result<_>>().map_err(failed)?;
         let outputs = session.run(named).map_err(failed)?;
-        let output = |(index, expected): (usize, &crate::bundle::manifest::TensorSignature)| {
-            let value =
-                outputs.get(&expected.name).ok_or_else(|| shape_error(&self.signature, "output", expected, "missing".into()))?;
-            let (shape, tensor) = match expected.dtype {
-                Dtype::F32 => {
-                    let (shape, data) = value.try_extract_tensor::<f32>().map_err(failed)?;
-                    let shape: Vec<usize> = shape.iter().map(|&d| d as usize).collect();
-                    (shape.clone(), Tensor::f32(&shape, data.to_vec()))
-                }
-                Dtype::I64 => {
-                    let (shape, data) = value.try_extract_tensor::<i64>().map_err(failed)?;
-                    let shape: Vec<usize> = shape.iter().map(|&d| d as usize).collect();
-                    (shape.clone(), Tensor::i64(&shape, data.to_vec()))
-                }
-            };
-            checked_output(&self.signature, index, &shape, tensor)
-        };
-        self.signature.outputs.iter().enumerate().map(output).collect()
+        signature.outputs.iter().enumerate().map(|(index, expected)| output(&outputs, signature, index, expected)).collect()
     }
+}
+
+/// An output of a run, copied for the host.
+fn output(
+    outputs: &SessionOutputs<'_>,
+    signature: &GraphSignature,
+    index: usize,
+    expected: &TensorSignature,
+) -> Result<Tensor, EngineError> {
+    let failed = |error: ort::Error| EngineError::Run { graph: signature.name.clone(), reason: one_line(&error) };
+    let value = outputs.get(&expected.name).ok_or_else(|| shape_error(signature, "output", expected, "missing".to_owned()))?;
+    let sizes = |shape: &Shape| -> Vec<usize> { shape.iter().map(|&d| d as usize).collect() };
+    let (shape, tensor) = match expected.dtype {
+        Dtype::F32 => {
+            let (shape, data) = value.try_extract_tensor::<f32>().map_err(failed)?;
+            (sizes(shape), Tensor::f32(&sizes(shape), data.to_vec()))
+        }
+        Dtype::I64 => {
+            let (shape, data) = value.try_extract_tensor::<i64>().map_err(failed)?;
+            (sizes(shape), Tensor::i64(&sizes(shape), data.to_vec()))
+        }
+    };
+    checked_output(signature, index, &shape, tensor)
 }
 
 impl Graph for OrtGraph {
@@ -297,6 +334,16 @@ impl Graph for OrtGraph {
         self.give_back(session);
         outputs
     }
+
+    fn cached(&self) -> Result<Option<Box<dyn CachedGraph>>, EngineError> {
+        let running = self.cached.as_ref().map(|cached| Running::new(cached.clone()));
+        Ok(running.transpose()?.map(|running| Box::new(running) as Box<dyn CachedGraph>))
+    }
+}
+
+/// A tensor's own copy in the host's memory.
+fn floats(tensor: &Tensor) -> ort::Result<OrtTensor<f32>> {
+    OrtTensor::from_array((tensor.shape(), tensor.floats().to_vec()))
 }
 
 fn view(tensor: &Tensor) -> ort::Result<SessionInputValue<'_>> {
@@ -352,4 +399,4 @@ fn one_line(error: &ort::Error) -> String {
 }
 
 #[cfg(all(test, feature = "tract"))]
-mod tests;
+pub(super) mod tests;

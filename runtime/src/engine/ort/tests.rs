@@ -1,5 +1,6 @@
 use prost::Message;
 
+use super::super::tests::with_library;
 use super::super::toy::Toy;
 use super::*;
 use crate::bundle::manifest::TensorSignature;
@@ -11,16 +12,17 @@ fn signature() -> GraphSignature {
     GraphSignature { name: "toy".to_owned(), inputs: vec![tensor("regions"), tensor("x")], outputs: vec![tensor("y")] }
 }
 
-/// None, said so, where no library lies and none must.
 fn engine() -> Option<Ort> {
-    match Ort::new(&EngineOptions { engine: EngineKind::Ort, ..EngineOptions::default() }) {
-        Ok(engine) => Some(engine),
-        Err(error) if std::env::var_os("UNIMO_REQUIRE_ORT").is_some() => panic!("{error}"),
-        Err(error) => {
-            println!("not tested: {error}");
-            None
-        }
-    }
+    with_library(Ort::new(&EngineOptions { engine: EngineKind::Ort, ..EngineOptions::default() }))
+}
+
+pub(crate) fn with_device(options: &EngineOptions) -> Ort {
+    Ort { device: Some(AllocationDevice::CPU), ..Ort::new(options).unwrap() }
+}
+
+fn program(engine: &Ort, signature: GraphSignature, onnx: Vec<u8>) -> Program {
+    let (environment, options) = (engine.environment.clone(), engine.options.clone());
+    Program { environment, options, signature, sizes: SIZES, onnx: onnx.into(), weights: None }
 }
 
 #[test]
@@ -38,14 +40,10 @@ fn what_is_given_again_is_copied_to_the_device_once() {
     let Some(engine) = engine() else { return };
     let (signature, onnx) = (signature(), Toy::new(&signature()).node("Sub", &["x", "regions"], "y").model().encode_to_vec());
     let graph = |device| OrtGraph {
+        plain: program(&engine, signature.clone(), onnx.clone()),
         sessions: Mutex::default(),
-        environment: engine.environment.clone(),
-        options: engine.options.clone(),
-        signature: signature.clone(),
-        sizes: SIZES,
-        onnx: onnx.clone().into(),
-        weights: None,
         device,
+        cached: None,
     };
     let (plain, graph) = (graph(None), graph(Some(AllocationDevice::CPU)));
     let tensor = |values: [f32; 3]| Tensor::f32(&[1, 3], values.to_vec()).unwrap();
@@ -60,4 +58,70 @@ fn what_is_given_again_is_copied_to_the_device_once() {
     assert!(Arc::ptr_eq(&first, &kept(&regions).unwrap()) && kept(&x).is_none());
     regions.update(|values| values[0] = 4.0);
     assert_eq!((kept(&regions).is_none(), run(&graph, &regions)), (true, vec![5.0, 5.0, 2.0]));
+}
+
+/// The processor's memory stands for a device's.
+#[test]
+fn what_is_written_on_a_device_is_read_there_by_later_runs() {
+    let Some(engine) = engine() else { return };
+    let tensor = |name: &str, rows| TensorSignature { name: name.to_owned(), shape: vec![3, rows, 2], dtype: Dtype::F32 };
+    let signature = GraphSignature {
+        name: "toy".to_owned(),
+        inputs: vec![tensor("x", 2), tensor("past_keys", 5), tensor("past_values", 5)],
+        outputs: vec![tensor("new_keys", 2), tensor("y", 5), tensor("new_values", 2)],
+    };
+    let onnx = Toy::new(&signature)
+        .node("Neg", &["x"], "new_keys")
+        .node("Add", &["x", "x"], "new_values")
+        .node("Mul", &["past_keys", "past_values"], "y")
+        .model()
+        .encode_to_vec();
+    let caching = Caching::of(&signature).unwrap();
+    for in_place in [true, false] {
+        let program = program(&engine, caching.extended.clone(), caching.extend(&onnx));
+        let (caching, device, idle) = (caching.clone(), AllocationDevice::CPU, Mutex::default());
+        let cached = Arc::new(Cached { program, caching, device, in_place, idle });
+        // Two pasts that know nothing of each other, as floats `[3, 5, 2]`.
+        let mut pasts = [0, 1].map(|_| (Running::new(cached.clone()).unwrap(), vec![0.0; 30]));
+        for (run, slot) in [3, 0, 1, 2, 0].into_iter().enumerate() {
+            for (which, (running, keys)) in pasts.iter_mut().enumerate() {
+                let x: Vec<f32> = (0..12).map(|i| (100 * run + 50 * which + i) as f32).collect();
+                let given = Tensor::f32(&[3, 2, 2], x.clone()).unwrap();
+                let outputs = running.run(&[("x", &given)], slot).unwrap();
+                assert_eq!((outputs.len(), outputs[0].shape()), (1, &[3, 5, 2][..]));
+                let written = |i: usize| (slot..slot + 2).contains(&(i / 2 % 5));
+                for (i, (&y, &key)) in outputs[0].floats().iter().zip(&*keys).enumerate() {
+                    // Keys are -x where values are 2 x.
+                    assert!(written(i) || y == -2.0 * key * key, "{in_place} run {run} of {which}: {i}");
+                }
+                for (i, x) in x.into_iter().enumerate() {
+                    keys[10 * (i / 4) + 2 * slot + i % 4] = x;
+                }
+            }
+        }
+        let x = Tensor::zeros(&[3, 2, 2]);
+        let error =
+            |inputs: &[(&str, &Tensor)], slot| Running::new(cached.clone()).unwrap().run(inputs, slot).unwrap_err().to_string();
+        assert_eq!(error(&[("x", &x)], 4), "graph \"toy\": slot is 4, expected at most 3");
+        assert!(error(&[("past_keys", &x)], 0).contains("input \"x\" is missing"));
+        // Those two are there for others, and what errors were made with is not.
+        drop(pasts);
+        assert_eq!(cached.idle.lock().unwrap().len(), 2);
+    }
+}
+
+#[test]
+fn a_graph_without_a_past_is_left_alone() {
+    let tensor =
+        |name: &str, shape: &[usize]| TensorSignature { name: name.to_owned(), shape: shape.to_vec(), dtype: Dtype::F32 };
+    let caching = |inputs: &[TensorSignature], outputs: &[TensorSignature]| {
+        Caching::of(&GraphSignature { name: "toy".to_owned(), inputs: inputs.to_vec(), outputs: outputs.to_vec() }).is_some()
+    };
+    let (past, new) = (tensor("past_a", &[2, 5, 3]), tensor("new_a", &[2, 1, 3]));
+    assert!(caching(&[past.clone()], &[new.clone()]));
+    assert!(!caching(&[tensor("a", &[2, 5, 3])], &[new.clone()]));
+    assert!(!caching(&[past.clone()], &[tensor("new_b", &[2, 1, 3])]));
+    assert!(!caching(&[past.clone()], &[tensor("new_a", &[2, 6, 3])]));
+    assert!(!caching(&[past.clone()], &[tensor("new_a", &[2, 1, 4])]));
+    assert!(!caching(&[past, tensor("past_b", &[2, 5, 3])], &[new]));
 }
