@@ -372,8 +372,8 @@ pub(crate) mod tests {
 
     /// ONNX Runtime on the processor, whose memory it takes for that of a device.
     #[cfg(all(feature = "ort", feature = "tract"))]
-    pub(crate) fn ort_with_device(options: &EngineOptions) -> Box<dyn Engine> {
-        Box::new(ort::tests::with_device(options))
+    pub(crate) fn ort_with_device(options: &EngineOptions) -> Result<Box<dyn Engine>, EngineError> {
+        Ok(Box::new(ort::tests::with_device(options)?))
     }
 
     #[test]

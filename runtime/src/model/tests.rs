@@ -189,7 +189,7 @@ fn captions_are_the_same_with_the_past_kept_by_the_engine() {
     let options = EngineOptions { engine: engine::EngineKind::Ort, ..EngineOptions::default() };
     let Some(here) = engine::tests::with_library(Model::open(&BundleSource::Embedded, &options)) else { return };
     let mut there = Model::open(&BundleSource::Embedded, &options).unwrap();
-    there.engine = engine::tests::ort_with_device(&options);
+    there.engine = engine::tests::ort_with_device(&options).unwrap();
     let pictures = [
         grey(90),
         RgbImage::from_fn(64, 48, |x, y| Rgb([4 * x as u8, 5 * y as u8, 120])),

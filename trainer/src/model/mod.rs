@@ -1,6 +1,6 @@
 //! The UNIMO model: one post-LayerNorm Transformer over image regions and text (arXiv 2012.15409, section 2).
 
-mod checkpointing;
+mod by_layer;
 mod config;
 mod generate;
 mod heads;
@@ -64,8 +64,8 @@ pub struct Passed {
     features: Option<ImageFeatures>,
     /// The pass's dropout.
     pub dropout: Dropout,
-    /// What a backward pass needs where activations were thrown away.
-    kept: Option<checkpointing::Kept>,
+    /// What a backward pass by layers needs.
+    kept: Option<by_layer::Kept>,
 }
 
 /// The model's weights and sizes.
@@ -77,6 +77,7 @@ pub struct Unimo {
     frozen: BTreeMap<String, Tensor>,
     statistics: RegionStatistics,
     checkpoints_activations: bool,
+    goes_by_layer: bool,
 }
 
 /// Names under which a checkpoint holds the region statistics, beside the weights.
@@ -110,7 +111,15 @@ impl Unimo {
             weights.insert(name, Var::from_vec(values, shape, device)?);
         }
         let statistics = RegionStatistics::identity(config.region_feature);
-        Ok(Self { config, device: device.clone(), weights, frozen: BTreeMap::new(), statistics, checkpoints_activations: false })
+        Ok(Self {
+            config,
+            device: device.clone(),
+            weights,
+            frozen: BTreeMap::new(),
+            statistics,
+            checkpoints_activations: false,
+            goes_by_layer: false,
+        })
     }
 
     /// The same model with a fresh head of `classes` outputs for a downstream task, in place of one that it may have. All weights
@@ -160,7 +169,15 @@ impl Unimo {
         if let Some(extra) = tensors.keys().next() {
             bail!("{} holds `{extra}`, which this model does not have", path.display());
         }
-        Ok(Self { config, device: device.clone(), weights, frozen: BTreeMap::new(), statistics, checkpoints_activations: false })
+        Ok(Self {
+            config,
+            device: device.clone(),
+            weights,
+            frozen: BTreeMap::new(),
+            statistics,
+            checkpoints_activations: false,
+            goes_by_layer: false,
+        })
     }
 
     /// Trains, from now on, only the weights whose names begin with one of `beginnings`; all, if there are none. The others are
@@ -311,8 +328,8 @@ impl Unimo {
         if dropout.rate > 0.0 {
             x = ops::dropout_add(&x.zeros_like()?, &x, dropout.rate, dropout.site(0))?;
         }
-        if self.checkpoints_activations {
-            let (hidden, kept) = self.layers_from_checkpoints(x, batch, dropout)?;
+        if self.checkpoints_activations || self.goes_by_layer {
+            let (hidden, kept) = self.layers_apart(x, batch, dropout)?;
             return Ok(Passed { hidden, features, dropout, kept });
         }
         for layer in 0..self.config.layers {

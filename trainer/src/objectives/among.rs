@@ -1,7 +1,8 @@
 //! A step that several ranks share out (see [`crate::parallel`]).
 
 use anyhow::Result;
-use candle_core::Tensor;
+use candle_core::backprop::GradStore;
+use candle_core::{Tensor, Var};
 
 use super::chunk::{Encoded, KINDS, joined, rows, together};
 use super::learning::{Carrying, Learning};
@@ -9,10 +10,14 @@ use super::tally::{CONTRAST, CROSS_MODAL, Tally, sum_losses};
 use super::{Learnt, Source, StepBatch};
 use crate::model::{Dropout, Unimo};
 use crate::ops;
+use crate::parallel::Collective;
 use crate::parallel::contrast::{self, Own, Settings};
-use crate::parallel::{Collective, gradients};
+use crate::parallel::gradients::{self, Early};
 use crate::recipe::Recipe;
 use crate::seed;
+
+/// What the names of the layers' weights begin with.
+const LAYERS: &str = "layers.";
 
 impl StepBatch {
     /// What [`StepBatch::learn`] gives, of this rank's passes together with those of the others.
@@ -41,27 +46,50 @@ impl StepBatch {
             }
             carrying.gradients = self.compare(&first, model, recipe, ranks, &mut learnt)?;
         }
-        for (i, chunk) in self.chunks.iter().enumerate() {
-            let (passed, encoded) = match kept.take() {
-                Some(both) => both,
-                None => {
-                    let passed = chunk.forward(model, source, of_chunk(i))?;
-                    let encoded = chunk.encode(&passed, model, recipe)?;
-                    (passed, encoded)
+        let layers = of_layers(model);
+        let (mut learnt, mut summed) = gradients::all_reduce_while(ranks, |early| {
+            let mut layers_left = layers.as_slice();
+            for (i, chunk) in self.chunks.iter().enumerate() {
+                let (passed, encoded) = match kept.take() {
+                    Some(both) => both,
+                    None => {
+                        let passed = chunk.forward(model, source, of_chunk(i))?;
+                        let encoded = chunk.encode(&passed, model, recipe)?;
+                        (passed, encoded)
+                    }
+                };
+                let terms = chunk.local_terms(&passed.hidden, model, recipe, source, whole)?;
+                // The last pass completes a layer's gradients.
+                let last = i + 1 == self.chunks.len();
+                let mut so_far = if last { learnt.gradients.take() } else { None };
+                learnt.add(terms, carrying.next(encoded)?, |loss, by| {
+                    passed.backward_by_layer(model, &chunk.packed, loss, by, &mut |layer, all| {
+                        while last && layers_left.len() > layer {
+                            give_away_last(&mut layers_left, [Some(&mut *all), so_far.as_mut()], early)?;
+                        }
+                        Ok(())
+                    })
+                })?;
+                if let Some(so_far) = so_far {
+                    learnt.add_gradients(so_far)?;
                 }
-            };
-            let terms = chunk.local_terms(&passed.hidden, model, recipe, source, whole)?;
-            learnt.add(terms, carrying.next(encoded)?, |loss, by| passed.backward(model, &chunk.packed, loss, by))?;
-        }
+            }
+            // Layers that the last pass did not come to.
+            while !layers_left.is_empty() {
+                give_away_last(&mut layers_left, [learnt.gradients.as_mut(), None], early)?;
+            }
+            Ok(learnt)
+        })?;
         let (total, losses) = learnt.losses()?;
         let (total, losses) = sum_losses(ranks, total, &losses)?;
         // A rank may have nothing to learn from in a step: its gradients are zeros.
-        let mut summed = match learnt.gradients {
+        let mut rest = match learnt.gradients.take() {
             Some(gradients) => gradients,
             None => ops::gradients(model.temperature()?.affine(0.0, 0.0)?, &learnt.by)?,
         };
-        let weights = model.weights().values().chain(source.vision.weights().values());
-        gradients::all_reduce(ranks, weights, &mut summed)?;
+        let weights = model.weights().iter().filter(|(name, _)| !name.starts_with(LAYERS)).map(|(_, var)| var);
+        gradients::all_reduce(ranks, weights.chain(source.vision.weights().values()), &mut rest)?;
+        summed.extend(rest)?;
         Ok(Learnt { total, losses, gradients: summed })
     }
 
@@ -128,6 +156,36 @@ impl StepBatch {
         let described = described.iter().map(|image| image + further.start);
         described.chain(further.clone().map(|pair| others + pair)).collect()
     }
+}
+
+/// The trained weights of each layer.
+fn of_layers(model: &Unimo) -> Vec<Vec<Var>> {
+    let of = |layer: usize| {
+        let begin = format!("{LAYERS}{layer}.");
+        model.trained().filter(|(name, _)| name.starts_with(&begin)).map(|(_, var)| var.clone()).collect()
+    };
+    (0..model.config().layers).map(of).collect()
+}
+
+/// Has the last layer's gradients summed, those that are in either store together.
+fn give_away_last(layers: &mut &[Vec<Var>], stores: [Option<&mut GradStore>; 2], early: &Early) -> candle_core::Result<()> {
+    let Some((last, before)) = layers.split_last() else { return Ok(()) };
+    *layers = before;
+    if last.is_empty() {
+        return Ok(());
+    }
+    let mut gradients = GradStore::default();
+    for store in stores.into_iter().flatten() {
+        let mut own = GradStore::default();
+        for var in last {
+            if let Some(gradient) = store.remove(var) {
+                own.insert(var, gradient);
+            }
+        }
+        gradients.extend(own)?;
+    }
+    early.all_reduce(last.clone(), gradients);
+    Ok(())
 }
 
 fn sum(one: Option<Tensor>, other: Option<Tensor>) -> Result<Option<Tensor>> {

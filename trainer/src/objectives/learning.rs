@@ -81,6 +81,11 @@ impl Learning {
         }
         let Some(sum) = sum else { return Ok(()) };
         let gradients = backward(sum, &self.by)?;
+        self.add_gradients(gradients)
+    }
+
+    /// Adds gradients.
+    pub(super) fn add_gradients(&mut self, gradients: GradStore) -> Result<()> {
         match &mut self.gradients {
             Some(so_far) => so_far.extend(gradients)?,
             None => self.gradients = Some(gradients),

@@ -150,7 +150,7 @@ mod found {
 
     use anyhow::{Result, bail};
     use candle_core::cuda_backend::CudaDType;
-    use candle_core::cuda_backend::cudarc::driver::DevicePtr;
+    use candle_core::cuda_backend::cudarc::driver::{DevicePtr, DriverError, result, sys};
     use candle_core::{CudaDevice, Device, Storage, Tensor};
 
     use super::super::nccl::{self, Communicator, Nccl};
@@ -186,33 +186,40 @@ mod found {
         pub fn open(self, ranks: &dyn Collective) -> Result<Box<dyn DeviceSums>> {
             let Self { device, nccl } = self;
             let communicator = Communicator::join(nccl, ranks)?;
-            Ok(Box::new(OnCuda { communicator, device, patience: super::super::patience()? }))
+            Ok(Box::new(OnCuda { communicator, stream: Stream::new(&device)?, device, patience: super::super::patience()? }))
         }
     }
 
     struct OnCuda {
         communicator: Communicator,
+        /// Where sums are made. What is computed meanwhile does not wait for them.
+        stream: Stream,
         device: CudaDevice,
         patience: Duration,
     }
 
     impl DeviceSums for OnCuda {
         fn sum(&self, values: &[Tensor]) -> Result<()> {
-            let stream = self.device.cuda_stream();
-            stream.context().bind_to_thread()?;
+            let computing = self.device.cuda_stream();
+            computing.context().bind_to_thread()?;
+            let computed = computing.record_event(None)?;
+            let flags = sys::CUevent_wait_flags::CU_EVENT_WAIT_DEFAULT;
+            // SAFETY: a stream and an event of this device's context.
+            unsafe { result::stream::wait_event(self.stream.0, computed.cu_event(), flags) }?;
             for tensor in values {
                 let (storage, layout) = tensor.storage_and_layout();
                 let (Storage::Cuda(storage), Some((start, end))) = (&*storage, layout.contiguous_offsets()) else {
                     bail!("gradients that do not lie on the CUDA device in one piece");
                 };
-                let (pointer, _order) = f32::as_cuda_slice(storage)?.device_ptr(&stream);
-                // SAFETY: values of the tensor, which nothing else holds; all work on them is on this stream.
-                unsafe { self.communicator.sum(pointer + 4 * start as u64, end - start, stream.cu_stream().cast()) }?;
+                let (pointer, _order) = f32::as_cuda_slice(storage)?.device_ptr(&computing);
+                // SAFETY: values of the tensor, which nothing else holds. They are computed when the stream comes to this, and stay
+                // until it has: this function waits for it.
+                unsafe { self.communicator.sum(pointer + 4 * start as u64, end - start, self.stream.0.cast()) }?;
             }
             // A rank that is gone would be waited for without end.
-            let done = stream.record_event(None)?;
+            let done = self.stream.record()?;
             let started = Instant::now();
-            while !done.is_complete() {
+            while !done.is_complete()? {
                 if started.elapsed() > self.patience {
                     self.communicator.give_up();
                     bail!("the ranks' devices have been silent for {} s: one of them is gone", self.patience.as_secs());
@@ -220,6 +227,56 @@ mod found {
                 thread::sleep(LOOK);
             }
             Ok(())
+        }
+    }
+
+    /// A stream beside the one that candle computes on. cudarc's own would have it follow the use of every tensor by events.
+    struct Stream(sys::CUstream);
+
+    // SAFETY: the driver's streams belong to a context, not to a thread.
+    unsafe impl Send for Stream {}
+    // SAFETY: as above; the driver's calls may be made by any thread at any time.
+    unsafe impl Sync for Stream {}
+
+    impl Stream {
+        fn new(device: &CudaDevice) -> Result<Self> {
+            device.cuda_stream().context().bind_to_thread()?;
+            Ok(Self(result::stream::create(result::stream::StreamKind::NonBlocking)?))
+        }
+
+        /// What has happened when this stream has done all that it was given.
+        fn record(&self) -> Result<Event> {
+            let event = Event(result::event::create(sys::CUevent_flags::CU_EVENT_DISABLE_TIMING)?);
+            // SAFETY: both are of the context that is this thread's.
+            unsafe { result::event::record(event.0, self.0) }?;
+            Ok(event)
+        }
+    }
+
+    impl Drop for Stream {
+        fn drop(&mut self) {
+            // SAFETY: a stream that is not used again. An error would be one of what it was given, which was told there.
+            let _ = unsafe { result::stream::destroy(self.0) };
+        }
+    }
+
+    struct Event(sys::CUevent);
+
+    impl Event {
+        fn is_complete(&self) -> Result<bool> {
+            // SAFETY: an event that was recorded.
+            match unsafe { result::event::query(self.0) } {
+                Ok(()) => Ok(true),
+                Err(DriverError(sys::CUresult::CUDA_ERROR_NOT_READY)) => Ok(false),
+                Err(error) => Err(error.into()),
+            }
+        }
+    }
+
+    impl Drop for Event {
+        fn drop(&mut self) {
+            // SAFETY: an event that is not used again; the driver keeps what is still waited for.
+            let _ = unsafe { result::event::destroy(self.0) };
         }
     }
 }

@@ -1,5 +1,8 @@
 //! Sums of gradients over the ranks.
 
+use std::sync::mpsc;
+use std::thread;
+
 use anyhow::Result;
 use candle_core::backprop::GradStore;
 use candle_core::{Tensor, Var};
@@ -16,9 +19,6 @@ const DEVICE_BUCKET: usize = 1 << 23;
 ///
 /// Where the ranks have a way between their devices, the sums do not leave these; they are made in an order of its library's then, the
 /// same in every run of as many ranks on as many hosts.
-///
-/// candle gives the gradients of a backward pass all at once, when it is through: there is nothing left to overlap the exchange
-/// with, and buckets bound its memory only.
 ///
 /// # Errors
 /// Those of candle; a rank that is gone.
@@ -58,6 +58,44 @@ pub fn all_reduce<'a>(
         bucket.clear();
     }
     Ok(())
+}
+
+/// Does work while gradients that it gives away are summed over the ranks; what the work gives, and the sums.
+///
+/// All ranks give away gradients by the same variables in the same order. The work itself exchanges nothing.
+///
+/// # Errors
+/// Those of the work, and those of [`all_reduce`].
+pub fn all_reduce_while<T>(ranks: &dyn Collective, work: impl FnOnce(&Early) -> Result<T>) -> Result<(T, GradStore)> {
+    thread::scope(|scope| {
+        let (given, received) = mpsc::channel::<(Vec<Var>, GradStore)>();
+        let summing = scope.spawn(move || -> Result<GradStore> {
+            let mut sums = GradStore::default();
+            for (variables, mut gradients) in received {
+                all_reduce(ranks, &variables, &mut gradients)?;
+                sums.extend(gradients)?;
+            }
+            Ok(sums)
+        });
+        let early = Early { given };
+        let done = work(&early);
+        drop(early);
+        let sums = summing.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic));
+        Ok((done?, sums?))
+    })
+}
+
+/// Where gradients are given away before all of them are there (see [`all_reduce_while`]).
+pub struct Early {
+    given: mpsc::Sender<(Vec<Var>, GradStore)>,
+}
+
+impl Early {
+    /// Has these gradients summed by these variables, after all that were given away before. Returns at once.
+    pub fn all_reduce(&self, variables: Vec<Var>, gradients: GradStore) {
+        // Where nobody receives any more, a sum has failed, and its error is told when the work is done.
+        let _ = self.given.send((variables, gradients));
+    }
 }
 
 /// As [`all_reduce`], of the variables that some rank has a gradient of.
@@ -140,5 +178,33 @@ mod tests {
             assert!(first.unwrap() == vec![6.0; BUCKET + 5]);
             assert_eq!((second, third, last), (Some(vec![12.0; 3]), Some(vec![1.0]), None));
         }
+    }
+
+    #[test]
+    fn what_is_given_away_early_is_summed_meanwhile() {
+        let got = among(2, |ranks| {
+            let vars = [3, 2, 4].map(|size| Var::ones(size, candle_core::DType::F32, &Device::Cpu).unwrap());
+            let gradient = |var: &Var, value: f64| {
+                let mut gradients = GradStore::default();
+                gradients.insert(var, var.affine(value, 0.0).unwrap().detach());
+                gradients
+            };
+            let rank = ranks.rank() as f64;
+            let work = |early: &Early| {
+                early.all_reduce(vec![vars[0].clone(), vars[1].clone()], gradient(&vars[0], 1.0 + rank));
+                early.all_reduce(vec![vars[2].clone()], gradient(&vars[2], 10.0 * rank));
+                Ok(7)
+            };
+            let (done, sums) = all_reduce_while(ranks, work).unwrap();
+            let sums = vars.each_ref().map(|var| sums.get(var).map(|sum| sum.to_vec1::<f32>().unwrap()));
+            // Work that fails is told, and what was given away before is summed, or the others would wait.
+            let failed = all_reduce_while(ranks, |early| {
+                early.all_reduce(vec![vars[0].clone()], gradient(&vars[0], 1.0));
+                anyhow::bail!("no room")
+            });
+            (done, sums, failed.map(|((), _)| ()).unwrap_err().to_string())
+        });
+        let sums = || [Some(vec![3.0; 3]), None, Some(vec![10.0; 4])];
+        assert_eq!(got, [(7, sums(), "no room".to_owned()), (7, sums(), "no room".to_owned())]);
     }
 }

@@ -259,6 +259,8 @@ pub(super) fn set_up<R>(
     }
     model.train_only(&job.recipe.trained)?;
     model.set_activation_checkpointing(job.activation_checkpointing);
+    // With others, a layer's gradients are summed while the pass goes on.
+    model.set_backward_by_layer(ranks.ranks() > 1);
     let positions = model.config().positions;
     let writing = job.writing.as_ref().map(|both| both.each_ref().map(|raw| WritingData::new(raw, &tokenizer, positions)));
     let fingerprint = fingerprint(job, model.config(), &corpus)?;

@@ -1,0 +1,217 @@
+//! Backward passes that go layer by layer. A layer's gradients are complete as soon as the pass has left it, so that ranks can sum them
+//! while it goes on. With activation checkpointing, of every layer only the input is kept, and the backward pass computes the rest
+//! again (Chen et al., arXiv 1604.06174).
+
+use candle_core::backprop::GradStore;
+use candle_core::{Result, Tensor, Var};
+
+use super::{Dropout, PackedBatch, Passed, Unimo};
+use crate::ops::gradients;
+
+/// What a forward pass keeps for a backward pass by layers.
+pub(super) struct Kept {
+    /// What the layers were given, where a gradient goes on from it to what embeds the rows.
+    embedded: Option<Tensor>,
+    /// Layers that the backward pass goes through, first to last. They end with the last layer.
+    layers: Vec<Layer>,
+    /// What the last layer gave.
+    hidden: Var,
+}
+
+/// One layer of a forward pass, cut off from those before and after it.
+struct Layer {
+    number: usize,
+    input: Var,
+    /// What it gave, with all that it was computed of; `None` where that was thrown away.
+    output: Option<Tensor>,
+}
+
+impl Unimo {
+    /// From now on, forward passes keep of every layer its input alone (`true`), or all that a backward pass takes (`false`, as a
+    /// fresh model does). Gradients are the same; memory holds one layer's activations instead of all layers', for a second forward
+    /// pass through the layers. Such a pass has to be taken back by [`Passed::backward`].
+    pub fn set_activation_checkpointing(&mut self, on: bool) {
+        self.checkpoints_activations = on;
+    }
+
+    /// Whether activations are thrown away.
+    #[must_use]
+    pub fn checkpoints_activations(&self) -> bool {
+        self.checkpoints_activations
+    }
+
+    /// From now on, backward passes go layer by layer (`true`), as they do with activation checkpointing in any case, or candle's way
+    /// through all at once (`false`, as a fresh model's do). Gradients are the same. Such a pass has to be taken back by
+    /// [`Passed::backward`] or [`Passed::backward_by_layer`].
+    pub fn set_backward_by_layer(&mut self, on: bool) {
+        self.goes_by_layer = on;
+    }
+
+    /// Runs the layers over embedded rows `x`, `[rows, hidden]`; what they give is a leaf if anything is kept.
+    pub(super) fn layers_apart(&self, mut x: Tensor, batch: &PackedBatch, dropout: Dropout) -> Result<(Tensor, Option<Kept>)> {
+        let embedded = x.track_op().then(|| x.clone());
+        let mut layers = Vec::new();
+        for number in 0..self.config.layers {
+            // Where nothing up to here is trained, there is nothing to come back for.
+            let begin = format!("layers.{number}.");
+            if layers.is_empty() && !x.track_op() && !self.trained().any(|(name, _)| name.starts_with(&begin)) {
+                x = self.layer(number, &x, batch, dropout)?;
+                continue;
+            }
+            let input = Var::from_tensor(&x.detach())?;
+            let output = self.layer(number, input.as_tensor(), batch, dropout)?;
+            x = output.detach();
+            layers.push(Layer { number, input, output: (!self.checkpoints_activations).then_some(output) });
+        }
+        if layers.is_empty() {
+            return Ok((x, None));
+        }
+        let hidden = Var::from_tensor(&x)?;
+        Ok((hidden.as_tensor().clone(), Some(Kept { embedded, layers, hidden })))
+    }
+}
+
+impl Passed {
+    /// Gradients by variables of `loss`, a scalar that was computed of this pass. `batch` is what was passed through `model`.
+    ///
+    /// # Errors
+    /// Those of candle.
+    pub fn backward(self, model: &Unimo, batch: &PackedBatch, loss: Tensor, by: &[Var]) -> Result<GradStore> {
+        self.backward_by_layer(model, batch, loss, by, &mut |_, _| Ok(()))
+    }
+
+    /// As [`Self::backward`]. Of a pass that goes by layers, `complete` is told the number of each that it has left, the last first,
+    /// and may take the gradients by that layer's variables: nothing is added to them any more.
+    ///
+    /// # Errors
+    /// Those of candle and of `complete`.
+    pub fn backward_by_layer(
+        self,
+        model: &Unimo,
+        batch: &PackedBatch,
+        loss: Tensor,
+        by: &[Var],
+        complete: &mut dyn FnMut(usize, &mut GradStore) -> Result<()>,
+    ) -> Result<GradStore> {
+        let Self { hidden, features, dropout, kept } = self;
+        let Some(Kept { embedded, layers, hidden: given }) = kept else { return gradients(loss, by) };
+        let mut all = gradients(loss, by.iter().chain([&given]))?;
+        let mut carried = all.remove(&given);
+        // The last hidden states are not read again.
+        drop((hidden, features, given));
+        for Layer { number, input, output } in layers.into_iter().rev() {
+            let Some(gradient) = carried else { return Ok(all) };
+            let output = match output {
+                Some(output) => output,
+                None => model.layer(number, input.as_tensor(), batch, dropout)?,
+            };
+            // The gradient of this sum by the output is the one carried, to the last bit.
+            all.extend(gradients((output * gradient)?.sum_all()?, by.iter().chain([&input]))?)?;
+            carried = all.remove(&input);
+            complete(number, &mut all)?;
+        }
+        if let (Some(embedded), Some(gradient)) = (embedded, carried) {
+            all.extend(gradients((embedded * gradient)?.sum_all()?, by)?)?;
+        }
+        Ok(all)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::collections::BTreeMap;
+
+    use candle_core::Device;
+
+    use super::super::{ModelConfig, Packer, Regions};
+    use super::*;
+
+    /// A model of three layers, a batch of a text and a pair for it, and where their texts start.
+    fn model_and_batch() -> (Unimo, PackedBatch, [usize; 2]) {
+        let config = ModelConfig { grid: 2, region_feature: 3, layers: 3, ..ModelConfig::named("pico").unwrap() };
+        let model = Unimo::new(config, 1, &Device::Cpu).unwrap();
+        let features: Vec<f32> = (0..12).map(|v| (v as f32 * 0.7).sin()).collect();
+        let mut packer = Packer::new(&model);
+        let text = packer.text(&[0, 7, 2], false);
+        let pair = packer.pair(Regions::visible(&features), &[0, 9, 2]).texts[0];
+        let batch = packer.finish(&Device::Cpu).unwrap();
+        (model, batch, [text, pair])
+    }
+
+    /// Gradients by name of a loss that reads tokens (tied to their embeddings) and an embedding, and the layers that were said to be
+    /// complete. Their gradients are those that they had then.
+    fn by_name(model: &Unimo, batch: &PackedBatch, [text, pair]: [usize; 2]) -> (BTreeMap<String, Vec<f32>>, Vec<usize>) {
+        let passed = model.forward(batch, None, Dropout::of(0.3, 5)).unwrap();
+        let by_layer = model.checkpoints_activations || model.goes_by_layer;
+        assert_eq!(passed.kept.is_some(), by_layer && passed.hidden.track_op());
+        assert!(passed.kept.is_none() || passed.hidden.is_variable(), "activations hang on the hidden states");
+        let words = model.language_loss(&model.rows(&passed.hidden, &[text, pair]).unwrap(), vec![7, 9], 0.1).unwrap();
+        let embedding = model.text_embedding(batch, &passed.hidden, &[text]).unwrap();
+        let loss = (words + embedding.narrow(1, 0, 3).unwrap().sum_all().unwrap()).unwrap();
+        let by: Vec<Var> = model.weights().values().cloned().collect();
+        let (mut left, mut taken) = (Vec::new(), GradStore::default());
+        let mut complete = |layer: usize, all: &mut GradStore| {
+            left.push(layer);
+            for (_, var) in model.trained().filter(|(name, _)| name.starts_with(&format!("layers.{layer}."))) {
+                taken.insert(var, all.remove(var).unwrap());
+            }
+            Ok(())
+        };
+        let mut found = passed.backward_by_layer(model, batch, loss, &by, &mut complete).unwrap();
+        for var in &by {
+            let Some(gradient) = taken.remove(var) else { continue };
+            assert!(found.insert(var, gradient).is_none(), "what was complete goes on");
+        }
+        let of = |(name, var): (&String, &Var)| Some((name.clone(), found.get(var)?.flatten_all().unwrap().to_vec1().unwrap()));
+        let named: BTreeMap<String, Vec<f32>> = model.weights().iter().filter_map(of).collect();
+        assert_eq!(found.get_ids().count(), named.len(), "something else is kept");
+        assert!(by.iter().filter_map(|var| found.get(var)).all(|gradient| !gradient.track_op()), "a graph is kept");
+        (named, left)
+    }
+
+    #[test]
+    fn gradients_are_those_of_a_pass_through_all_at_once() {
+        let (mut model, batch, texts) = model_and_batch();
+        // What is trained, how many layers of it, and the last of the layers that the pass goes back to.
+        for (trained, count, last) in [
+            (&[][..], 3, Some(0)),
+            (&["layers.2.", "embed."], 1, Some(2)),
+            (&["layers.1."], 1, Some(1)),
+            (&["text."], 0, Some(0)),
+            (&["embed.", "temperature"], 0, None),
+        ] {
+            model.train_only(&trained.iter().map(|&name| name.to_owned()).collect::<Vec<_>>()).unwrap();
+            model.set_activation_checkpointing(false);
+            model.set_backward_by_layer(false);
+            let (expected, left) = by_name(&model, &batch, texts);
+            assert!(left.is_empty());
+            let of_layers = expected.keys().filter(|name| name.ends_with("attention.qkv.weight")).count();
+            assert_eq!(of_layers, count);
+            for (recomputed, by_layer) in [(true, false), (false, true), (true, true)] {
+                model.set_activation_checkpointing(recomputed);
+                model.set_backward_by_layer(by_layer);
+                let (found, left) = by_name(&model, &batch, texts);
+                assert_eq!(left, last.map_or(Vec::new(), |last| (last..3).rev().collect()));
+                assert_eq!(expected.keys().collect::<Vec<_>>(), found.keys().collect::<Vec<_>>(), "{trained:?}");
+                for (name, expected) in &expected {
+                    let largest = expected.iter().fold(0.0, |most: f32, value| most.max(value.abs()));
+                    assert!(largest > 0.0, "{name} does not move");
+                    for (expected, found) in expected.iter().zip(&found[name]) {
+                        // The token embeddings' parts are summed in another order.
+                        assert!((expected - found).abs() <= 1e-6 * largest, "{name}: {found} is not {expected}");
+                    }
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn a_loss_that_reads_no_hidden_state_runs_no_layer_again() {
+        let (mut model, batch, _) = model_and_batch();
+        model.set_activation_checkpointing(true);
+        let passed = model.forward(&batch, None, Dropout::OFF).unwrap();
+        let by: Vec<Var> = model.weights().values().cloned().collect();
+        let found = passed.backward(&model, &batch, model.temperature().unwrap(), &by).unwrap();
+        assert!(found.get_ids().count() == 1 && found.get(&model.weights()["temperature"]).is_some());
+    }
+}
