@@ -46,10 +46,10 @@ fn the_shipped_models_plan_is_sound() {
     let config = recipes.join("edge-s.toml").display().to_string();
     let arguments = ["plan", "--config", &config, "--backbone", "b", "--pairs", "p", "q", "--out", "nowhere", "--show"];
     let shown = program("unimo-train", &arguments);
-    assert_eq!((shown.code, shown.stdout.lines().count()), (0, 8), "{}", shown.stderr);
+    assert_eq!((shown.code, shown.stdout.lines().count()), (0, 11), "{}", shown.stderr);
     let recipes = shown.stdout.split_whitespace().filter(|word| word.ends_with(".toml"));
     let steps: Vec<u64> = recipes.map(|path| Recipe::from_file(Path::new(path)).unwrap().last_step()).collect();
-    assert_eq!(steps, [250, 2200, 600, 800]);
+    assert_eq!(steps, [250, 2200, 600, 800, 600]);
     let card = std::fs::read_to_string(Path::new(env!("CARGO_MANIFEST_DIR")).join("../MODEL_CARD.md")).unwrap();
     for said in ["250 steps", "2,200 steps", "600 steps", "800 steps"] {
         assert!(card.contains(said), "the model card does not speak of {said}");
@@ -60,7 +60,7 @@ fn the_shipped_models_plan_is_sound() {
     // What the plan is told of the device, every stage that runs the model is.
     let told = [arguments.as_slice(), &["--precision", "bf16", "--device", "cpu"]].concat();
     let told = program("unimo-train", &told).stdout;
-    assert_eq!(told.lines().filter(|line| line.ends_with(" --device cpu --precision bf16")).count(), 5, "{told}");
+    assert_eq!(told.lines().filter(|line| line.ends_with(" --device cpu --precision bf16")).count(), 7, "{told}");
     // Named without a folder it lies in the current one, and so do its recipes.
     let here = command("unimo-train")
         .args(["plan", "--config", "edge-s.toml", "--backbone", "b", "--pairs", "p", "--out", "nowhere", "--show"])
