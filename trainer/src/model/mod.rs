@@ -111,7 +111,11 @@ impl Unimo {
             weights.insert(name, Var::from_vec(values, shape, device)?);
         }
         let statistics = RegionStatistics::identity(config.region_feature);
-        Ok(Self {
+        Ok(Self::of(config, device, weights, statistics))
+    }
+
+    fn of(config: ModelConfig, device: &Device, weights: BTreeMap<String, Var>, statistics: RegionStatistics) -> Self {
+        Self {
             config,
             device: device.clone(),
             weights,
@@ -119,7 +123,7 @@ impl Unimo {
             statistics,
             checkpoints_activations: false,
             goes_by_layer: false,
-        })
+        }
     }
 
     /// The same model with a fresh head of `classes` outputs for a downstream task, in place of one that it may have. All weights
@@ -169,15 +173,7 @@ impl Unimo {
         if let Some(extra) = tensors.keys().next() {
             bail!("{} holds `{extra}`, which this model does not have", path.display());
         }
-        Ok(Self {
-            config,
-            device: device.clone(),
-            weights,
-            frozen: BTreeMap::new(),
-            statistics,
-            checkpoints_activations: false,
-            goes_by_layer: false,
-        })
+        Ok(Self::of(config, device, weights, statistics))
     }
 
     /// Trains, from now on, only the weights whose names begin with one of `beginnings`; all, if there are none. The others are
