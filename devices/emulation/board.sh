@@ -107,7 +107,7 @@ grep -aF 'board: serial' "$out/watch.log" | grep -aqF "$(printf '%s' "$bare" | o
     fail "the serial line does not carry it"
 logged watch "board: watch of the pulled camera ended with 0"
 grep -aqE '[1-9][0-9]* reconnects' "$out/watch.log" || fail "the camera that was plugged in again was not watched again"
-[ "$(grep -acF '"frame"' "$out/watch.log")" -eq 3 ] || fail "there are not three captions"
+[ "$(grep -acF '"frame"' "$out/watch.log")" -eq 5 ] || fail "there are not five captions, one and four"
 # The screen shows the frame and the caption: as many different colours as a picture has, and white letters below.
 "$tools/python/bin/python" - "$out/screen.png" <<'PYTHON' || fail "the screen shows no frame and caption"
 import sys
