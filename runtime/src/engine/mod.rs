@@ -14,6 +14,8 @@ mod fusion;
 mod network;
 #[cfg(feature = "tract")]
 mod onnx;
+#[cfg(feature = "tract")]
+mod operators;
 #[cfg(feature = "ort")]
 mod ort;
 mod tensor;
@@ -25,6 +27,8 @@ mod tract;
 use std::fmt;
 use std::path::PathBuf;
 use std::str::FromStr;
+#[cfg(feature = "tract")]
+use std::sync::Arc;
 
 #[cfg(feature = "tract")]
 pub use self::cost::{GraphCost, graph_cost};
@@ -287,6 +291,17 @@ pub fn open(options: &EngineOptions) -> Result<Box<dyn Engine>, EngineError> {
         EngineKind::Ort => Ok(Box::new(ort::Ort::new(options)?)),
         engine => Err(EngineError::NotBuilt(engine)),
     }
+}
+
+/// Threads for kernels of ours; none for one: the caller's.
+#[cfg(feature = "tract")]
+fn pool(threads: usize) -> Result<Option<Arc<rayon::ThreadPool>>, EngineError> {
+    if threads <= 1 {
+        return Ok(None);
+    }
+    let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).thread_name(|i| format!("kernels-{i}")).build();
+    let pool = pool.map_err(|error| EngineError::Threads { threads, reason: error.to_string() })?;
+    Ok(Some(Arc::new(pool)))
 }
 
 /// Picks the inputs that a signature lists, in its order, and checks their types and shapes.

@@ -28,18 +28,35 @@ pub(super) struct Constant<'a> {
     pub bytes: Cow<'a, [u8]>,
 }
 
+/// What our own kernels compute of a graph, on a processor that they know.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Ours {
+    Nothing,
+    /// [Operators](super::operators).
+    #[cfg(feature = "ort")]
+    Operators,
+    /// Operators and the convolutional backbone.
+    OperatorsAndBackbone,
+}
+
 /// Parses a graph, fetches its weights, folds the operators that only prepare them, and takes out or fuses what our own kernels
 /// compute. The backbone, where there is one, is not in the graph any more.
 pub(super) fn parse(source: &GraphSource<'_>) -> Result<(ModelProto, Option<Backbone>), EngineError> {
-    parsed(source, kernels::available())
+    parsed(source, Ours::OperatorsAndBackbone)
 }
 
-/// Like [`parse`], but leaves to tract what our kernels could compute.
+/// Like [`parse`], but leaves convolutions to the engine.
+#[cfg(feature = "ort")]
+pub(super) fn parse_operators(source: &GraphSource<'_>) -> Result<ModelProto, EngineError> {
+    Ok(parsed(source, Ours::Operators)?.0)
+}
+
+/// Like [`parse`], but leaves to the engine what our kernels could compute.
 pub(super) fn parse_plain(source: &GraphSource<'_>) -> Result<ModelProto, EngineError> {
-    Ok(parsed(source, false)?.0)
+    Ok(parsed(source, Ours::Nothing)?.0)
 }
 
-fn parsed(source: &GraphSource<'_>, fuse: bool) -> Result<(ModelProto, Option<Backbone>), EngineError> {
+fn parsed(source: &GraphSource<'_>, ours: Ours) -> Result<(ModelProto, Option<Backbone>), EngineError> {
     let load = |reason: String| EngineError::Load { graph: source.signature.name.clone(), reason };
     let mut model = ModelProto::decode(source.onnx).map_err(|error| load(error.to_string()))?;
     let graph = model.graph.as_mut().ok_or_else(|| load("the file holds no graph".to_owned()))?;
@@ -60,12 +77,14 @@ fn parsed(source: &GraphSource<'_>, fuse: bool) -> Result<(ModelProto, Option<Ba
         }
     }
     let mut backbone = None;
-    if fuse {
+    if kernels::available() && ours != Ours::Nothing {
         fusion::fuse_levels(graph, &mut constants);
         fold(graph, &mut constants);
         blocks::check(graph, &constants).map_err(load)?;
         fusion::fuse_blocks(graph, &constants);
-        backbone = network::take_backbone(graph, &constants);
+        if ours == Ours::OperatorsAndBackbone {
+            backbone = network::take_backbone(graph, &constants);
+        }
         fusion::fuse_linears(graph, &constants);
         fusion::fuse_attention(graph, &constants);
         fusion::fuse_self_attention(graph, &constants);

@@ -1,9 +1,6 @@
 //! The pure-Rust engine, [tract](https://github.com/sonos/tract).
 
-mod attention;
-mod linear;
-mod normalize;
-mod self_attention;
+mod operator;
 
 use std::sync::{Arc, Mutex, PoisonError};
 
@@ -20,11 +17,6 @@ use super::{check_names, checked_output, onnx, ordered_inputs, shape_error};
 use crate::bundle::manifest::{Dtype, GraphSignature};
 use crate::kernels::Scratch;
 
-pub(super) use self::attention::OPERATOR as ATTENTION;
-pub(super) use self::linear::OPERATOR as LINEAR;
-pub(super) use self::normalize::OPERATOR as LAYER_NORM;
-pub(super) use self::self_attention::OPERATOR as SELF_ATTENTION;
-
 /// tract on the processor.
 pub(super) struct Tract {
     /// None for one thread: the caller's.
@@ -34,12 +26,7 @@ pub(super) struct Tract {
 impl Tract {
     /// An engine whose matrix products use so many threads (0 counts as 1).
     pub(super) fn new(threads: usize) -> Result<Self, EngineError> {
-        if threads <= 1 {
-            return Ok(Self { pool: None });
-        }
-        let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).thread_name(|i| format!("tract-{i}")).build();
-        let pool = pool.map_err(|error| EngineError::Threads { threads, reason: error.to_string() })?;
-        Ok(Self { pool: Some(Arc::new(pool)) })
+        Ok(Self { pool: super::pool(threads)? })
     }
 }
 
@@ -66,10 +53,7 @@ fn names(values: &[ValueInfoProto]) -> Vec<&str> {
 
 fn prepare(proto: &tract_onnx::pb::ModelProto) -> TractResult<Arc<TypedRunnableModel>> {
     let mut onnx = tract_onnx::onnx();
-    attention::register(&mut onnx);
-    linear::register(&mut onnx);
-    normalize::register(&mut onnx);
-    self_attention::register(&mut onnx);
+    operator::register(&mut onnx);
     onnx.model_for_proto_model(proto)?.into_optimized()?.into_runnable()
 }
 

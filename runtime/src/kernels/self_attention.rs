@@ -21,11 +21,12 @@ pub(crate) struct SelfAttention<'a> {
 
 impl SelfAttention<'_> {
     /// What the tokens read, `[rows, heads · depth]`; heads are shared among the threads of the pool that it is called in, if it is.
-    /// `None` where sizes do not fit.
-    pub fn read(&self) -> Option<Vec<f32>> {
+    /// `None`, and nothing written, where sizes do not fit.
+    pub fn read(&self, output: &mut [f32]) -> Option<()> {
         let hidden = self.heads * self.depth;
         let rows = self.qkv.len().checked_div(3 * hidden)?;
-        if rows * 3 * hidden != self.qkv.len() || self.mask.is_some_and(|mask| mask.len() != rows) {
+        let fits = rows * 3 * hidden == self.qkv.len() && rows * hidden == output.len();
+        if !fits || self.mask.is_some_and(|mask| mask.len() != rows) {
             return None;
         }
         let worth = rows * rows * self.depth * self.heads >= WORTH_SHARING;
@@ -34,13 +35,12 @@ impl SelfAttention<'_> {
         } else {
             (0..self.heads).map(|head| self.read_head(head, rows)).collect::<Option<_>>()?
         };
-        let mut output = Vec::with_capacity(rows * hidden);
-        for row in 0..rows {
-            for part in &parts {
-                output.extend_from_slice(&part[row * self.depth..][..self.depth]);
+        for (row, output) in output.chunks_exact_mut(hidden).enumerate() {
+            for (part, output) in parts.iter().zip(output.chunks_exact_mut(self.depth)) {
+                output.copy_from_slice(&part[row * self.depth..][..self.depth]);
             }
         }
-        Some(output)
+        Some(())
     }
 
     /// What the tokens read through one head, `[rows, depth]`.
@@ -120,6 +120,11 @@ mod tests {
         output
     }
 
+    fn read(attention: &SelfAttention<'_>) -> Option<Vec<f32>> {
+        let mut output = vec![0.0; attention.qkv.len() / 3];
+        attention.read(&mut output).map(|()| output)
+    }
+
     #[test]
     fn tokens_read_what_the_formula_says() {
         let pool = rayon::ThreadPoolBuilder::new().num_threads(3).build().unwrap();
@@ -129,11 +134,11 @@ mod tests {
             let mask: Vec<f32> = (0..rows).map(|i| [0.0, -1e4, -0.7][i % 3]).collect();
             for mask in [None, Some(mask.as_slice())] {
                 let attention = SelfAttention { heads, depth, scale: 0.3, qkv: &qkv, mask };
-                let found = attention.read().unwrap();
+                let found = read(&attention).unwrap();
                 for (found, expected) in found.iter().zip(expected(&attention, rows)) {
                     assert!((f64::from(*found) - expected).abs() < 3e-6, "{rows} {heads} {depth}: {found} {expected}");
                 }
-                assert_eq!((found.len(), pool.install(|| attention.read())), (rows * heads * depth, Some(found)));
+                assert_eq!((found.len(), pool.install(|| read(&attention))), (rows * heads * depth, Some(found)));
             }
         }
     }
@@ -142,9 +147,11 @@ mod tests {
     fn sizes_that_do_not_fit_are_refused() {
         let qkv = [0.0; 24];
         let attention = SelfAttention { heads: 2, depth: 2, scale: 1.0, qkv: &qkv, mask: None };
-        assert_eq!(attention.read().map(|read| read.len()), Some(8));
-        assert!(SelfAttention { qkv: &qkv[1..], ..attention }.read().is_none());
-        assert!(SelfAttention { mask: Some(&[0.0]), ..attention }.read().is_none());
-        assert!(SelfAttention { heads: 0, ..attention }.read().is_none());
+        let read = |attention: SelfAttention<'_>, size| attention.read(&mut vec![0.0; size]).is_some();
+        assert!(read(attention, 8));
+        assert!(!read(attention, 7));
+        assert!(!read(SelfAttention { qkv: &qkv[1..], ..attention }, 8));
+        assert!(!read(SelfAttention { mask: Some(&[0.0]), ..attention }, 8));
+        assert!(!read(SelfAttention { heads: 0, ..attention }, 8));
     }
 }

@@ -3,7 +3,7 @@
 
 use tract_onnx::pb::{GraphProto, NodeProto};
 
-use super::super::tract::ATTENTION;
+use super::super::operators::ATTENTION;
 use super::search::{Search, last_axis, order, other};
 use super::{Constants, drop_unread, float, int, node_of};
 

@@ -22,7 +22,7 @@ pub(super) use self::normalize::fuse_norms;
 pub(super) use self::self_attention::fuse_self_attention;
 use super::blocks::Product;
 use super::onnx::Constant;
-use super::tract::LINEAR;
+use super::operators::LINEAR;
 
 type Constants<'a> = BTreeMap<String, Constant<'a>>;
 

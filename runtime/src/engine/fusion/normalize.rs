@@ -3,7 +3,7 @@
 use tract_onnx::pb::tensor_proto::DataType;
 use tract_onnx::pb::{GraphProto, NodeProto};
 
-use super::super::tract::LAYER_NORM;
+use super::super::operators::LAYER_NORM;
 use super::search::Search;
 use super::{Constants, drop_unread, float, node_of, tensor};
 

@@ -3,7 +3,7 @@
 use tract_onnx::pb::tensor_proto::DataType;
 use tract_onnx::pb::{GraphProto, NodeProto};
 
-use super::super::tract::SELF_ATTENTION;
+use super::super::operators::SELF_ATTENTION;
 use super::search::{Search, last_axis, order};
 use super::{Constants, drop_unread, float, int, node_of};
 

@@ -2,6 +2,8 @@
 
 mod cache;
 mod library;
+#[cfg(feature = "tract")]
+mod operators;
 
 use std::error::Error as _;
 use std::path::{Path, PathBuf};
@@ -16,6 +18,8 @@ use ort::session::{Session, SessionInputValue, SessionOutputs};
 use ort::value::{Outlet, Shape, Tensor as OrtTensor, TensorElementType, TensorRef};
 
 use self::cache::{Cached, Caching, Running};
+#[cfg(feature = "tract")]
+use self::operators::{Operators, Rewritten};
 use super::tensor::Native;
 use super::{CachedGraph, Engine, EngineError, EngineKind, EngineOptions, Graph, GraphSource, Provider, Tensor};
 use super::{check_names, checked_output, ordered_inputs, shape_error};
@@ -130,6 +134,9 @@ pub(super) struct Ort {
     options: EngineOptions,
     /// Memory of its own that the provider computes in.
     device: Option<AllocationDevice<'static>>,
+    /// What our kernels share their work in; none for one thread: the caller's.
+    #[cfg(feature = "tract")]
+    pool: Option<Arc<rayon::ThreadPool>>,
 }
 
 impl Ort {
@@ -139,12 +146,31 @@ impl Ort {
         if !has {
             return Err(EngineError::Provider { engine: EngineKind::Ort, provider: options.provider });
         }
-        Ok(Self { environment, options: options.clone(), device: device(options.provider) })
+        Ok(Self {
+            environment,
+            options: options.clone(),
+            device: device(options.provider),
+            #[cfg(feature = "tract")]
+            pool: super::pool(options.threads)?,
+        })
+    }
+
+    /// The graph with operators of ours, where they run on what the provider computes on and there is something for them to do.
+    #[cfg(feature = "tract")]
+    fn rewritten(&self, source: &GraphSource<'_>) -> Result<Option<Rewritten>, EngineError> {
+        let wanted = self.options.provider == Provider::Cpu && self.options.rewriting;
+        Ok(wanted.then(|| Rewritten::of(source)).transpose()?.flatten())
     }
 }
 
 impl Engine for Ort {
     fn load(&self, source: &GraphSource<'_>) -> Result<Box<dyn Graph>, EngineError> {
+        #[cfg(feature = "tract")]
+        let rewritten = self.rewritten(source)?;
+        #[cfg(feature = "tract")]
+        let onnx = rewritten.as_ref().map_or(source.onnx, |rewritten| &rewritten.onnx);
+        #[cfg(not(feature = "tract"))]
+        let onnx = source.onnx;
         let program = |signature: GraphSignature, onnx: Box<[u8]>| Program {
             environment: self.environment.clone(),
             options: self.options.clone(),
@@ -152,14 +178,18 @@ impl Engine for Ort {
             weights: (source.external)(WEIGHTS),
             signature,
             onnx,
+            #[cfg(feature = "tract")]
+            operators: rewritten.as_ref().map(|rewritten| rewritten.operators.clone()),
         };
         let graph = OrtGraph {
-            plain: program(source.signature.clone(), source.onnx.into()),
+            plain: program(source.signature.clone(), onnx.into()),
             sessions: Mutex::default(),
             device: self.device.clone(),
+            #[cfg(feature = "tract")]
+            pool: self.pool.clone(),
             cached: self.device.as_ref().and_then(|device| {
                 let caching = Caching::of(source.signature)?;
-                let program = program(caching.extended.clone(), caching.extend(source.onnx).into());
+                let program = program(caching.extended.clone(), caching.extend(onnx).into());
                 // TensorRT may do as it likes with what it reads before it has written.
                 let in_place = self.options.provider != Provider::Tensorrt;
                 Some(Arc::new(Cached { program, caching, device: device.clone(), in_place, idle: Mutex::default() }))
@@ -194,6 +224,9 @@ struct Program {
     onnx: Box<[u8]>,
     /// Where they lie in the bundle; a session copies of them what it keeps.
     weights: Option<SharedBytes>,
+    /// Those of ours that the graph has.
+    #[cfg(feature = "tract")]
+    operators: Option<Operators>,
 }
 
 impl Program {
@@ -235,6 +268,10 @@ impl Program {
         if let Some(provider) = provider(&self.options) {
             builder = builder.with_execution_providers([provider.error_on_failure()])?;
         }
+        #[cfg(feature = "tract")]
+        if let Some(operators) = &self.operators {
+            builder = builder.with_operators(operators.domain()?)?;
+        }
         if let Some(weights) = &self.weights {
             // ONNX Runtime takes them in memory that is counted; this copy goes with the builder.
             builder = builder.with_external_initializer_file_in_memory(WEIGHTS, Arc::from(&**weights))?;
@@ -255,6 +292,9 @@ struct OrtGraph {
     device: Option<AllocationDevice<'static>>,
     /// The graph with its past kept there.
     cached: Option<Arc<Cached>>,
+    /// What our kernels share their work in.
+    #[cfg(feature = "tract")]
+    pool: Option<Arc<rayon::ThreadPool>>,
 }
 
 /// A tensor's copy in a provider's own memory, to which nothing is written.
@@ -330,9 +370,17 @@ fn output(
 impl Graph for OrtGraph {
     fn run(&self, inputs: &[(&str, &Tensor)]) -> Result<Vec<Tensor>, EngineError> {
         let mut session = self.session()?;
-        let outputs = self.run_on(&mut session, inputs);
-        self.give_back(session);
-        outputs
+        let run = || {
+            let outputs = self.run_on(&mut session, inputs);
+            self.give_back(session);
+            outputs
+        };
+        // Nodes are run in the thread that runs the graph, and our kernels share their work among the threads of its pool.
+        #[cfg(feature = "tract")]
+        if let Some(pool) = &self.pool {
+            return pool.install(run);
+        }
+        run()
     }
 
     fn cached(&self) -> Result<Option<Box<dyn CachedGraph>>, EngineError> {

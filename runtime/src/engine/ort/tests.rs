@@ -22,7 +22,7 @@ pub(crate) fn with_device(options: &EngineOptions) -> Result<Ort, EngineError> {
 
 fn program(engine: &Ort, signature: GraphSignature, onnx: Vec<u8>) -> Program {
     let (environment, options) = (engine.environment.clone(), engine.options.clone());
-    Program { environment, options, signature, sizes: SIZES, onnx: onnx.into(), weights: None }
+    Program { environment, options, signature, sizes: SIZES, onnx: onnx.into(), weights: None, operators: None }
 }
 
 #[test]
@@ -44,6 +44,7 @@ fn what_is_given_again_is_copied_to_the_device_once() {
         sessions: Mutex::default(),
         device,
         cached: None,
+        pool: None,
     };
     let (plain, graph) = (graph(None), graph(Some(AllocationDevice::CPU)));
     let tensor = |values: [f32; 3]| Tensor::f32(&[1, 3], values.to_vec()).unwrap();

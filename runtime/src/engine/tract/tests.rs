@@ -5,6 +5,7 @@ use tract_onnx::pb::{GraphProto, ModelProto, type_proto};
 use tract_onnx::prelude::{IntoTValue, tvec};
 
 use super::super::cost::graph_cost;
+use super::super::operators::LINEAR;
 use super::super::toy::{Attribute, Toy, halves};
 use super::*;
 use crate::bundle::manifest::{Sizes, TensorSignature};
