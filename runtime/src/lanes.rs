@@ -22,9 +22,11 @@ pub fn sum_of_lanes(mut sums: [f32; LANES]) -> f32 {
 /// e^x to about 2 ulp for x in [−87, 88], clamped outside (polynomial of Cephes' `expf`).
 #[inline(always)]
 pub fn exp(x: f32) -> f32 {
+    /// 1.5 · 2²³: adding it leaves a number rounded to the nearest integer in the lowest bits.
+    const ROUND: f32 = 12_582_912.0;
     let x = x.clamp(-87.0, 88.0);
-    // Adding and subtracting 1.5·2^23 rounds to the nearest integer without a call.
-    let z = (x * std::f32::consts::LOG2_E + 12_582_912.0) - 12_582_912.0;
+    let rounded = x * std::f32::consts::LOG2_E + ROUND;
+    let z = rounded - ROUND;
     let r = x - z * 0.693_359_4 - z * -2.121_944_4e-4;
     let mut p = 1.987_569_1e-4_f32;
     p = p * r + 1.398_199_9e-3;
@@ -33,7 +35,9 @@ pub fn exp(x: f32) -> f32 {
     p = p * r + 1.666_666_5e-1;
     p = p * r + 0.5;
     let y = p * r * r + r + 1.0;
-    y * f32::from_bits((((z as i32) + 127) as u32) << 23)
+    // Compilers make a branch for each lane of a conversion from float to integer; the bits are there already.
+    let power = rounded.to_bits().wrapping_sub(ROUND.to_bits());
+    y * f32::from_bits(power.wrapping_add(127) << 23)
 }
 
 /// `ln Σ e^x` of finite values; of none, −∞.

@@ -110,8 +110,8 @@ pub struct EngineOptions {
     pub threads: usize,
     /// Whether ONNX Runtime's idle threads spin: faster on a machine with nothing else to do, slower on a busy one.
     pub spinning: bool,
-    /// Whether ONNX Runtime rewrites graphs before it runs them. Without that it computes what the file says, node by node: slow,
-    /// and a reference.
+    /// Whether graphs are rewritten before ONNX Runtime runs them, by it and, on the processor, for kernels of ours. Without that
+    /// it folds constants and computes what the file says, node by node: slow, and a reference.
     pub rewriting: bool,
     /// ONNX Runtime's library; it is looked for if none is named.
     pub library: Option<PathBuf>,

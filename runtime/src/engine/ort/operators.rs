@@ -16,7 +16,8 @@ use crate::engine::{EngineError, GraphSource, onnx};
 
 /// The domain of the operators.
 const DOMAIN: &str = "unimo";
-/// The attribute that tells which of a graph's operators a node is: its weights are laid out once, and all sessions share them.
+/// The attribute that tells which of a graph's operators a node is, from 1 on: a zero is not written into a file, and ONNX Runtime
+/// then finds none. Weights are laid out once, and all sessions share them.
 const NUMBER: &str = "number";
 /// Of this, ONNX Runtime computes what the file says, 8-bit convolutions and all.
 const STATIC: &str = "QuantizeLinear";
@@ -29,7 +30,7 @@ pub(super) struct Rewritten {
 }
 
 /// The operators of a graph, for any number of sessions.
-#[derive(Clone)]
+#[derive(Clone, Default)]
 pub(super) struct Operators(Arc<[Arc<dyn Operator>]>);
 
 impl Rewritten {
@@ -58,8 +59,8 @@ fn take(graph: &mut GraphProto) -> Result<Vec<Arc<dyn Operator>>, String> {
     let mut all = Vec::new();
     for node in &mut graph.node {
         let Some(operator) = operator(node) else { continue };
-        let (name, i) = (NUMBER.to_owned(), all.len() as i64);
         all.push(operator?);
+        let (name, i) = (NUMBER.to_owned(), all.len() as i64);
         node.domain = DOMAIN.to_owned();
         node.attribute = vec![AttributeProto { name, i, r#type: AttributeType::Int as i32, ..AttributeProto::default() }];
     }
@@ -74,7 +75,7 @@ impl Operators {
     }
 
     fn find(&self, number: Option<i64>) -> ort::Result<Arc<dyn Operator>> {
-        let found = number.and_then(|number| self.0.get(usize::try_from(number).ok()?));
+        let found = number.and_then(|number| self.0.get(usize::try_from(number).ok()?.checked_sub(1)?));
         found.cloned().ok_or_else(|| ort::Error::new(format!("{NUMBER} {number:?} of {} operators", self.0.len())))
     }
 }
@@ -115,9 +116,10 @@ impl CustomOperator for Custom {
     }
 }
 
-/// The sizes of a tensor, if all are known.
+/// The sizes of a tensor, if all are known. One of which nothing is known looks like a scalar, which none of our operators reads.
 fn known(value: &ValueType) -> Option<Vec<usize>> {
-    value.tensor_shape()?.iter().map(|&size| usize::try_from(size).ok()).collect()
+    let shape = value.tensor_shape().filter(|shape| !shape.is_empty())?;
+    shape.iter().map(|&size| usize::try_from(size).ok()).collect()
 }
 
 /// An operator in a session.

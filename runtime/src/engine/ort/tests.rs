@@ -1,7 +1,8 @@
 use prost::Message;
+use tract_onnx::pb::{ModelProto, NodeProto};
 
 use super::super::tests::with_library;
-use super::super::toy::Toy;
+use super::super::toy::{Attribute, Toy};
 use super::*;
 use crate::bundle::manifest::TensorSignature;
 
@@ -126,4 +127,99 @@ fn a_graph_without_a_past_is_left_alone() {
     assert!(!caching(&[&past], &[&tensor("new_a", &[2, 6, 3])]));
     assert!(!caching(&[&past], &[&tensor("new_a", &[2, 1, 4])]));
     assert!(!caching(&[&past, &tensor("past_b", &[2, 5, 3])], &[&new]));
+}
+
+fn numbers(count: usize, seed: usize) -> Vec<f32> {
+    (0..count).map(|i| ((i * 7 + seed * 3) as f32).sin()).collect()
+}
+
+/// `y = LayerNorm(row + gelu(x · W + b))` with W `[64, 48]` in 8 bits, for x `[5, 64]`.
+fn network() -> (GraphSignature, Toy) {
+    let tensor =
+        |name: &str, shape: &[usize]| TensorSignature { name: name.to_owned(), shape: shape.to_vec(), dtype: Dtype::F32 };
+    let signature = GraphSignature {
+        name: "toy".to_owned(),
+        inputs: vec![tensor("x", &[5, 64]), tensor("row", &[1, 48])],
+        outputs: vec![tensor("y", &[5, 48])],
+    };
+    let levels: Vec<i8> = (0..64 * 48).map(|i| (i * 37) as i8).collect();
+    let toy = Toy::new(&signature)
+        .levels("w8", &[64, 48], &levels)
+        .floats("scales", &[48], &[0.01; 48])
+        .floats("bias", &[48], &numbers(48, 1))
+        .floats("root", &[1], &[std::f32::consts::FRAC_1_SQRT_2])
+        .floats("one", &[1], &[1.0])
+        .floats("half", &[1], &[0.5])
+        .floats("weight", &[48], &numbers(48, 2))
+        .node("DequantizeLinear", &["w8", "scales"], "w")
+        .with("axis", Attribute::Int(1))
+        .node("MatMul", &["x", "w"], "product")
+        .node("Add", &["product", "bias"], "sum")
+        .node("Mul", &["sum", "root"], "scaled")
+        .node("Erf", &["scaled"], "erf")
+        .node("Add", &["erf", "one"], "more")
+        .node("Mul", &["sum", "more"], "twice")
+        .node("Mul", &["twice", "half"], "gelu")
+        .node("Add", &["row", "gelu"], "all")
+        .node("LayerNormalization", &["all", "weight", "bias"], "y")
+        .with("axis", Attribute::Int(-1));
+    (signature, toy)
+}
+
+#[test]
+fn kernels_of_ours_give_what_the_file_says() {
+    let (signature, toy) = network();
+    let onnx = toy.model().encode_to_vec();
+    let source = GraphSource { signature: &signature, sizes: SIZES, onnx: &onnx, external: &|_| None };
+    let (x, row) = (Tensor::f32(&[5, 64], numbers(320, 3)).unwrap(), Tensor::f32(&[1, 48], numbers(48, 4)).unwrap());
+    let run = |rewriting, threads| -> Option<Vec<f32>> {
+        let options = EngineOptions { engine: EngineKind::Ort, rewriting, threads, ..EngineOptions::default() };
+        let graph = with_library(Ort::new(&options))?.load(&source).unwrap();
+        // Again, with the shapes that the kernels know by then.
+        graph.run(&[("row", &row), ("x", &x)]).unwrap();
+        Some(graph.run(&[("row", &row), ("x", &x)]).unwrap()[0].floats().to_vec())
+    };
+    let Some(expected) = run(false, 1) else { return };
+    let rewritten = Rewritten::of(&source).unwrap();
+    assert_eq!(rewritten.is_some(), crate::kernels::available());
+    for threads in [1, 3] {
+        for (found, expected) in run(true, threads).unwrap().iter().zip(&expected) {
+            assert!((found - expected).abs() < 2e-5, "{found} {expected}");
+        }
+    }
+    // A node with a number that there is no operator of.
+    let Some(rewritten) = rewritten else { return };
+    let engine = engine().unwrap();
+    let operators = Some(Operators::default());
+    let error = Program { operators, ..program(&engine, signature.clone(), rewritten.onnx) }.session().err().unwrap();
+    assert!(error.to_string().contains("number Some(1) of 0 operators"), "{error}");
+}
+
+#[test]
+fn graphs_for_tensorrt_and_those_without_work_for_our_kernels_are_left_alone() {
+    let rewritten = |signature: &GraphSignature, model: &ModelProto| {
+        let onnx = model.encode_to_vec();
+        let source = GraphSource { signature, sizes: SIZES, onnx: &onnx, external: &|_| None };
+        Rewritten::of(&source).unwrap().is_some()
+    };
+    let plain = Toy::new(&signature()).node("Sub", &["x", "regions"], "y");
+    assert!(!rewritten(&signature(), &plain.model()));
+    let quantized = |levels: bool| {
+        let (signature, toy) = network();
+        let mut model = toy.floats("scale", &[], &[0.1]).model();
+        let graph = model.graph.as_mut().unwrap();
+        if levels {
+            let last = graph.node.last_mut().unwrap();
+            last.output[0] = "exact".to_owned();
+            let node = |op_type: &str, input: &str, output: &str| NodeProto {
+                op_type: op_type.to_owned(),
+                input: vec![input.to_owned(), "scale".to_owned()],
+                output: vec![output.to_owned()],
+                ..NodeProto::default()
+            };
+            graph.node.extend([node("QuantizeLinear", "exact", "levels"), node("DequantizeLinear", "levels", "y")]);
+        }
+        rewritten(&signature, &model)
+    };
+    assert_eq!([false, true].map(quantized), [crate::kernels::available(), false]);
 }

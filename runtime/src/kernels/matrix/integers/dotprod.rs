@@ -3,11 +3,12 @@
 
 use std::arch::aarch64::{
     float32x4_t, int8x16_t, int32x4_t, vandq_u8, vcvtq_f32_s32, vdupq_n_f32, vdupq_n_s8, vdupq_n_s32, vdupq_n_u8, vfmaq_f32,
-    vld1q_f32, vld1q_s8, vld1q_u8, vreinterpretq_s8_s32, vreinterpretq_s8_u8, vshrq_n_u8, vst1q_f32, vst1q_s32, vsubq_s8,
+    vld1q_f32, vld1q_s8, vld1q_s32, vld1q_u8, vmlsq_n_s32, vmulq_n_f32, vreinterpretq_s8_s32, vreinterpretq_s8_u8, vshrq_n_u8,
+    vst1q_f32, vsubq_s8,
 };
 use std::arch::{asm, is_aarch64_feature_detected};
 
-use super::{Dot, GROUP, WIDEST, Work, blocks};
+use super::{Dot, GROUP, Row, WIDEST, Work, blocks};
 
 /// Only [`run`] calls its functions.
 pub(super) struct DotProduct;
@@ -87,10 +88,14 @@ impl Dot for DotProduct {
     }
 
     #[inline(always)]
-    fn store(sums: Self::Sums, to: &mut [i32; WIDEST]) {
-        for (to, sums) in to.as_chunks_mut::<4>().0.iter_mut().zip(sums) {
-            // SAFETY: as above, and 16 bytes are written where there are 16.
-            unsafe { vst1q_s32(to.as_mut_ptr(), sums) }
+    fn store_scaled(sums: Self::Sums, of: &[i32], row: Row, to: &mut [f32; WIDEST]) {
+        let quarters = to.as_chunks_mut::<4>().0.iter_mut().zip(of.as_chunks::<4>().0);
+        for ((to, of), sums) in quarters.zip(sums) {
+            // SAFETY: as above, and 16 bytes are read and written where there are 16.
+            unsafe {
+                let centred = vmlsq_n_s32(sums, vld1q_s32(of.as_ptr()), row.zero);
+                vst1q_f32(to.as_mut_ptr(), vmulq_n_f32(vcvtq_f32_s32(centred), row.scale));
+            }
         }
     }
 

@@ -107,7 +107,8 @@ trait Dot {
     fn load_halves(weights: &[u8]) -> Self::Weights;
     /// Adds to each output's sum the products of its levels with those of a row.
     fn add(sums: Self::Sums, weights: Self::Weights, x: [u8; GROUP]) -> Self::Sums;
-    fn store(sums: Self::Sums, to: &mut [i32; WIDEST]);
+    /// Stores `(sum − zero · of) · scale`, where `of` is the sum of the levels that a row's levels were multiplied with.
+    fn store_scaled(sums: Self::Sums, of: &[i32], row: Row, to: &mut [f32; WIDEST]);
     /// Adds to each output's float its sum times its scale.
     fn add_scaled(floats: Self::Floats, sums: Self::Sums, scales: &[f32]) -> Self::Floats;
     fn store_floats(floats: Self::Floats, to: &mut [f32; WIDEST]);
@@ -217,10 +218,15 @@ fn quantize(x: &[f32], least: i32, levels: &mut [u8]) -> Row {
     const ROUND: f32 = 12_582_912.0;
     let (chunks, rest) = x.as_chunks::<LANES>();
     let (mut low, mut high) = ([0f32; LANES], [0f32; LANES]);
+    // One loop each: of both at once, the compiler makes shuffles.
     for chunk in chunks {
         for lane in 0..LANES {
-            low[lane] = if chunk[lane] < low[lane] { chunk[lane] } else { low[lane] };
-            high[lane] = if chunk[lane] > high[lane] { chunk[lane] } else { high[lane] };
+            low[lane] = low[lane].min(chunk[lane]);
+        }
+    }
+    for chunk in chunks {
+        for lane in 0..LANES {
+            high[lane] = high[lane].max(chunk[lane]);
         }
     }
     let low = low.iter().chain(rest).fold(0f32, |low, &x| low.min(x));
@@ -262,15 +268,9 @@ impl<D: Dot> Tile for IntegerTile<'_, '_, D> {
                 *sums = D::add(*sums, weights, *x);
             }
         }
-        let mut stored = [[0i32; WIDEST]; ROWS];
-        for (stored, sums) in stored.iter_mut().zip(&sums) {
-            D::store(*sums, stored);
-        }
         let mut done = [[0f32; WIDEST]; ROWS];
-        for ((done, stored), range) in done.iter_mut().zip(&stored).zip(&self.ranges[row..]) {
-            for ((done, sum), level_sum) in done.iter_mut().zip(stored).zip(self.sums) {
-                *done = sum.wrapping_sub(range.zero.wrapping_mul(*level_sum)) as f32 * range.scale;
-            }
+        for ((done, sums), range) in done.iter_mut().zip(sums).zip(&self.ranges[row..]) {
+            D::store_scaled(sums, self.sums, *range, done);
         }
         self.finish.store(&done, self.panel, row);
     }

@@ -2,7 +2,7 @@
 
 use multiversion::multiversion;
 
-use super::{Dot, GROUP, WIDEST, Work, blocks};
+use super::{Dot, GROUP, Row, WIDEST, Work, blocks};
 
 pub(super) struct Plain;
 
@@ -58,8 +58,10 @@ impl Dot for Plain {
     }
 
     #[inline(always)]
-    fn store(sums: Self::Sums, to: &mut [i32; WIDEST]) {
-        to[..16].copy_from_slice(&sums);
+    fn store_scaled(sums: Self::Sums, of: &[i32], row: Row, to: &mut [f32; WIDEST]) {
+        for ((to, sum), of) in to.iter_mut().zip(sums).zip(of) {
+            *to = sum.wrapping_sub(row.zero.wrapping_mul(*of)) as f32 * row.scale;
+        }
     }
 
     #[inline(always)]

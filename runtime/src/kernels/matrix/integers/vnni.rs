@@ -3,11 +3,11 @@
 
 use std::arch::x86_64::{
     __m512, __m512i, _mm512_and_si512, _mm512_cvtepi32_ps, _mm512_dpbusd_epi32, _mm512_fmadd_ps, _mm512_loadu_ps,
-    _mm512_loadu_si512, _mm512_set1_epi8, _mm512_set1_epi32, _mm512_setzero_ps, _mm512_setzero_si512, _mm512_srli_epi16,
-    _mm512_storeu_ps, _mm512_storeu_si512, _mm512_sub_epi8,
+    _mm512_loadu_si512, _mm512_mul_ps, _mm512_mullo_epi32, _mm512_set1_epi8, _mm512_set1_epi32, _mm512_set1_ps,
+    _mm512_setzero_ps, _mm512_setzero_si512, _mm512_srli_epi16, _mm512_storeu_ps, _mm512_sub_epi8, _mm512_sub_epi32,
 };
 
-use super::{Dot, GROUP, WIDEST, Work, blocks};
+use super::{Dot, GROUP, Row, WIDEST, Work, blocks};
 
 /// Only [`run`] calls its functions.
 pub(super) struct Vnni;
@@ -80,10 +80,15 @@ impl Dot for Vnni {
     }
 
     #[inline(always)]
-    fn store(sums: Self::Sums, to: &mut [i32; WIDEST]) {
-        for (to, sums) in to.as_chunks_mut::<16>().0.iter_mut().zip(sums) {
-            // SAFETY: as above, and 64 bytes are written where there are 64.
-            unsafe { _mm512_storeu_si512(to.as_mut_ptr().cast(), sums) }
+    fn store_scaled(sums: Self::Sums, of: &[i32], row: Row, to: &mut [f32; WIDEST]) {
+        let halves = to.as_chunks_mut::<16>().0.iter_mut().zip(of.as_chunks::<16>().0);
+        for ((to, of), sums) in halves.zip(sums) {
+            // SAFETY: as above, and 64 bytes are read and written where there are 64.
+            unsafe {
+                let of = _mm512_loadu_si512(of.as_ptr().cast());
+                let centred = _mm512_sub_epi32(sums, _mm512_mullo_epi32(of, _mm512_set1_epi32(row.zero)));
+                _mm512_storeu_ps(to.as_mut_ptr(), _mm512_mul_ps(_mm512_cvtepi32_ps(centred), _mm512_set1_ps(row.scale)));
+            }
         }
     }
 
