@@ -1,4 +1,4 @@
-//! Parts of a graph that our own kernels compute: found in the ONNX file, before tract sees it.
+//! Parts of a graph that our own kernels compute: found in the ONNX file, before an engine sees it.
 //!
 //! - Products of rows with a constant matrix, with the bias and the GELU that follow: one [`LINEAR`] node. Weights of 8 and of 4 bits
 //!   stay so; where the graph multiplies in integers, so does the node.

@@ -168,14 +168,17 @@ impl Engine for Ort {
         #[cfg(feature = "tract")]
         let rewritten = self.rewritten(source)?;
         #[cfg(feature = "tract")]
-        let onnx = rewritten.as_ref().map_or(source.onnx, |rewritten| &rewritten.onnx);
+        let onnx = rewritten.as_ref().map(|rewritten| &*rewritten.onnx);
         #[cfg(not(feature = "tract"))]
-        let onnx = source.onnx;
+        let onnx: Option<&[u8]> = None;
+        // A rewritten file holds its weights.
+        let weights = if onnx.is_some() { None } else { (source.external)(WEIGHTS) };
+        let onnx = onnx.unwrap_or(source.onnx);
         let program = |signature: GraphSignature, onnx: Box<[u8]>| Program {
             environment: self.environment.clone(),
             options: self.options.clone(),
             sizes: source.sizes,
-            weights: (source.external)(WEIGHTS),
+            weights: weights.clone(),
             signature,
             onnx,
             #[cfg(feature = "tract")]
@@ -222,7 +225,7 @@ struct Program {
     signature: GraphSignature,
     sizes: Sizes,
     onnx: Box<[u8]>,
-    /// Where they lie in the bundle; a session copies of them what it keeps.
+    /// Where they lie in the bundle, if not in the file; a session copies of them what it keeps.
     weights: Option<SharedBytes>,
     /// Those of ours that the graph has.
     #[cfg(feature = "tract")]

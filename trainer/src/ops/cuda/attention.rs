@@ -4,18 +4,74 @@ use std::sync::Arc;
 
 use candle_core::{Result, Shape, Tensor};
 
-use super::attention_tables::{TILE, Tables};
-use super::dropout;
-use super::machine::{Grid, Kernel, Machine, WARP, arguments};
+use super::attention_tables::Tables;
+use super::machine::{Argument, Grid, Kernel, Machine, WARP, arguments};
 use super::operator::{Input, Kept, OnMachine, Operator, Pass};
+use super::{Precision, dropout};
 use crate::ops::AttentionPlan;
 
-/// Rows that pass by a tile at one time: `PASSING` of `kernels/attention.cu`.
+/// The kernels of one file.
+struct Kernels {
+    /// Rows of a tile: `STAYING` of the file.
+    tile: usize,
+    file: &'static str,
+    /// Forward, backward by queries and by keys.
+    names: [&'static str; 3],
+    /// Shared memory that they take, in 32-bit values.
+    shared: [usize; 3],
+    /// Whether they are told how wide a head is.
+    any_width: bool,
+}
+
+/// Rows that pass by a tile at one time: `PASSING` of both files.
 const PASSING: usize = 32;
 /// Widest head: three values a lane, and tiles that fit the shared memory of any device.
 const WIDEST_HEAD: usize = 96;
 
+impl Kernels {
+    /// Those of `attention.cu`, in f32.
+    fn floats(depth: usize) -> Self {
+        const TILE: usize = 16;
+        let shared = |staying: usize| staying * TILE * depth + 2 * PASSING * (depth + 1);
+        Self {
+            tile: TILE,
+            file: "attention",
+            names: ["attention", "attention_queries_backward", "attention_keys_backward"],
+            shared: [shared(1), shared(2), shared(2)],
+            any_width: true,
+        }
+    }
+
+    /// Those of `attention_bf16.cu`, if they are there for heads of this width.
+    fn bf16(depth: usize) -> Option<Self> {
+        /// Sides of a product.
+        const SIDE: usize = 16;
+        const TILE: usize = 64;
+        let names = match depth {
+            32 => ["attention_bf16_32", "attention_bf16_queries_backward_32", "attention_bf16_keys_backward_32"],
+            64 => ["attention_bf16_64", "attention_bf16_queries_backward_64", "attention_bf16_keys_backward_64"],
+            _ => return None,
+        };
+        // Two bf16 are a 32-bit value; of a tile, four warps have sums and shares at the same time.
+        let rows = |count: usize| count * (depth + 8) / 2;
+        let (sums, shares) = (TILE * (SIDE + 4), TILE * (SIDE + 8) / 2);
+        let shared = [
+            rows(TILE + 2 * PASSING) + shares + sums,
+            rows(2 * TILE + 2 * PASSING) + shares + 2 * sums,
+            rows(2 * TILE + 2 * PASSING) + 2 * shares + 2 * PASSING + 2 * sums,
+        ];
+        Some(Self { tile: TILE, file: "attention_bf16", names, shared, any_width: false })
+    }
+
+    /// A block of four warps for each tile and head.
+    fn launch<M: Machine>(&self, machine: &M, which: usize, blocks: [usize; 2], arguments: &[Argument]) -> Result<()> {
+        let grid = Grid { blocks: [blocks[0], blocks[1], 1], threads: 4 * WARP, shared: self.shared[which] };
+        machine.launch(Kernel(self.file, self.names[which]), grid, arguments)
+    }
+}
+
 struct Attention {
+    kernels: Kernels,
     tables: Arc<Tables>,
     heads: usize,
     keep: f32,
@@ -31,10 +87,12 @@ impl Attention {
         Ok((rows, width / 3, width / 3 / self.heads))
     }
 
-    /// A block of four warps for each tile and head, with room for `staying` and `passing` tiles.
-    fn grid(&self, tiles: usize, staying: usize, passing: usize, depth: usize) -> Grid {
-        let shared = staying * TILE * depth + passing * PASSING * (depth + 1);
-        Grid { blocks: [tiles, self.heads, 1], threads: 4 * WARP, shared }
+    /// What every kernel ends with: heads, their width if it is asked for, and the draws.
+    fn last_arguments(&self, depth: usize) -> Vec<Argument> {
+        let (limit, scale) = dropout(self.keep);
+        let wide = self.kernels.any_width.then_some(Argument::Word(depth as u32));
+        let draws = arguments![self.seed, limit, scale];
+        [Argument::Word(self.heads as u32)].into_iter().chain(wide).chain(draws.iter().copied()).collect()
     }
 }
 
@@ -44,20 +102,10 @@ impl Operator for Attention {
     fn forward<M: Machine>(&self, machine: &M, inputs: &[Input]) -> Result<(M::Values, Shape)> {
         let (rows, hidden, depth) = self.sizes(&inputs[0])?;
         let (y, logarithms) = (machine.allocate(rows * hidden)?, machine.allocate(rows * self.heads)?);
-        let (queries, (limit, scale)) = (machine.upload(&self.tables.queries)?, dropout(self.keep));
-        let arguments = arguments![
-            inputs[0].at,
-            machine.words_at(&queries),
-            machine.at(&y),
-            machine.at(&logarithms),
-            self.heads as u32,
-            depth as u32,
-            self.seed,
-            limit,
-            scale
-        ];
-        let grid = self.grid(self.tables.query_tiles(), 1, 2, depth);
-        machine.launch(Kernel("attention", "attention"), grid, arguments)?;
+        let queries = machine.upload(&self.tables.queries)?;
+        let first = arguments![inputs[0].at, machine.words_at(&queries), machine.at(&y), machine.at(&logarithms)];
+        let arguments = [&first[..], &self.last_arguments(depth)].concat();
+        self.kernels.launch(machine, 0, [self.tables.query_tiles(), self.heads], &arguments)?;
         self.logarithms.put(logarithms);
         Ok((y, Shape::from((rows, hidden))))
     }
@@ -68,31 +116,50 @@ impl Operator for Attention {
         let logarithms = self.logarithms.take::<M::Values>(Self::NAME)?;
         let (delta, dqkv) = (machine.allocate(rows * self.heads)?, machine.allocate(rows * 3 * hidden)?);
         let (sums, projections, to) = (machine.at(&logarithms), machine.at(&delta), machine.at(&dqkv));
-        let (heads, wide, (limit, scale)) = (self.heads as u32, depth as u32, dropout(self.keep));
-        let count = rows * self.heads;
+        let (count, last) = (rows * self.heads, self.last_arguments(depth));
         let of_rows = Grid { blocks: [count.div_ceil(4).max(1), 1, 1], threads: 4 * WARP, shared: 0 };
-        let arguments = arguments![pass.result.at, dy, projections, count as u32, wide];
+        let arguments = arguments![pass.result.at, dy, projections, count as u32, depth as u32];
         machine.launch(Kernel("attention", "attention_delta"), of_rows, arguments)?;
         let queries = machine.upload(&self.tables.queries)?;
-        let table = machine.words_at(&queries);
-        let arguments = arguments![qkv, table, dy, sums, projections, to, heads, wide, self.seed, limit, scale];
-        let grid = self.grid(self.tables.query_tiles(), 2, 2, depth);
-        machine.launch(Kernel("attention", "attention_queries_backward"), grid, arguments)?;
+        let first = arguments![qkv, machine.words_at(&queries), dy, sums, projections, to];
+        self.kernels.launch(machine, 1, [self.tables.query_tiles(), self.heads], &[&first[..], &last].concat())?;
         let (keys, segments) = (machine.upload(&self.tables.keys)?, machine.upload(&self.tables.segments)?);
-        let (table, seen_by) = (machine.words_at(&keys), machine.words_at(&segments));
-        let arguments = arguments![qkv, table, seen_by, dy, sums, projections, to, heads, wide, self.seed, limit, scale];
-        let grid = self.grid(self.tables.key_tiles(), 2, 2, depth);
-        machine.launch(Kernel("attention", "attention_keys_backward"), grid, arguments)?;
+        let first = arguments![qkv, machine.words_at(&keys), machine.words_at(&segments), dy, sums, projections, to];
+        self.kernels.launch(machine, 2, [self.tables.key_tiles(), self.heads], &[&first[..], &last].concat())?;
         Ok(vec![Some(dqkv)])
     }
 }
 
-/// See [`attention`](crate::ops::attention), which has checked plan and shape.
-pub fn attention(qkv: &Tensor, plan: &Arc<AttentionPlan>, heads: usize, rate: f32, seed: u32) -> Result<Tensor> {
+/// See [`attention`](crate::ops::attention), which has checked plan and shape. In bf16 the factors of its products are rounded, where
+/// heads are as wide as the kernels for that are made for.
+pub fn attention(
+    qkv: &Tensor,
+    plan: &Arc<AttentionPlan>,
+    heads: usize,
+    rate: f32,
+    seed: u32,
+    precision: Precision,
+) -> Result<Tensor> {
     let depth = qkv.dim(1)? / 3 / heads;
     if depth > WIDEST_HEAD {
         candle_core::bail!("attention: heads of {depth} values are wider than {WIDEST_HEAD}, the widest on a CUDA device");
     }
-    let op = Attention { tables: Tables::shared(plan), heads, keep: 1.0 - rate, seed, logarithms: Kept::default() };
+    let rounded = (precision == Precision::Bf16).then(|| Kernels::bf16(depth)).flatten();
+    let kernels = rounded.unwrap_or_else(|| Kernels::floats(depth));
+    let tables = Tables::shared(plan, kernels.tile);
+    let op = Attention { kernels, tables, heads, keep: 1.0 - rate, seed, logarithms: Kept::default() };
     qkv.contiguous()?.apply_op1(OnMachine(op))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn tiles_fit_the_shared_memory_that_every_device_gives() {
+        let all = (1..=WIDEST_HEAD).map(Kernels::floats).chain((1..=WIDEST_HEAD).filter_map(Kernels::bf16));
+        for kernels in all {
+            assert!(kernels.shared.iter().all(|&values| 4 * values <= 48 << 10), "{}: {:?}", kernels.names[0], kernels.shared);
+        }
+    }
 }

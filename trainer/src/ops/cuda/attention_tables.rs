@@ -5,8 +5,6 @@ use std::sync::{Arc, Mutex, Weak};
 
 use crate::ops::{AttentionPlan, QueryBlock};
 
-/// Rows of a tile: `STAYING` of `kernels/attention.cu`.
-pub const TILE: usize = 16;
 /// Words of a `QueryTile`, a `KeyTile` and a `Segment`.
 const WORDS: [usize; 3] = [8, 4, 6];
 
@@ -23,12 +21,12 @@ pub struct Tables {
 }
 
 impl Tables {
-    /// The tables of a valid plan.
-    pub fn of(plan: &AttentionPlan) -> Self {
+    /// The tables of a valid plan, in tiles of at most so many rows.
+    pub fn of(plan: &AttentionPlan, tile: usize) -> Self {
         let mut tables = Self::default();
         for group in &plan.groups {
             for block in &group.blocks {
-                tables.add_queries(group.start, block);
+                tables.add_queries(group.start, block, tile);
             }
             // Between two cuts, the same blocks see all rows.
             let ends = |range: &std::ops::Range<usize>| [range.start, range.end];
@@ -36,8 +34,8 @@ impl Tables {
                 group.blocks.iter().flat_map(|b| ends(&b.rows).into_iter().chain(ends(&b.context))).collect();
             let cuts: Vec<usize> = cuts.into_iter().collect();
             for cut in cuts.windows(2) {
-                for first in (cut[0]..cut[1]).step_by(TILE) {
-                    tables.add_keys(group.start, &group.blocks, first, TILE.min(cut[1] - first));
+                for first in (cut[0]..cut[1]).step_by(tile) {
+                    tables.add_keys(group.start, &group.blocks, first, tile.min(cut[1] - first));
                 }
             }
         }
@@ -54,9 +52,9 @@ impl Tables {
         self.keys.len() / WORDS[1]
     }
 
-    fn add_queries(&mut self, start: usize, block: &QueryBlock) {
-        for first in block.rows.clone().step_by(TILE) {
-            let count = TILE.min(block.rows.end - first);
+    fn add_queries(&mut self, start: usize, block: &QueryBlock, tile: usize) {
+        for first in block.rows.clone().step_by(tile) {
+            let count = tile.min(block.rows.end - first);
             let rows = [start + first, count, start + block.rows.start, block.rows.len()];
             let seen = [start + block.context.start, block.context.len(), usize::from(block.causal), 0];
             self.queries.extend(rows.into_iter().chain(seen).map(|word| word as u32));
@@ -82,18 +80,18 @@ impl Tables {
         self.keys.extend([start + first, count, before, segments].map(|word| word as u32));
     }
 
-    /// Those of the plan that was asked for last are kept: all layers of a step share one.
-    pub fn shared(plan: &Arc<AttentionPlan>) -> Arc<Self> {
-        static LAST: Mutex<Option<(Weak<AttentionPlan>, Arc<Tables>)>> = Mutex::new(None);
+    /// Those that were asked for last are kept: all layers of a step share one plan.
+    pub fn shared(plan: &Arc<AttentionPlan>, tile: usize) -> Arc<Self> {
+        static LAST: Mutex<Option<(Weak<AttentionPlan>, usize, Arc<Tables>)>> = Mutex::new(None);
         let mut last = LAST.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
-        if let Some((of, tables)) = &*last {
+        if let Some((of, in_tiles_of, tables)) = &*last {
             // The weak reference keeps the plan's place from being taken by another one.
-            if std::ptr::eq(of.as_ptr(), Arc::as_ptr(plan)) {
+            if std::ptr::eq(of.as_ptr(), Arc::as_ptr(plan)) && *in_tiles_of == tile {
                 return Arc::clone(tables);
             }
         }
-        let tables = Arc::new(Self::of(plan));
-        *last = Some((Arc::downgrade(plan), Arc::clone(&tables)));
+        let tables = Arc::new(Self::of(plan, tile));
+        *last = Some((Arc::downgrade(plan), tile, Arc::clone(&tables)));
         tables
     }
 }
@@ -107,7 +105,7 @@ mod tests {
     fn an_image_that_two_captions_read_is_cut_into_tiles() {
         let block = |rows, context, causal| QueryBlock { rows, context, causal };
         let blocks = vec![block(0..18, 0..0, false), block(18..21, 0..18, true), block(21..23, 0..18, true)];
-        let tables = Tables::of(&AttentionPlan { groups: vec![AttentionGroup { start: 100, len: 23, blocks }] });
+        let tables = Tables::of(&AttentionPlan { groups: vec![AttentionGroup { start: 100, len: 23, blocks }] }, 16);
         let rows = |table: &[u32], words: usize| table.chunks(words).map(<[u32]>::to_vec).collect::<Vec<_>>();
         let queries = [
             [100, 16, 100, 18, 100, 0, 0, 0],

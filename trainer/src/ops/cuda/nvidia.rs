@@ -65,7 +65,7 @@ fn ptx(file: &str) -> Result<&'static str> {
             }
         };
     }
-    Ok(embedded!("adamw", "attention", "convolution", "cross_entropy", "elementwise", "layer_norm", "rows"))
+    Ok(embedded!("adamw", "attention", "attention_bf16", "convolution", "cross_entropy", "elementwise", "layer_norm", "rows"))
 }
 
 impl Machine for Nvidia {

@@ -6,7 +6,7 @@ use std::sync::Arc;
 use anyhow::Result;
 use candle_core::{Device, Tensor, Var};
 
-use super::super::{layer_norm, linear, linear_gelu, tied_cross_entropy_in_chunks};
+use super::super::{attention, layer_norm, linear, linear_gelu, tied_cross_entropy_in_chunks};
 use super::{Case, Outcome, error, formulas, read, values};
 use crate::ops::kernels::{self, Plane};
 use crate::ops::{self, AttentionGroup, AttentionPlan, Precision, QueryBlock};
@@ -158,11 +158,13 @@ fn losses() -> Vec<Case<'static>> {
     ]
 }
 
-/// An image of 35 regions with captions that read it, a source with its target, a bidirectional text, a causal text, a single row.
+/// An image of 35 regions with captions that read it, one of 70, a source with its target, a bidirectional text, a causal text, a
+/// single row.
 fn plan() -> Arc<AttentionPlan> {
     let block = |rows, context, causal| QueryBlock { rows, context, causal };
     let groups = vec![
         (73, vec![block(0..35, 0..0, false), block(35..53, 0..35, true), block(53..73, 0..35, true)]),
+        (90, vec![block(0..70, 0..0, false), block(70..90, 0..70, true)]),
         (12, vec![block(0..7, 0..0, false), block(7..12, 2..5, true)]),
         (33, vec![block(0..33, 0..0, false)]),
         (40, vec![block(0..40, 0..0, true)]),
@@ -177,18 +179,25 @@ fn plan() -> Arc<AttentionPlan> {
 }
 
 fn attentions() -> Vec<Case<'static>> {
-    let of = |name: &str, depth: usize, rate: f32| {
+    let of = |name: &str, depth: usize, rate: f32, precision: Precision| {
         let (plan, heads, seed) = (plan(), 2, 31);
         let asked = Arc::clone(&plan);
         Case {
             name: format!("attention{name}, heads of {depth}"),
             inputs: vec![input(21, &[plan.rows(), 3 * heads * depth], 1.5)],
-            run: Box::new(move |t| ops::attention(&t[0], &asked, heads, rate, seed)),
+            run: Box::new(move |t| attention(&t[0], &asked, heads, rate, seed, precision)),
             formula: Box::new(move |v| formulas::attention(&v[0], &plan, heads, 1.0 - rate, seed)),
-            tolerance: F32,
+            tolerance: if precision == Precision::Bf16 { BF16 } else { F32 },
         }
     };
-    vec![of("", 20, 0.0), of(" with dropout", 20, 0.2), of(" with dropout", 72, 0.1)]
+    vec![
+        of("", 20, 0.0, Precision::F32),
+        of(" with dropout", 20, 0.2, Precision::F32),
+        of(" with dropout", 72, 0.1, Precision::F32),
+        of(" in bf16", 64, 0.0, Precision::Bf16),
+        of(" in bf16 with dropout", 64, 0.1, Precision::Bf16),
+        of(" in bf16 with dropout", 32, 0.2, Precision::Bf16),
+    ]
 }
 
 fn convolutions() -> Vec<Case<'static>> {

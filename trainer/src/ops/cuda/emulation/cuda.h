@@ -73,6 +73,10 @@ struct float2 {
     float x, y;
 };
 
+struct float4 {
+    float x, y, z, w;
+};
+
 inline float2 make_float2(float x, float y) { return {x, y}; }
 inline uint32_t min(uint32_t a, uint32_t b) { return a < b ? a : b; }
 using std::isfinite;

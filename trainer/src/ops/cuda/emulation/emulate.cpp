@@ -1,6 +1,8 @@
 // Runs the kernels on the CPU; see cuda.h. Compiled and loaded by emulation.rs.
+#include <algorithm>
 #include <csetjmp>
 #include <cstdio>
+#include <cstring>
 #include <limits>
 #include <memory>
 #include <string>
@@ -10,6 +12,7 @@
 
 #include "../kernels/adamw.cu"
 #include "../kernels/attention.cu"
+#include "../kernels/attention_bf16.cu"
 #include "../kernels/convolution.cu"
 #include "../kernels/cross_entropy.cu"
 #include "../kernels/elementwise.cu"
@@ -21,6 +24,7 @@ namespace {
 
 constexpr unsigned MOST_THREADS = 1024;
 constexpr size_t STACK_BYTES = 64 << 10, SHARED_BYTES = 160 << 10;
+constexpr float UNWRITTEN = std::numeric_limits<float>::quiet_NaN();
 
 enum class At { running, warp_barrier, block_barrier, end };
 
@@ -37,7 +41,7 @@ jmp_buf scheduler;
 unsigned running;
 Index block, block_threads, grid;
 uint32_t words[MOST_THREADS];
-alignas(16) unsigned char dynamic[SHARED_BYTES];
+alignas(32) unsigned char dynamic[SHARED_BYTES];
 std::string failure;
 
 using Entry = void (*)(void**);
@@ -74,10 +78,9 @@ void resume(unsigned thread) {
 }
 
 // Threads run in an order of the caller's choice: what depends on it lacks a barrier.
-bool run_block(unsigned threads, unsigned order) {
-    for (unsigned i = 0; i < SHARED_BYTES / sizeof(float); i++) {
-        reinterpret_cast<float*>(dynamic)[i] = std::numeric_limits<float>::quiet_NaN();
-    }
+bool run_block(unsigned threads, unsigned shared_bytes, unsigned order) {
+    float* shared = reinterpret_cast<float*>(dynamic);
+    std::fill(shared, shared + SHARED_BYTES / sizeof(float), UNWRITTEN);
     auto pick = [&](unsigned i) { return order == 0 ? i : order == 1 ? threads - 1 - i : (i * 17 + order) % threads; };
     std::vector<bool> ready(threads, true);
     for (unsigned left = threads; left > 0;) {
@@ -112,6 +115,12 @@ bool run_block(unsigned threads, unsigned order) {
             if (fibers[thread].at == At::block_barrier) ready[thread] = true;
         }
     }
+    for (size_t i = (shared_bytes + 3) / 4; i < SHARED_BYTES / sizeof(float); i++) {
+        if (std::memcmp(shared + i, &UNWRITTEN, sizeof UNWRITTEN) != 0) {
+            failure = "a block writes beyond the shared memory that it was given";
+            return false;
+        }
+    }
     return true;
 }
 
@@ -140,6 +149,12 @@ struct Kernel {
 const Kernel kernels[] = {
     KERNEL(adamw),
     KERNEL(attention),
+    KERNEL(attention_bf16_32),
+    KERNEL(attention_bf16_64),
+    KERNEL(attention_bf16_keys_backward_32),
+    KERNEL(attention_bf16_keys_backward_64),
+    KERNEL(attention_bf16_queries_backward_32),
+    KERNEL(attention_bf16_queries_backward_64),
     KERNEL(attention_delta),
     KERNEL(attention_keys_backward),
     KERNEL(attention_queries_backward),
@@ -209,7 +224,7 @@ extern "C" int emulation_launch(
         for (block.z = 0; block.z < grid.z; block.z++)
             for (block.y = 0; block.y < grid.y; block.y++)
                 for (block.x = 0; block.x < grid.x; block.x++)
-                    if (!run_block(threads, order)) {
+                    if (!run_block(threads, shared_bytes, order)) {
                         // Fibers that hang in the middle of a kernel start anew.
                         for (Fiber& fiber : fibers) fiber.started = false;
                         return 1;

@@ -6,7 +6,7 @@
 #else
 #include <cuda_bf16.h>
 #include <stdint.h>
-#define SHARED(type, name) extern __shared__ type name[]
+#define SHARED(type, name) extern __shared__ __align__(32) type name[]
 #endif
 
 #define WARP 32u
