@@ -155,48 +155,50 @@ impl Ort {
         })
     }
 
-    /// The graph with operators of ours, where they run on what the provider computes on and there is something for them to do.
-    #[cfg(feature = "tract")]
-    fn rewritten(&self, source: &GraphSource<'_>) -> Result<Option<Rewritten>, EngineError> {
-        let wanted = self.options.provider == Provider::Cpu && self.options.rewriting;
-        Ok(wanted.then(|| Rewritten::of(source)).transpose()?.flatten())
+    /// What ONNX Runtime is given: the graph with operators of ours, where they run on what the provider computes on and there is
+    /// something for them to do, or as the bundle has it.
+    fn file(&self, source: &GraphSource<'_>) -> Result<File, EngineError> {
+        #[cfg(feature = "tract")]
+        if self.options.provider == Provider::Cpu
+            && self.options.rewriting
+            && let Some(Rewritten { onnx, operators }) = Rewritten::of(source)?
+        {
+            return Ok(File { onnx, weights: None, operators: Some(operators) });
+        }
+        Ok(File {
+            onnx: source.onnx.to_vec(),
+            weights: (source.external)(WEIGHTS),
+            #[cfg(feature = "tract")]
+            operators: None,
+        })
     }
 }
 
 impl Engine for Ort {
     fn load(&self, source: &GraphSource<'_>) -> Result<Box<dyn Graph>, EngineError> {
-        #[cfg(feature = "tract")]
-        let rewritten = self.rewritten(source)?;
-        #[cfg(feature = "tract")]
-        let onnx = rewritten.as_ref().map(|rewritten| &*rewritten.onnx);
-        #[cfg(not(feature = "tract"))]
-        let onnx: Option<&[u8]> = None;
-        // A rewritten file holds its weights.
-        let weights = if onnx.is_some() { None } else { (source.external)(WEIGHTS) };
-        let onnx = onnx.unwrap_or(source.onnx);
-        let program = |signature: GraphSignature, onnx: Box<[u8]>| Program {
+        let file = self.file(source)?;
+        let program = |signature: GraphSignature, file: File| Program {
             environment: self.environment.clone(),
             options: self.options.clone(),
             sizes: source.sizes,
-            weights: weights.clone(),
             signature,
-            onnx,
-            #[cfg(feature = "tract")]
-            operators: rewritten.as_ref().map(|rewritten| rewritten.operators.clone()),
+            file,
         };
+        let cached = self.device.as_ref().and_then(|device| {
+            let caching = Caching::of(source.signature)?;
+            let extended = File { onnx: caching.extend(&file.onnx), ..file.clone() };
+            let program = program(caching.extended.clone(), extended);
+            // TensorRT may do as it likes with what it reads before it has written.
+            let in_place = self.options.provider != Provider::Tensorrt;
+            Some(Arc::new(Cached { program, caching, device: device.clone(), in_place, idle: Mutex::default() }))
+        });
         let graph = OrtGraph {
-            plain: program(source.signature.clone(), onnx.into()),
+            plain: program(source.signature.clone(), file),
             sessions: Mutex::default(),
             device: self.device.clone(),
+            cached,
             #[cfg(feature = "tract")]
             pool: self.pool.clone(),
-            cached: self.device.as_ref().and_then(|device| {
-                let caching = Caching::of(source.signature)?;
-                let program = program(caching.extended.clone(), caching.extend(onnx).into());
-                // TensorRT may do as it likes with what it reads before it has written.
-                let in_place = self.options.provider != Provider::Tensorrt;
-                Some(Arc::new(Cached { program, caching, device: device.clone(), in_place, idle: Mutex::default() }))
-            }),
         };
         // A session that is made now tells what is wrong with the graph now. On a device, keys and values are asked for first.
         match &graph.cached {
@@ -224,10 +226,16 @@ struct Program {
     options: EngineOptions,
     signature: GraphSignature,
     sizes: Sizes,
-    onnx: Box<[u8]>,
-    /// Where they lie in the bundle, if not in the file; a session copies of them what it keeps.
+    file: File,
+}
+
+/// A graph as ONNX Runtime is given it.
+#[derive(Clone)]
+struct File {
+    onnx: Vec<u8>,
+    /// Where its weights lie in the bundle, if not in itself; a session copies of them what it keeps.
     weights: Option<SharedBytes>,
-    /// Those of ours that the graph has.
+    /// Those of ours that it has.
     #[cfg(feature = "tract")]
     operators: Option<Operators>,
 }
@@ -274,14 +282,14 @@ impl Program {
             builder = builder.with_execution_providers([provider.error_on_failure()])?;
         }
         #[cfg(feature = "tract")]
-        if let Some(operators) = &self.operators {
+        if let Some(operators) = &self.file.operators {
             builder = builder.with_operators(operators.domain()?)?;
         }
-        if let Some(weights) = &self.weights {
+        if let Some(weights) = &self.file.weights {
             // ONNX Runtime takes them in memory that is counted; this copy goes with the builder.
             builder = builder.with_external_initializer_file_in_memory(WEIGHTS, Arc::from(&**weights))?;
         }
-        builder.commit_from_memory(&self.onnx)
+        builder.commit_from_memory(&self.file.onnx)
     }
 
     fn failed(&self, error: &ort::Error) -> EngineError {

@@ -23,7 +23,7 @@ pub(crate) fn with_device(options: &EngineOptions) -> Result<Ort, EngineError> {
 
 fn program(engine: &Ort, signature: GraphSignature, onnx: Vec<u8>) -> Program {
     let (environment, options) = (engine.environment.clone(), engine.options.clone());
-    Program { environment, options, signature, sizes: SIZES, onnx: onnx.into(), weights: None, operators: None }
+    Program { environment, options, signature, sizes: SIZES, file: File { onnx, weights: None, operators: None } }
 }
 
 #[test]
@@ -190,8 +190,9 @@ fn kernels_of_ours_give_what_the_file_says() {
     // A node with a number that there is no operator of.
     let Some(rewritten) = rewritten else { return };
     let engine = engine().unwrap();
-    let operators = Some(Operators::default());
-    let error = Program { operators, ..program(&engine, signature.clone(), rewritten.onnx) }.session().err().unwrap();
+    let mut program = program(&engine, signature.clone(), rewritten.onnx);
+    program.file.operators = Some(Operators::default());
+    let error = program.session().err().unwrap();
     assert!(error.to_string().contains("number Some(1) of 0 operators"), "{error}");
 }
 

@@ -11,6 +11,8 @@ const WORDS: [usize; 3] = [8, 4, 6];
 /// The tables, their entries one after another.
 #[derive(Debug, Default, PartialEq, Eq)]
 pub struct Tables {
+    /// The most rows of a tile.
+    tile: usize,
     /// Each `QueryTile`: first row, rows; first row and rows of their block; first row and rows of its context; causal; 0.
     pub queries: Vec<u32>,
     /// Each `KeyTile`: first row, rows; first segment, segments.
@@ -23,10 +25,10 @@ pub struct Tables {
 impl Tables {
     /// The tables of a valid plan, in tiles of at most so many rows.
     pub fn of(plan: &AttentionPlan, tile: usize) -> Self {
-        let mut tables = Self::default();
+        let mut tables = Self { tile, ..Self::default() };
         for group in &plan.groups {
             for block in &group.blocks {
-                tables.add_queries(group.start, block, tile);
+                tables.add_queries(group.start, block);
             }
             // Between two cuts, the same blocks see all rows.
             let ends = |range: &std::ops::Range<usize>| [range.start, range.end];
@@ -52,9 +54,9 @@ impl Tables {
         self.keys.len() / WORDS[1]
     }
 
-    fn add_queries(&mut self, start: usize, block: &QueryBlock, tile: usize) {
-        for first in block.rows.clone().step_by(tile) {
-            let count = tile.min(block.rows.end - first);
+    fn add_queries(&mut self, start: usize, block: &QueryBlock) {
+        for first in block.rows.clone().step_by(self.tile) {
+            let count = self.tile.min(block.rows.end - first);
             let rows = [start + first, count, start + block.rows.start, block.rows.len()];
             let seen = [start + block.context.start, block.context.len(), usize::from(block.causal), 0];
             self.queries.extend(rows.into_iter().chain(seen).map(|word| word as u32));
@@ -82,16 +84,16 @@ impl Tables {
 
     /// Those that were asked for last are kept: all layers of a step share one plan.
     pub fn shared(plan: &Arc<AttentionPlan>, tile: usize) -> Arc<Self> {
-        static LAST: Mutex<Option<(Weak<AttentionPlan>, usize, Arc<Tables>)>> = Mutex::new(None);
+        static LAST: Mutex<Option<(Weak<AttentionPlan>, Arc<Tables>)>> = Mutex::new(None);
         let mut last = LAST.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
-        if let Some((of, in_tiles_of, tables)) = &*last {
+        if let Some((of, tables)) = &*last {
             // The weak reference keeps the plan's place from being taken by another one.
-            if std::ptr::eq(of.as_ptr(), Arc::as_ptr(plan)) && *in_tiles_of == tile {
+            if std::ptr::eq(of.as_ptr(), Arc::as_ptr(plan)) && tables.tile == tile {
                 return Arc::clone(tables);
             }
         }
         let tables = Arc::new(Self::of(plan, tile));
-        *last = Some((Arc::downgrade(plan), tile, Arc::clone(&tables)));
+        *last = Some((Arc::downgrade(plan), Arc::clone(&tables)));
         tables
     }
 }
