@@ -60,6 +60,18 @@ impl Toy {
         self
     }
 
+    /// `y = x · half · (1 + erf(x/√2))` as the exporter writes it: GELU, if `half` is one.
+    pub(crate) fn gelu(self, x: &str, half: f32, y: &str) -> Self {
+        self.floats("root", &[1], &[std::f32::consts::FRAC_1_SQRT_2])
+            .floats("one", &[1], &[1.0])
+            .floats("half", &[1], &[half])
+            .node("Mul", &[x, "root"], "scaled")
+            .node("Erf", &["scaled"], "erf")
+            .node("Add", &["erf", "one"], "more")
+            .node("Mul", &[x, "more"], "twice")
+            .node("Mul", &["twice", "half"], y)
+    }
+
     pub(crate) fn floats(mut self, name: &str, dims: &[i64], values: &[f32]) -> Self {
         self.0.initializer.push(TensorProto {
             name: name.to_owned(),
