@@ -87,3 +87,86 @@ impl<'a> Attributes<'a> {
 fn floats(tensor: &TensorProto) -> Vec<f32> {
     tensor.raw_data.as_chunks().0.iter().map(|&bytes| f32::from_le_bytes(bytes)).collect()
 }
+
+#[cfg(test)]
+mod tests {
+    use tract_onnx::pb::attribute_proto::AttributeType;
+    use tract_onnx::pb::tensor_proto::DataType;
+
+    use super::*;
+
+    fn named(name: &str, attribute: AttributeProto) -> AttributeProto {
+        AttributeProto { name: name.to_owned(), ..attribute }
+    }
+
+    fn int(name: &str, i: i64) -> AttributeProto {
+        named(name, AttributeProto { i, r#type: AttributeType::Int as i32, ..AttributeProto::default() })
+    }
+
+    fn float(name: &str, f: f32) -> AttributeProto {
+        named(name, AttributeProto { f, r#type: AttributeType::Float as i32, ..AttributeProto::default() })
+    }
+
+    fn ones(name: &str, dims: &[i64]) -> AttributeProto {
+        let count = dims.iter().product::<i64>() as usize;
+        let raw_data = 1f32.to_le_bytes().repeat(count);
+        let t = TensorProto { dims: dims.to_vec(), data_type: DataType::Float as i32, raw_data, ..TensorProto::default() };
+        named(name, AttributeProto { t: Some(t), r#type: AttributeType::Tensor as i32, ..AttributeProto::default() })
+    }
+
+    /// A node of every operator.
+    fn nodes() -> [NodeProto; 4] {
+        [
+            (LINEAR, vec![ones("weight", &[4, 3])]),
+            (LAYER_NORM, vec![ones("weight", &[4]), ones("bias", &[4]), float("epsilon", 1e-5)]),
+            (SELF_ATTENTION, vec![int("heads", 2), int("depth", 2), float("scale", 0.5)]),
+            (ATTENTION, vec![int("layer", 1), float("scale", 0.5)]),
+        ]
+        .map(|(op_type, attribute)| NodeProto { op_type: op_type.to_owned(), attribute, ..NodeProto::default() })
+    }
+
+    #[test]
+    fn inputs_of_other_shapes_are_refused() {
+        let [linear, norm, own, cached] = nodes().map(|node| operator(&node).unwrap().unwrap());
+        assert_eq!(linear.shape(&[&[5, 2, 4]]), Ok(vec![5, 2, 3]));
+        assert_eq!(norm.shape(&[&[1, 4], &[3, 1]]), Ok(vec![3, 4]));
+        assert_eq!(own.shape(&[&[3, 12], &[1, 3]]), Ok(vec![3, 4]));
+        let caches = |past: &'static [usize], mask: &'static [usize]| {
+            let prefix: &[usize] = &[2, 2, 3, 2];
+            cached.shape(&[&[5, 12], prefix, prefix, past, past, mask])
+        };
+        assert_eq!(caches(&[2, 2, 4, 2], &[5, 4]), Ok(vec![5, 4]));
+        let refused = [
+            linear.shape(&[&[5, 3]]),
+            linear.shape(&[&[]]),
+            linear.shape(&[&[5, 4], &[5, 4]]),
+            norm.shape(&[&[3, 5]]),
+            norm.shape(&[&[2, 4], &[3, 4]]),
+            own.shape(&[&[3, 11]]),
+            own.shape(&[&[3, 12], &[1, 2]]),
+            own.shape(&[&[3, 12], &[3, 3]]),
+            cached.shape(&[&[5, 12]]),
+            // Other heads, another depth, another mask, and fewer layers than the one that is read.
+            caches(&[2, 3, 4, 2], &[5, 4]),
+            caches(&[2, 2, 4, 3], &[5, 4]),
+            caches(&[2, 2, 4, 2], &[5, 3]),
+            caches(&[1, 2, 4, 2], &[5, 4]),
+        ];
+        for (at, refused) in refused.iter().enumerate() {
+            assert!(refused.is_err(), "{at}: {refused:?}");
+        }
+    }
+
+    #[test]
+    fn nodes_without_what_they_need_are_refused() {
+        for node in nodes() {
+            for missing in 0..node.attribute.len() {
+                let mut node = node.clone();
+                let name = node.attribute.remove(missing).name;
+                let refused = operator(&node).unwrap().unwrap_err();
+                assert!(refused.contains(&format!(" {name}")) || refused.contains("weight"), "{refused}");
+            }
+        }
+        assert!(operator(&NodeProto { op_type: "MatMul".to_owned(), ..NodeProto::default() }).is_none());
+    }
+}

@@ -175,6 +175,17 @@ fn kernels_of_ours_give_what_the_file_says() {
     let Some(expected) = run(false, 1) else { return };
     let rewritten = Rewritten::of(&source).unwrap();
     assert_eq!(rewritten.is_some(), crate::kernels::available());
+    // They take part on the processor, where rewriting is wanted, and nowhere else.
+    for (provider, rewriting, expected) in [
+        (Provider::Cpu, true, crate::kernels::available()),
+        (Provider::Cpu, false, false),
+        (Provider::Xnnpack, true, false),
+        (Provider::Cuda, true, false),
+    ] {
+        let mut engine = engine().unwrap();
+        (engine.options.provider, engine.options.rewriting) = (provider, rewriting);
+        assert_eq!(engine.file(&source).unwrap().operators.is_some(), expected, "{provider} {rewriting}");
+    }
     for threads in [1, 3] {
         for (found, expected) in run(true, threads).unwrap().iter().zip(&expected) {
             assert!((found - expected).abs() < 2e-5, "{found} {expected}");

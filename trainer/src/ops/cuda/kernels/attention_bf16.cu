@@ -51,6 +51,24 @@ struct Head {
     static constexpr uint32_t ABSENT = 0xffffffffu;
 };
 
+// Which head a block of threads works on, and of its tile's rows what a thread has: row `own` of the warp's, OF_LANE columns of
+// every product from `first` on.
+template <uint32_t DEPTH>
+struct Work {
+    uint32_t head = blockIdx.y, heads, hidden = heads * DEPTH, stride = 3 * hidden;
+    uint32_t lane = threadIdx.x % WARP, warp = threadIdx.x / WARP, own = lane / 2, first = lane % 2 * OF_LANE;
+    float root = 1.0f / sqrtf(DEPTH);
+
+    __device__ __forceinline__ explicit Work(uint32_t heads) : heads(heads) {}
+
+    // Queries, keys or values of `qkv`: part 0, 1 or 2.
+    __device__ __forceinline__ Head<DEPTH> part(const float* qkv, uint32_t number) const {
+        return {qkv, stride, number * hidden + head * DEPTH};
+    }
+
+    __device__ __forceinline__ Head<DEPTH> gradient(const float* dy) const { return {dy, hidden, head * DEPTH}; }
+};
+
 // sums[16, 16] = rows[16, DEPTH] · others[16, DEPTH]ᵀ
 template <uint32_t DEPTH>
 __device__ __forceinline__ void multiply(float* sums, const bf16* rows, const bf16* others) {
@@ -129,20 +147,19 @@ __device__ __forceinline__ void forward(
     uint32_t limit, float scale
 ) {
     constexpr uint32_t PITCH = Head<DEPTH>::PITCH;
-    uint32_t head = blockIdx.y, hidden = heads * DEPTH, stride = 3 * hidden;
-    uint32_t lane = threadIdx.x % WARP, warp = threadIdx.x / WARP, own = lane / 2, first = lane % 2 * OF_LANE;
+    Work<DEPTH> work(heads);
+    uint32_t warp = work.warp, own = work.own, first = work.first;
     bf16 *queries = shared, *keys = queries + STAYING * PITCH, *values = keys + PASSING * PITCH;
     bf16* shares = values + PASSING * PITCH + warp * SIDE * PITCH_OF_SHARES;
     float* sums = reinterpret_cast<float*>(values + PASSING * PITCH + WARPS * SIDE * PITCH_OF_SHARES);
     sums += warp * SIDE * PITCH_OF_SUMS;
     Seen seen(tiles[blockIdx.x]);
-    Head<DEPTH> query = {qkv, stride, head * DEPTH}, key = {qkv, stride, hidden + head * DEPTH};
-    Head<DEPTH> value = {qkv, stride, 2 * hidden + head * DEPTH};
-    Dropout dropout = of_block(seed, limit, scale, seen.tile.block, head);
+    Head<DEPTH> query = work.part(qkv, 0), key = work.part(qkv, 1), value = work.part(qkv, 2);
+    Dropout dropout = of_block(seed, limit, scale, seen.tile.block, work.head);
     query.load(queries, STAYING, [&](uint32_t j) { return seen.query(j); });
     bool busy = warp * SIDE < seen.tile.count;
     uint32_t i = seen.number + warp * SIDE + own;
-    float root = 1.0f / sqrtf(DEPTH), most = -INFINITY, sum = 0;
+    float most = -INFINITY, sum = 0;
     for (uint32_t start = 0; start < seen.end; start += PASSING) {
         __syncthreads();
         key.load(keys, PASSING, [&](uint32_t j) { return seen.row_of(start + j); });
@@ -154,7 +171,7 @@ __device__ __forceinline__ void forward(
             float score[OF_LANE], largest = most;
             for (uint32_t c = 0; c < OF_LANE; c++) {
                 bool counts = seen.sees(i, start + part + first + c);
-                score[c] = counts ? sums[own * PITCH_OF_SUMS + first + c] * root : -INFINITY;
+                score[c] = counts ? sums[own * PITCH_OF_SUMS + first + c] * work.root : -INFINITY;
                 largest = fmaxf(largest, score[c]);
             }
             largest = fmaxf(largest, __shfl_xor_sync(ALL_LANES, largest, 1));
@@ -179,7 +196,7 @@ __device__ __forceinline__ void forward(
             __syncwarp();
             for (uint32_t c = 0; c < OF_LANE; c++) {
                 uint32_t column = start + part + first + c;
-                float score = sums[own * PITCH_OF_SUMS + first + c] * root;
+                float score = sums[own * PITCH_OF_SUMS + first + c] * work.root;
                 float weight = seen.sees(i, column) ? expf(score - logarithm) : 0.0f;
                 if (limit != 0xffffffffu) weight = dropout(weight, i * seen.width + column);
                 shares[own * PITCH_OF_SHARES + first + c] = __float2bfloat16(weight);
@@ -190,8 +207,8 @@ __device__ __forceinline__ void forward(
     }
     if (!busy) return;
     uint32_t row = seen.tile.first + warp * SIDE, count = min(SIDE, seen.tile.count - warp * SIDE);
-    if (own < count && lane % 2 == 0) logarithms[size_t(row + own) * heads + head] = logarithm;
-    write_rows<DEPTH>(y + size_t(row) * hidden + head * DEPTH, hidden, count, out, sums);
+    if (own < count && work.lane % 2 == 0) logarithms[size_t(row + own) * heads + work.head] = logarithm;
+    write_rows<DEPTH>(y + size_t(row) * work.hidden + work.head * DEPTH, work.hidden, count, out, sums);
 }
 
 template <uint32_t DEPTH>
@@ -200,23 +217,22 @@ __device__ __forceinline__ void queries_backward(
     float* dqkv, uint32_t heads, uint32_t seed, uint32_t limit, float scale
 ) {
     constexpr uint32_t PITCH = Head<DEPTH>::PITCH;
-    uint32_t head = blockIdx.y, hidden = heads * DEPTH, stride = 3 * hidden;
-    uint32_t lane = threadIdx.x % WARP, warp = threadIdx.x / WARP, own = lane / 2, first = lane % 2 * OF_LANE;
+    Work<DEPTH> work(heads);
+    uint32_t warp = work.warp, own = work.own, first = work.first;
     bf16 *queries = shared, *gradients = queries + STAYING * PITCH, *keys = gradients + STAYING * PITCH;
     bf16 *values = keys + PASSING * PITCH, *shares = values + PASSING * PITCH + warp * SIDE * PITCH_OF_SHARES;
     float* sums = reinterpret_cast<float*>(values + PASSING * PITCH + WARPS * SIDE * PITCH_OF_SHARES);
     sums += warp * 2 * SIDE * PITCH_OF_SUMS;
     float* by_weight = sums + SIDE * PITCH_OF_SUMS;
     Seen seen(tiles[blockIdx.x]);
-    Head<DEPTH> query = {qkv, stride, head * DEPTH}, key = {qkv, stride, hidden + head * DEPTH};
-    Head<DEPTH> value = {qkv, stride, 2 * hidden + head * DEPTH}, gradient = {dy, hidden, head * DEPTH};
-    Dropout dropout = of_block(seed, limit, scale, seen.tile.block, head);
+    Head<DEPTH> query = work.part(qkv, 0), key = work.part(qkv, 1), value = work.part(qkv, 2), gradient = work.gradient(dy);
+    Dropout dropout = of_block(seed, limit, scale, seen.tile.block, work.head);
     query.load(queries, STAYING, [&](uint32_t j) { return seen.query(j); });
     gradient.load(gradients, STAYING, [&](uint32_t j) { return seen.query(j); });
     bool busy = warp * SIDE < seen.tile.count, present = warp * SIDE + own < seen.tile.count;
     uint32_t i = seen.number + warp * SIDE + own;
-    size_t at = size_t(seen.tile.first + warp * SIDE + own) * heads + head;
-    float root = 1.0f / sqrtf(DEPTH), logarithm = present ? logarithms[at] : 0.0f, projection = present ? delta[at] : 0.0f;
+    size_t at = size_t(seen.tile.first + warp * SIDE + own) * heads + work.head;
+    float logarithm = present ? logarithms[at] : 0.0f, projection = present ? delta[at] : 0.0f;
     Sums out[DEPTH / SIDE];
     clear<DEPTH>(out);
     for (uint32_t start = 0; start < seen.end; start += PASSING) {
@@ -234,7 +250,7 @@ __device__ __forceinline__ void queries_backward(
                 float by = by_weight[place];
                 if (limit != 0xffffffffu) by = dropout(by, i * seen.width + column);
                 bool counts = present && seen.sees(i, column);
-                float by_score = counts ? expf(sums[place] * root - logarithm) * (by - projection) * root : 0.0f;
+                float by_score = counts ? expf(sums[place] * work.root - logarithm) * (by - projection) * work.root : 0.0f;
                 shares[own * PITCH_OF_SHARES + first + c] = __float2bfloat16(by_score);
             }
             __syncwarp();
@@ -243,7 +259,7 @@ __device__ __forceinline__ void queries_backward(
     }
     if (!busy) return;
     uint32_t row = seen.tile.first + warp * SIDE, count = min(SIDE, seen.tile.count - warp * SIDE);
-    write_rows<DEPTH>(dqkv + size_t(row) * stride + head * DEPTH, stride, count, out, sums);
+    write_rows<DEPTH>(dqkv + size_t(row) * work.stride + work.head * DEPTH, work.stride, count, out, sums);
 }
 
 template <uint32_t DEPTH>
@@ -252,8 +268,8 @@ __device__ __forceinline__ void keys_backward(
     const float* delta, float* dqkv, uint32_t heads, uint32_t seed, uint32_t limit, float scale
 ) {
     constexpr uint32_t PITCH = Head<DEPTH>::PITCH;
-    uint32_t head = blockIdx.y, hidden = heads * DEPTH, stride = 3 * hidden;
-    uint32_t lane = threadIdx.x % WARP, warp = threadIdx.x / WARP, own = lane / 2, first = lane % 2 * OF_LANE;
+    Work<DEPTH> work(heads);
+    uint32_t warp = work.warp, own = work.own, first = work.first;
     bf16 *keys = shared, *values = keys + STAYING * PITCH, *queries = values + STAYING * PITCH;
     bf16 *gradients = queries + PASSING * PITCH, *shares = gradients + PASSING * PITCH;
     // What the rows' softmax and its gradient are measured from.
@@ -263,20 +279,18 @@ __device__ __forceinline__ void keys_backward(
     shares += warp * 2 * SIDE * PITCH_OF_SHARES;
     bf16* by_score = shares + SIDE * PITCH_OF_SHARES;
     KeyTile tile = tiles[blockIdx.x];
-    Head<DEPTH> query = {qkv, stride, head * DEPTH}, key = {qkv, stride, hidden + head * DEPTH};
-    Head<DEPTH> value = {qkv, stride, 2 * hidden + head * DEPTH}, gradient = {dy, hidden, head * DEPTH};
+    Head<DEPTH> query = work.part(qkv, 0), key = work.part(qkv, 1), value = work.part(qkv, 2), gradient = work.gradient(dy);
     auto key_row = [&](uint32_t j) { return j < tile.count ? tile.first + j : 0xffffffffu; };
     key.load(keys, STAYING, key_row);
     value.load(values, STAYING, key_row);
     bool busy = warp * SIDE < tile.count;
     uint32_t k = warp * SIDE + own;
-    float root = 1.0f / sqrtf(DEPTH);
     Sums by_key[DEPTH / SIDE], by_value[DEPTH / SIDE];
     clear<DEPTH>(by_key);
     clear<DEPTH>(by_value);
     for (uint32_t number = tile.segment; number < tile.segment + tile.segments; number++) {
         Segment segment = segments[number];
-        Dropout dropout = of_block(seed, limit, scale, segment.block, head);
+        Dropout dropout = of_block(seed, limit, scale, segment.block, work.head);
         // Rows before the first that sees a key of the tile need not pass.
         for (uint32_t start = segment.causal ? segment.first_seen : 0; start < segment.rows; start += PASSING) {
             auto query_row = [&](uint32_t j) { return start + j < segment.rows ? segment.block + start + j : 0xffffffffu; };
@@ -285,7 +299,7 @@ __device__ __forceinline__ void keys_backward(
             gradient.load(gradients, PASSING, query_row);
             for (uint32_t j = threadIdx.x; j < PASSING; j += blockDim.x) {
                 bool present = start + j < segment.rows;
-                size_t at = size_t(segment.block + start + j) * heads + head;
+                size_t at = size_t(segment.block + start + j) * heads + work.head;
                 logarithm[j] = present ? logarithms[at] : 0.0f;
                 projection[j] = present ? delta[at] : 0.0f;
             }
@@ -298,14 +312,14 @@ __device__ __forceinline__ void keys_backward(
                 for (uint32_t c = 0; c < OF_LANE; c++) {
                     uint32_t j = part + first + c, i = start + j, index = i * segment.width + segment.column + k;
                     bool counts = i < segment.rows && (!segment.causal || i >= segment.first_seen + k);
-                    float weight = counts ? expf(sums[own * PITCH_OF_SUMS + first + c] * root - logarithm[j]) : 0.0f;
+                    float weight = counts ? expf(sums[own * PITCH_OF_SUMS + first + c] * work.root - logarithm[j]) : 0.0f;
                     float kept = weight, by = by_weight[own * PITCH_OF_SUMS + first + c];
                     if (limit != 0xffffffffu) {
                         kept = dropout(weight, index);
                         by = dropout(by, index);
                     }
                     shares[own * PITCH_OF_SHARES + first + c] = __float2bfloat16(kept);
-                    by_score[own * PITCH_OF_SHARES + first + c] = __float2bfloat16(weight * (by - projection[j]) * root);
+                    by_score[own * PITCH_OF_SHARES + first + c] = __float2bfloat16(weight * (by - projection[j]) * work.root);
                 }
                 __syncwarp();
                 add_shares<DEPTH>(by_value, shares, gradients + part * PITCH);
@@ -315,9 +329,9 @@ __device__ __forceinline__ void keys_backward(
     }
     if (!busy) return;
     uint32_t count = min(SIDE, tile.count - warp * SIDE);
-    float* to = dqkv + size_t(tile.first + warp * SIDE) * stride + hidden + head * DEPTH;
-    write_rows<DEPTH>(to, stride, count, by_key, sums);
-    write_rows<DEPTH>(to + hidden, stride, count, by_value, sums);
+    float* to = dqkv + size_t(tile.first + warp * SIDE) * work.stride + work.hidden + work.head * DEPTH;
+    write_rows<DEPTH>(to, work.stride, count, by_key, sums);
+    write_rows<DEPTH>(to + work.hidden, work.stride, count, by_value, sums);
 }
 
 }  // namespace tensor
