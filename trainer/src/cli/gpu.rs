@@ -49,12 +49,16 @@ pub fn run(args: &GpuArgs) -> Result<ExitCode> {
 
 #[cfg(feature = "cuda")]
 fn check(device: candle_core::Device) -> Result<ExitCode> {
-    use unimo_train::ops::cuda::check;
+    use unimo_train::ops::{self, Precision, cuda::check};
 
     let mut outcomes = check::operators(&device, |outcome| println!("{outcome}"))?;
-    let steps = check::first_steps(&device)?.compare(&check::first_steps(&candle_core::Device::Cpu)?);
-    steps.iter().for_each(|outcome| println!("{outcome}"));
-    outcomes.extend(steps);
+    let expected = check::first_steps(&candle_core::Device::Cpu)?;
+    for precision in [Precision::F32, Precision::Bf16] {
+        ops::set_precision(precision);
+        let steps = check::first_steps(&device)?.compare(&expected, precision);
+        steps.iter().for_each(|outcome| println!("{outcome}"));
+        outcomes.extend(steps);
+    }
     let wrong = outcomes.iter().filter(|outcome| !outcome.holds()).count();
     println!("{} checked, {wrong} wrong", outcomes.len());
     Ok(if wrong == 0 { ExitCode::SUCCESS } else { ExitCode::from(6) })

@@ -2,20 +2,37 @@
 //! while it goes on. With activation checkpointing, of every layer only the input is kept, and the backward pass computes the rest
 //! again (Chen et al., arXiv 1604.06174).
 
+#[cfg(any(feature = "cuda", test))]
+use std::{collections::HashSet, sync::Arc};
+
+#[cfg(any(feature = "cuda", test))]
+use candle_core::TensorId;
 use candle_core::backprop::GradStore;
 use candle_core::{Result, Tensor, Var};
 
+#[cfg(any(feature = "cuda", test))]
+use super::LAYER_NORM_EPS;
 use super::{Dropout, PackedBatch, Passed, Unimo};
 use crate::ops::gradients;
+#[cfg(any(feature = "cuda", test))]
+use crate::ops::{self, cuda::layers};
 
 /// What a forward pass keeps for a backward pass by layers.
 pub(super) struct Kept {
     /// What the layers were given, where a gradient goes on from it to what embeds the rows.
     embedded: Option<Tensor>,
-    /// Layers that the backward pass goes through, first to last. They end with the last layer.
-    layers: Vec<Layer>,
+    layers: Layers,
     /// What the last layer gave.
     hidden: Var,
+}
+
+/// Layers that the backward pass goes through. They end with the last layer.
+enum Layers {
+    /// Composed of candle's operators and ours, first to last.
+    Composed(Vec<Layer>),
+    /// On the kernels for CUDA devices.
+    #[cfg(any(feature = "cuda", test))]
+    InKernels(Box<dyn layers::Kept>),
 }
 
 /// One layer of a forward pass, cut off from those before and after it.
@@ -67,7 +84,36 @@ impl Unimo {
             return Ok((x, None));
         }
         let hidden = Var::from_tensor(&x)?;
-        Ok((hidden.as_tensor().clone(), Some(Kept { embedded, layers, hidden })))
+        Ok((hidden.as_tensor().clone(), Some(Kept { embedded, layers: Layers::Composed(layers), hidden })))
+    }
+
+    /// The same where the kernels for CUDA devices work.
+    #[cfg(any(feature = "cuda", test))]
+    pub(super) fn layers_in_kernels(&self, x: &Tensor, batch: &PackedBatch, dropout: Dropout) -> Result<(Tensor, Option<Kept>)> {
+        let given = |number: usize| -> Result<layers::Given> {
+            let mut weights = Vec::with_capacity(layers::WEIGHTS.len());
+            for part in layers::WEIGHTS {
+                weights.push(self.weight(&format!("layers.{number}.{part}"))?.clone());
+            }
+            let Ok(weights) = weights.try_into() else { candle_core::bail!("a layer of another number of weights") };
+            Ok(layers::Given { weights, seeds: Self::sites(number).map(|site| dropout.site(site)) })
+        };
+        let is_trained = |number: &usize| self.trained().any(|(name, _)| name.starts_with(&format!("layers.{number}.")));
+        let all = 0..self.config.layers;
+        let common = layers::Common {
+            plan: Arc::clone(&batch.plan),
+            heads: self.config.heads,
+            eps: LAYER_NORM_EPS,
+            rate: dropout.rate,
+            precision: ops::precision(),
+            first_kept: if x.track_op() { 0 } else { all.clone().find(is_trained).unwrap_or(all.end) },
+            checkpointing: self.checkpoints_activations,
+        };
+        let (hidden, kept) = layers::run(x, all.map(given).collect::<Result<_>>()?, common)?;
+        let Some(kept) = kept else { return Ok((hidden, None)) };
+        let hidden = Var::from_tensor(&hidden)?;
+        let kept = Kept { embedded: x.track_op().then(|| x.clone()), layers: Layers::InKernels(kept), hidden };
+        Ok((kept.hidden.as_tensor().clone(), Some(kept)))
     }
 }
 
@@ -99,16 +145,34 @@ impl Passed {
         let mut carried = all.remove(&given);
         // The last hidden states are not read again.
         drop((hidden, features, given));
-        for Layer { number, input, output } in layers.into_iter().rev() {
-            let Some(gradient) = carried else { return Ok(all) };
-            let output = match output {
-                Some(output) => output,
-                None => model.layer(number, input.as_tensor(), batch, dropout)?,
-            };
-            // The gradient of this sum by the output is the one carried, to the last bit.
-            all.extend(gradients((output * gradient)?.sum_all()?, by.iter().chain([&input]))?)?;
-            carried = all.remove(&input);
-            complete(number, &mut all)?;
+        match layers {
+            Layers::Composed(layers) => {
+                for Layer { number, input, output } in layers.into_iter().rev() {
+                    let Some(gradient) = carried else { return Ok(all) };
+                    let output = match output {
+                        Some(output) => output,
+                        None => model.layer(number, input.as_tensor(), batch, dropout)?,
+                    };
+                    // The gradient of this sum by the output is the one carried, to the last bit.
+                    all.extend(gradients((output * gradient)?.sum_all()?, by.iter().chain([&input]))?)?;
+                    carried = all.remove(&input);
+                    complete(number, &mut all)?;
+                }
+            }
+            #[cfg(any(feature = "cuda", test))]
+            Layers::InKernels(layers) => {
+                let Some(gradient) = carried else { return Ok(all) };
+                let wanted: HashSet<TensorId> = by.iter().map(|var| var.id()).collect();
+                carried = layers.backward(&gradient, &mut |number, by_weights| {
+                    for (part, gradient) in layers::WEIGHTS.into_iter().zip(by_weights) {
+                        let weight = model.weight(&format!("layers.{number}.{part}"))?;
+                        if let (Some(gradient), true) = (gradient, wanted.contains(&weight.id())) {
+                            all.insert(weight, gradient);
+                        }
+                    }
+                    complete(number, &mut all)
+                })?;
+            }
         }
         if let (Some(embedded), Some(gradient)) = (embedded, carried) {
             all.extend(gradients((embedded * gradient)?.sum_all()?, by)?)?;
@@ -125,6 +189,7 @@ mod tests {
 
     use super::super::{ModelConfig, Packer, Regions};
     use super::*;
+    use crate::ops::cuda::emulation::emulated;
 
     /// A model of three layers, a batch of a text and a pair for it, and where their texts start.
     fn model_and_batch() -> (Unimo, PackedBatch, [usize; 2]) {
@@ -138,11 +203,20 @@ mod tests {
         (model, batch, [text, pair])
     }
 
+    /// What may be trained, how many layers of it, and the last of the layers that the pass goes back to.
+    const TRAINED: [(&[&str], usize, Option<usize>); 5] = [
+        (&[], 3, Some(0)),
+        (&["layers.2.", "embed."], 1, Some(2)),
+        (&["layers.1."], 1, Some(1)),
+        (&["text."], 0, Some(0)),
+        (&["embed.", "temperature"], 0, None),
+    ];
+
     /// Gradients by name of a loss that reads tokens (tied to their embeddings) and an embedding, and the layers that were said to be
     /// complete. Their gradients are those that they had then.
     fn by_name(model: &Unimo, batch: &PackedBatch, [text, pair]: [usize; 2]) -> (BTreeMap<String, Vec<f32>>, Vec<usize>) {
         let passed = model.forward(batch, None, Dropout::of(0.3, 5)).unwrap();
-        let by_layer = model.checkpoints_activations || model.goes_by_layer;
+        let by_layer = model.checkpoints_activations || model.goes_by_layer || ops::cuda::works_on(&Device::Cpu);
         assert_eq!(passed.kept.is_some(), by_layer && passed.hidden.track_op());
         assert!(passed.kept.is_none() || passed.hidden.is_variable(), "activations hang on the hidden states");
         let words = model.language_loss(&model.rows(&passed.hidden, &[text, pair]).unwrap(), vec![7, 9], 0.1).unwrap();
@@ -172,14 +246,7 @@ mod tests {
     #[test]
     fn gradients_are_those_of_a_pass_through_all_at_once() {
         let (mut model, batch, texts) = model_and_batch();
-        // What is trained, how many layers of it, and the last of the layers that the pass goes back to.
-        for (trained, count, last) in [
-            (&[][..], 3, Some(0)),
-            (&["layers.2.", "embed."], 1, Some(2)),
-            (&["layers.1."], 1, Some(1)),
-            (&["text."], 0, Some(0)),
-            (&["embed.", "temperature"], 0, None),
-        ] {
+        for (trained, count, last) in TRAINED {
             model.train_only(&trained.iter().map(|&name| name.to_owned()).collect::<Vec<_>>()).unwrap();
             model.set_activation_checkpointing(false);
             model.set_backward_by_layer(false);
@@ -193,14 +260,37 @@ mod tests {
                 let (found, left) = by_name(&model, &batch, texts);
                 assert_eq!(left, last.map_or(Vec::new(), |last| (last..3).rev().collect()));
                 assert_eq!(expected.keys().collect::<Vec<_>>(), found.keys().collect::<Vec<_>>(), "{trained:?}");
-                for (name, expected) in &expected {
-                    let largest = expected.iter().fold(0.0, |most: f32, value| most.max(value.abs()));
-                    assert!(largest > 0.0, "{name} does not move");
-                    for (expected, found) in expected.iter().zip(&found[name]) {
-                        // The token embeddings' parts are summed in another order.
-                        assert!((expected - found).abs() <= 1e-6 * largest, "{name}: {found} is not {expected}");
-                    }
-                }
+                // The token embeddings' parts are summed in another order.
+                assert_near(&expected, &found, 1e-6);
+            }
+        }
+    }
+
+    /// In units of each weight's largest gradient.
+    fn assert_near(expected: &BTreeMap<String, Vec<f32>>, found: &BTreeMap<String, Vec<f32>>, tolerance: f32) {
+        assert_eq!(expected.keys().collect::<Vec<_>>(), found.keys().collect::<Vec<_>>());
+        for (name, expected) in expected {
+            let largest = expected.iter().fold(0.0, |most: f32, value| most.max(value.abs()));
+            assert!(largest > 0.0, "{name} does not move");
+            for (expected, found) in expected.iter().zip(&found[name]) {
+                assert!((expected - found).abs() <= tolerance * largest, "{name}: {found} is not {expected}");
+            }
+        }
+    }
+
+    #[test]
+    fn gradients_in_kernels_are_those_of_the_composed_layers() {
+        let (mut model, batch, texts) = model_and_batch();
+        for (trained, _, last) in TRAINED {
+            model.train_only(&trained.iter().map(|&name| name.to_owned()).collect::<Vec<_>>()).unwrap();
+            model.set_activation_checkpointing(false);
+            let (expected, _) = by_name(&model, &batch, texts);
+            for recomputed in [false, true] {
+                model.set_activation_checkpointing(recomputed);
+                let (found, left) = emulated(1, || by_name(&model, &batch, texts));
+                assert_eq!(left, last.map_or(Vec::new(), |last| (last..3).rev().collect()));
+                // Sums of products in another order, through three layers.
+                assert_near(&expected, &found, 2e-4);
             }
         }
     }

@@ -324,6 +324,11 @@ impl Unimo {
         if dropout.rate > 0.0 {
             x = ops::dropout_add(&x.zeros_like()?, &x, dropout.rate, dropout.site(0))?;
         }
+        #[cfg(any(feature = "cuda", test))]
+        if ops::cuda::works_on(&self.device) {
+            let (hidden, kept) = self.layers_in_kernels(&x, batch, dropout)?;
+            return Ok(Passed { hidden, features, dropout, kept });
+        }
         if self.checkpoints_activations || self.goes_by_layer {
             let (hidden, kept) = self.layers_apart(x, batch, dropout)?;
             return Ok(Passed { hidden, features, dropout, kept });
@@ -334,16 +339,21 @@ impl Unimo {
         Ok(Passed { hidden: x, features, dropout, kept: None })
     }
 
+    /// Where a layer drops values: in attention, and at both sums. Site 0 is that of the embeddings.
+    fn sites(layer: usize) -> [usize; 3] {
+        [1, 2, 3].map(|site| 3 * layer + site)
+    }
+
     fn layer(&self, layer: usize, x: &Tensor, batch: &PackedBatch, dropout: Dropout) -> candle_core::Result<Tensor> {
         let name = |part: &str| format!("layers.{layer}.{part}");
-        let site = 1 + 3 * layer;
+        let [in_attention, at_middle, at_end] = Self::sites(layer);
         let qkv = self.linear(&name("attention.qkv"), x)?;
-        let attended = ops::attention(&qkv, &batch.plan, self.config.heads, dropout.rate, dropout.site(site))?;
+        let attended = ops::attention(&qkv, &batch.plan, self.config.heads, dropout.rate, dropout.site(in_attention))?;
         let attended = self.linear(&name("attention.output"), &attended)?;
-        let x = self.add_norm(&name("attention.norm"), (x, &attended), dropout, site + 1)?;
+        let x = self.add_norm(&name("attention.norm"), (x, &attended), dropout, at_middle)?;
         let inner = self.linear_gelu(&name("ffn.up"), &x)?;
         let outer = self.linear(&name("ffn.down"), &inner)?;
-        self.add_norm(&name("ffn.norm"), (&x, &outer), dropout, site + 2)
+        self.add_norm(&name("ffn.norm"), (&x, &outer), dropout, at_end)
     }
 }
 

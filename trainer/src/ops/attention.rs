@@ -273,6 +273,6 @@ pub fn attention(qkv: &Tensor, plan: &Arc<AttentionPlan>, heads: usize, dropout:
         return Err(Error::Msg(format!("attention: {rows}×{width} against a plan of {} rows and {heads} heads", plan.rows())));
     }
     plan.validate()?;
-    on_cuda!(qkv.device(), super::cuda::attention(qkv, plan, heads, dropout, seed, super::precision()));
+    on_cuda!(qkv.device(), super::cuda::attention(qkv, plan, heads, dropout, seed, super::cuda::Element::of(super::precision())));
     qkv.contiguous()?.apply_op1(Attention { plan: Arc::clone(plan), heads, keep: 1.0 - dropout, seed })
 }

@@ -95,7 +95,7 @@ pub(super) fn column_sums(values: &[f32], width: usize) -> Vec<f32> {
 /// # Errors
 /// Shapes that do not fit, or a dtype other than f32.
 pub fn linear(x: &Tensor, weight: &Tensor, bias: &Tensor) -> Result<Tensor> {
-    on_cuda!(x.device(), super::cuda::linear(x, weight, bias, super::precision()));
+    on_cuda!(x.device(), super::cuda::linear(x, weight, bias, super::precision(), super::cuda::Element::F32));
     x.contiguous()?.apply_op3(weight, bias, Linear)
 }
 
@@ -104,6 +104,6 @@ pub fn linear(x: &Tensor, weight: &Tensor, bias: &Tensor) -> Result<Tensor> {
 /// # Errors
 /// As [`linear`].
 pub fn linear_gelu(x: &Tensor, weight: &Tensor, bias: &Tensor) -> Result<Tensor> {
-    on_cuda!(x.device(), super::cuda::linear_gelu(x, weight, bias, super::precision()));
+    on_cuda!(x.device(), super::cuda::linear_gelu(x, weight, bias, super::precision(), super::cuda::Element::F32));
     super::gelu(&linear(x, weight, bias)?)
 }

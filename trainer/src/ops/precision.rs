@@ -2,7 +2,8 @@
 
 use std::sync::atomic::{AtomicU8, Ordering};
 
-/// What the factors of matrix products are rounded to. Weights, activations, sums and gradients are f32 whatever it is.
+/// What the factors of matrix products are rounded to. Sums, weights and their gradients are f32 whatever it is; so are activations,
+/// but on a CUDA device with bf16, where the layers store theirs in it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub enum Precision {
     /// 24 bits of mantissa: nothing is rounded.
@@ -27,6 +28,10 @@ pub fn set_precision(precision: Precision) {
 /// What products are computed in.
 #[must_use]
 pub fn precision() -> Precision {
+    #[cfg(test)]
+    if let Some(precision) = super::cuda::emulation::precision() {
+        return precision;
+    }
     match PRECISION.load(Ordering::Relaxed) {
         0 => Precision::F32,
         1 => Precision::Tf32,

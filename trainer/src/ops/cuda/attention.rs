@@ -5,9 +5,9 @@ use std::sync::Arc;
 use candle_core::{Result, Shape, Tensor};
 
 use super::attention_tables::Tables;
-use super::machine::{Argument, Grid, Kernel, Machine, WARP, arguments};
+use super::dropout;
+use super::machine::{Argument, Element, Grid, Kernel, Machine, WARP, arguments};
 use super::operator::{Input, Kept, OnMachine, Operator, Pass};
-use super::{Precision, dropout};
 use crate::ops::AttentionPlan;
 
 /// The kernels of one file.
@@ -29,21 +29,24 @@ const PASSING: usize = 32;
 const WIDEST_HEAD: usize = 96;
 
 impl Kernels {
-    /// Those of `attention.cu`, in f32.
-    fn floats(depth: usize) -> Self {
+    /// Those of `attention.cu`, whose products are in f32.
+    fn floats(depth: usize, element: Element) -> Self {
         const TILE: usize = 16;
         let shared = |staying: usize| staying * TILE * depth + 2 * PASSING * (depth + 1);
         Self {
             tile: TILE,
             file: "attention",
-            names: ["attention", "attention_queries_backward", "attention_keys_backward"],
+            names: match element {
+                Element::F32 => ["attention", "attention_queries_backward", "attention_keys_backward"],
+                Element::Bf16 => ["attention_bf16", "attention_queries_backward_bf16", "attention_keys_backward_bf16"],
+            },
             shared: [shared(1), shared(2), shared(2)],
             any_width: true,
         }
     }
 
-    /// Those of `attention_bf16.cu`, if they are there for heads of this width.
-    fn bf16(depth: usize) -> Option<Self> {
+    /// Those of `attention_bf16.cu`, for what is stored in bf16, if they are there for heads of this width.
+    fn tensor_cores(depth: usize) -> Option<Self> {
         /// Sides of a product.
         const SIDE: usize = 16;
         const TILE: usize = 64;
@@ -70,8 +73,9 @@ impl Kernels {
     }
 }
 
-struct Attention {
+pub(super) struct Attention {
     kernels: Kernels,
+    element: Element,
     tables: Arc<Tables>,
     heads: usize,
     keep: f32,
@@ -81,6 +85,22 @@ struct Attention {
 }
 
 impl Attention {
+    /// Of what is stored as `element`, of heads of `depth` values.
+    pub(super) fn new(
+        plan: &Arc<AttentionPlan>,
+        (heads, depth): (usize, usize),
+        (rate, seed): (f32, u32),
+        element: Element,
+    ) -> Result<Self> {
+        if depth > WIDEST_HEAD {
+            candle_core::bail!("attention: heads of {depth} values are wider than {WIDEST_HEAD}, the widest on a CUDA device");
+        }
+        let on_tensor_cores = (element == Element::Bf16).then(|| Kernels::tensor_cores(depth)).flatten();
+        let kernels = on_tensor_cores.unwrap_or_else(|| Kernels::floats(depth, element));
+        let tables = Tables::shared(plan, kernels.tile);
+        Ok(Self { kernels, element, tables, heads, keep: 1.0 - rate, seed, logarithms: Kept::default() })
+    }
+
     /// Rows, hidden and width of a head.
     fn sizes(&self, qkv: &Input) -> Result<(usize, usize, usize)> {
         let (rows, width) = qkv.shape.dims2()?;
@@ -99,9 +119,14 @@ impl Attention {
 impl Operator for Attention {
     const NAME: &'static str = "attention";
 
+    fn activations(&self) -> usize {
+        1
+    }
+
     fn forward<M: Machine>(&self, machine: &M, inputs: &[Input]) -> Result<(M::Values, Shape)> {
         let (rows, hidden, depth) = self.sizes(&inputs[0])?;
-        let (y, logarithms) = (machine.allocate(rows * hidden)?, machine.allocate(rows * self.heads)?);
+        let y = machine.allocate(self.element.words(rows * hidden))?;
+        let logarithms = machine.allocate(rows * self.heads)?;
         let queries = machine.upload(&self.tables.queries)?;
         let first = arguments![inputs[0].at, machine.words_at(&queries), machine.at(&y), machine.at(&logarithms)];
         let arguments = [&first[..], &self.last_arguments(depth)].concat();
@@ -112,14 +137,15 @@ impl Operator for Attention {
 
     fn backward<M: Machine>(&self, machine: &M, pass: &Pass) -> Result<Vec<Option<M::Values>>> {
         let (qkv, dy) = (pass.inputs[0].at, pass.gradient.at);
-        let (rows, hidden, depth) = self.sizes(&pass.inputs[0])?;
+        let (rows, _, depth) = self.sizes(&pass.inputs[0])?;
         let logarithms = self.logarithms.take::<M::Values>(Self::NAME)?;
-        let (delta, dqkv) = (machine.allocate(rows * self.heads)?, machine.allocate(rows * 3 * hidden)?);
+        let (delta, dqkv) = (machine.allocate(rows * self.heads)?, pass.inputs[0].alike(machine)?);
         let (sums, projections, to) = (machine.at(&logarithms), machine.at(&delta), machine.at(&dqkv));
         let (count, last) = (rows * self.heads, self.last_arguments(depth));
         let of_rows = Grid { blocks: [count.div_ceil(4).max(1), 1, 1], threads: 4 * WARP, shared: 0 };
         let arguments = arguments![pass.result.at, dy, projections, count as u32, depth as u32];
-        machine.launch(Kernel("attention", "attention_delta"), of_rows, arguments)?;
+        let names = ["attention_delta", "attention_delta_bf16"];
+        machine.launch(Kernel::on(self.element, "attention", names), of_rows, arguments)?;
         let queries = machine.upload(&self.tables.queries)?;
         let first = arguments![qkv, machine.words_at(&queries), dy, sums, projections, to];
         self.kernels.launch(machine, 1, [self.tables.query_tiles(), self.heads], &[&first[..], &last].concat())?;
@@ -130,25 +156,18 @@ impl Operator for Attention {
     }
 }
 
-/// See [`attention`](crate::ops::attention), which has checked plan and shape. In bf16 the factors of its products are rounded, where
-/// heads are as wide as the kernels for that are made for.
+/// See [`attention`](crate::ops::attention), which has checked plan and shape. Stored as `element` within; in bf16 its products are on
+/// tensor cores, where heads are as wide as the kernels for that are made for.
 pub fn attention(
     qkv: &Tensor,
     plan: &Arc<AttentionPlan>,
     heads: usize,
     rate: f32,
     seed: u32,
-    precision: Precision,
+    element: Element,
 ) -> Result<Tensor> {
-    let depth = qkv.dim(1)? / 3 / heads;
-    if depth > WIDEST_HEAD {
-        candle_core::bail!("attention: heads of {depth} values are wider than {WIDEST_HEAD}, the widest on a CUDA device");
-    }
-    let rounded = (precision == Precision::Bf16).then(|| Kernels::bf16(depth)).flatten();
-    let kernels = rounded.unwrap_or_else(|| Kernels::floats(depth));
-    let tables = Tables::shared(plan, kernels.tile);
-    let op = Attention { kernels, tables, heads, keep: 1.0 - rate, seed, logarithms: Kept::default() };
-    qkv.contiguous()?.apply_op1(OnMachine(op))
+    let op = Attention::new(plan, (heads, qkv.dim(1)? / 3 / heads), (rate, seed), element)?;
+    qkv.contiguous()?.apply_op1(OnMachine::within(op, element))
 }
 
 #[cfg(test)]
@@ -157,7 +176,8 @@ mod tests {
 
     #[test]
     fn tiles_fit_the_shared_memory_that_every_device_gives() {
-        let all = (1..=WIDEST_HEAD).map(Kernels::floats).chain((1..=WIDEST_HEAD).filter_map(Kernels::bf16));
+        let floats = (1..=WIDEST_HEAD).map(|depth| Kernels::floats(depth, Element::F32));
+        let all = floats.chain((1..=WIDEST_HEAD).filter_map(Kernels::tensor_cores));
         for kernels in all {
             assert!(kernels.shared.iter().all(|&values| 4 * values <= 48 << 10), "{}: {:?}", kernels.names[0], kernels.shared);
         }

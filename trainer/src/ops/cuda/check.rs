@@ -136,8 +136,9 @@ pub fn operators(device: &Device, mut tell: impl FnMut(&Outcome)) -> Result<Vec<
 
 #[cfg(test)]
 mod tests {
-    use super::super::emulation::emulated;
+    use super::super::emulation::{computing_in, emulated};
     use super::*;
+    use crate::ops::Precision;
 
     /// In three orders of a block's threads: what depends on the order lacks a barrier.
     #[test]
@@ -152,9 +153,11 @@ mod tests {
     #[test]
     fn steps_of_training_on_the_kernels_are_those_on_the_cpu() {
         let expected = first_steps(&Device::Cpu).unwrap();
-        let got = emulated(2, || first_steps(&Device::Cpu)).unwrap();
-        let wrong: Vec<String> =
-            got.compare(&expected).iter().filter(|outcome| !outcome.holds()).map(ToString::to_string).collect();
-        assert!(wrong.is_empty(), "{}", wrong.join("\n"));
+        for precision in [Precision::F32, Precision::Bf16] {
+            let got = emulated(2, || computing_in(precision, || first_steps(&Device::Cpu))).unwrap();
+            let outcomes = got.compare(&expected, precision);
+            outcomes.iter().for_each(|outcome| println!("{outcome}"));
+            assert!(outcomes.iter().all(Outcome::holds));
+        }
     }
 }

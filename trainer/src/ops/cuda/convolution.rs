@@ -2,9 +2,9 @@
 
 use candle_core::{Result, Shape, Tensor};
 
-use super::column_sums;
-use super::machine::{Grid, Kernel, Machine, arguments};
+use super::machine::{Element, Grid, Kernel, Machine, arguments};
 use super::operator::{Input, OnMachine, Operator, Pass};
+use super::{column_sums, fill_rows};
 use crate::ops::kernels::Plane;
 
 /// Images whose gradients by the weights a thread adds up.
@@ -52,11 +52,10 @@ impl Operator for Depthwise {
         let (all, each) = (images as u32, IMAGES_EACH as u32);
         let arguments = arguments![x.at, by_result, machine.at(&partial), all, each, side, stride, channels];
         machine.launch(Kernel("convolution", "depthwise_relu6_weight_backward"), grid, arguments)?;
-        let both = column_sums(machine, machine.at(&partial), blocks, values)?;
+        let both = column_sums(machine, machine.at(&partial), Element::F32, blocks, values)?;
         let part = |first: usize, count: usize| -> Result<M::Values> {
             let values = machine.allocate(count)?;
-            let copy = arguments![machine.at(&both).after(first), machine.at(&values), count, count as u32];
-            machine.launch(Kernel("elementwise", "fill_rows"), Grid::each(count), copy)?;
+            fill_rows(machine, machine.at(&both).after(first), machine.at(&values), Element::F32, 1, count)?;
             Ok(values)
         };
         let split = 9 * self.plane.channels;
@@ -66,5 +65,5 @@ impl Operator for Depthwise {
 
 /// See [`depthwise_relu6`](crate::ops::depthwise_relu6), which has checked the shapes.
 pub fn depthwise_relu6(x: &Tensor, weight: &Tensor, bias: &Tensor, plane: Plane) -> Result<Tensor> {
-    x.contiguous()?.apply_op3(weight, bias, OnMachine(Depthwise { plane }))
+    x.contiguous()?.apply_op3(weight, bias, OnMachine::of(Depthwise { plane }))
 }

@@ -3,9 +3,9 @@
 use candle_core::{Result, Shape, Tensor};
 
 use super::linear::Factor;
-use super::machine::{Address, Grid, Kernel, Machine, Matrix, Product, arguments};
+use super::machine::{Address, Element, Grid, Kernel, Machine, Matrix, Product, arguments};
 use super::operator::{Input, Kept, OnMachine, Operator, Pass};
-use super::{Precision, column_sums};
+use super::{Precision, all_column_sums, column_sums, fill_rows};
 
 /// Logits that exist at one time: 64 MiB of them.
 const CHUNK_LOGITS: usize = 1 << 24;
@@ -46,18 +46,14 @@ impl Operator for TiedCrossEntropy {
         let targets = machine.upload(&self.targets)?;
         let bits = |weights: &Vec<f32>| weights.iter().map(|weight| weight.to_bits()).collect::<Vec<u32>>();
         let weights = self.weights.as_ref().map(|weights| machine.upload(&bits(weights))).transpose()?;
-        let x = Factor::new(machine, inputs[0].at, rows * width, precision)?;
-        let weight = Factor::new(machine, inputs[1].at, classes * width, precision)?;
+        let x = Factor::new(machine, &inputs[0], precision)?;
+        let weight = Factor::new(machine, &inputs[1], precision)?;
         let (dx, dw) = (machine.allocate(rows * width)?, machine.allocate(classes * width)?);
         let chunks = rows.div_ceil(self.chunk_rows);
         // A row of column sums for each chunk.
         let (losses, biases) = (machine.allocate(rows)?, machine.allocate(chunks * classes)?);
         let logits = machine.allocate(self.chunk_rows.min(rows) * classes)?;
-        // bf16 values lie two in a word: rows of them begin at half the distance.
-        let row = |factor: Address, start: usize| match precision {
-            Precision::Bf16 => Address(factor.0 + 2 * (start * width) as u64),
-            _ => factor.after(start * width),
-        };
+        let row = |factor: Address, start: usize| Element::of(precision).after(factor, start * width);
         for (chunk, start) in (0..rows).step_by(self.chunk_rows).enumerate() {
             let n = self.chunk_rows.min(rows - start);
             machine.multiply(&Product {
@@ -67,6 +63,7 @@ impl Operator for TiedCrossEntropy {
                 a: Matrix::rows(row(x.at, start), width),
                 b: Matrix::rows(weight.at, width).t(),
                 c: machine.at(&logits),
+                of_result: Element::F32,
                 accumulate: false,
                 precision,
             })?;
@@ -76,7 +73,9 @@ impl Operator for TiedCrossEntropy {
             let of_row =
                 arguments![machine.at(&logits), inputs[2].at, targets_at, weights_at, losses_at, count, self.smoothing, share];
             machine.launch(Kernel("cross_entropy", "cross_entropy_rows"), Grid::reducing(n), of_row)?;
-            let gradient = Factor::new(machine, machine.at(&logits), n * classes, precision)?;
+            let of_logits =
+                Input { at: machine.at(&logits), shape: Shape::from((n, classes)), element: Element::F32, wanted: true };
+            let gradient = Factor::new(machine, &of_logits, precision)?;
             machine.multiply(&Product {
                 m: n,
                 n: width,
@@ -84,6 +83,7 @@ impl Operator for TiedCrossEntropy {
                 a: Matrix::rows(gradient.at, classes),
                 b: Matrix::rows(weight.at, width),
                 c: machine.at(&dx).after(start * width),
+                of_result: Element::F32,
                 accumulate: false,
                 precision,
             })?;
@@ -94,15 +94,15 @@ impl Operator for TiedCrossEntropy {
                 a: Matrix::rows(gradient.at, classes).t(),
                 b: Matrix::rows(row(x.at, start), width),
                 c: machine.at(&dw),
+                of_result: Element::F32,
                 accumulate: start > 0,
                 precision,
             })?;
-            let sums = column_sums(machine, machine.at(&logits), n, classes)?;
+            let sums = column_sums(machine, machine.at(&logits), Element::F32, n, classes)?;
             let to = machine.at(&biases).after(chunk * classes);
-            let copy = arguments![machine.at(&sums), to, classes, count];
-            machine.launch(Kernel("elementwise", "fill_rows"), Grid::each(classes), copy)?;
+            fill_rows(machine, machine.at(&sums), to, Element::F32, 1, classes)?;
         }
-        let (loss, db) = (machine.allocate(1)?, column_sums(machine, machine.at(&biases), chunks, classes)?);
+        let (loss, db) = (machine.allocate(1)?, all_column_sums(machine, biases, chunks, classes)?);
         let mean = arguments![machine.at(&losses), machine.at(&loss), rows as u32, 1.0 / rows as f32];
         machine.launch(Kernel("rows", "total"), Grid::reducing(1), mean)?;
         self.gradients.put([dx, dw, db]);
@@ -141,5 +141,5 @@ pub fn tied_cross_entropy_in_chunks(
     chunk_rows: usize,
 ) -> Result<Tensor> {
     let op = TiedCrossEntropy { targets, weights, smoothing, chunk_rows, precision, gradients: Kept::default() };
-    hidden.contiguous()?.apply_op3(&weight.contiguous()?, &bias.contiguous()?, OnMachine(op))
+    hidden.contiguous()?.apply_op3(&weight.contiguous()?, &bias.contiguous()?, OnMachine::of(op))
 }

@@ -2,35 +2,49 @@
 
 use candle_core::{Result, Shape, Tensor};
 
-use super::dropout;
 use super::machine::{Address, Grid, Kernel, Machine, arguments};
 use super::operator::{Input, OnMachine, Operator, Pass};
+use super::{all_column_sums, dropout};
 
-struct Gelu;
+/// `GELU(x + bias)`, or without a second input `GELU(x)`.
+pub(super) struct Gelu;
 
 impl Operator for Gelu {
     const NAME: &'static str = "gelu_erf";
 
+    fn activations(&self) -> usize {
+        1
+    }
+
     fn forward<M: Machine>(&self, machine: &M, inputs: &[Input]) -> Result<(M::Values, Shape)> {
-        let (x, count) = (&inputs[0], inputs[0].count());
-        let y = machine.allocate(count)?;
-        let arguments = arguments![x.at, Address::NULL, machine.at(&y), count, 1u32];
-        machine.launch(Kernel("elementwise", "gelu"), Grid::each(count), arguments)?;
+        let (x, (rows, width)) = (&inputs[0], inputs[0].matrix());
+        let bias = inputs.get(1).map_or(Address::NULL, |bias| bias.at);
+        let y = x.alike(machine)?;
+        let (grid, each) = Grid::columns(rows, width);
+        let arguments = arguments![x.at, bias, machine.at(&y), rows as u32, width as u32, each as u32];
+        machine.launch(Kernel::on(x.element, "elementwise", ["gelu", "gelu_bf16"]), grid, arguments)?;
         Ok((y, x.shape.clone()))
     }
 
     fn backward<M: Machine>(&self, machine: &M, pass: &Pass) -> Result<Vec<Option<M::Values>>> {
-        let (x, count) = (&pass.inputs[0], pass.inputs[0].count());
-        let dx = machine.allocate(count)?;
-        let arguments = arguments![x.at, Address::NULL, pass.gradient.at, machine.at(&dx), count, 1u32];
-        machine.launch(Kernel("elementwise", "gelu_backward"), Grid::each(count), arguments)?;
-        Ok(vec![Some(dx)])
+        let (x, (rows, width)) = (&pass.inputs[0], pass.inputs[0].matrix());
+        let bias = pass.inputs.get(1).map_or(Address::NULL, |bias| bias.at);
+        let (grid, each) = Grid::columns(rows, width);
+        let blocks = grid.blocks[1];
+        let sums = pass.inputs.get(1).map(|_| machine.allocate(blocks * width)).transpose()?;
+        let by_bias = sums.as_ref().map_or(Address::NULL, |sums| machine.at(sums));
+        let dx = x.alike(machine)?;
+        let (count, wide) = (rows as u32, width as u32);
+        let arguments = arguments![x.at, bias, pass.gradient.at, machine.at(&dx), by_bias, count, wide, each as u32];
+        machine.launch(Kernel::on(x.element, "elementwise", ["gelu_backward", "gelu_backward_bf16"]), grid, arguments)?;
+        let by_bias = sums.map(|sums| all_column_sums(machine, sums, blocks, width)).transpose()?;
+        Ok([Some(Some(dx)), by_bias.map(Some)].into_iter().flatten().collect())
     }
 }
 
 /// See [`gelu`](crate::ops::gelu).
 pub fn gelu(x: &Tensor) -> Result<Tensor> {
-    x.contiguous()?.apply_op1(OnMachine(Gelu))
+    x.contiguous()?.apply_op1(OnMachine::of(Gelu))
 }
 
 struct Relu6;
@@ -56,7 +70,7 @@ impl Operator for Relu6 {
 
 /// See [`relu6`](crate::ops::relu6).
 pub fn relu6(x: &Tensor) -> Result<Tensor> {
-    x.contiguous()?.apply_op1(OnMachine(Relu6))
+    x.contiguous()?.apply_op1(OnMachine::of(Relu6))
 }
 
 struct DropoutAdd {
@@ -92,5 +106,5 @@ impl Operator for DropoutAdd {
 
 /// See [`dropout_add`](crate::ops::dropout_add).
 pub fn dropout_add(residual: &Tensor, x: &Tensor, rate: f32, seed: u32) -> Result<Tensor> {
-    residual.contiguous()?.apply_op2(&x.contiguous()?, OnMachine(DropoutAdd { seed, keep: 1.0 - rate }))
+    residual.contiguous()?.apply_op2(&x.contiguous()?, OnMachine::of(DropoutAdd { seed, keep: 1.0 - rate }))
 }

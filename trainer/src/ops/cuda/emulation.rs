@@ -7,16 +7,30 @@ use std::path::Path;
 use std::process::Command;
 use std::sync::{Mutex, OnceLock};
 
-use candle_core::{CpuStorage, Error, Layout, Result, Storage, Tensor};
+use candle_core::{CpuStorage, Device, Error, Layout, Result, Shape, Storage, Tensor};
 use libloading::Library;
 
 use super::Precision;
-use super::machine::{Address, Argument, Grid, Kernel, Machine, Product};
+use super::machine::{Address, Argument, Element, Grid, Kernel, Machine, Product};
 use super::operator::Input;
 use crate::ops::f32_slice;
 
 thread_local! {
     static ORDER: Cell<Option<u32>> = const { Cell::new(None) };
+    static PRECISION: Cell<Option<Precision>> = const { Cell::new(None) };
+}
+
+/// What this thread computes products in, where that is not what the whole process does.
+pub fn precision() -> Option<Precision> {
+    PRECISION.get()
+}
+
+/// Runs `f` with this thread's products computed in that.
+pub fn computing_in<R>(precision: Precision, f: impl FnOnce() -> R) -> R {
+    let before = PRECISION.replace(Some(precision));
+    let result = f();
+    PRECISION.set(before);
+    result
 }
 
 /// Whether this thread's CPU tensors are worked on by the kernels.
@@ -53,7 +67,16 @@ fn program() -> &'static Program {
         let compiler = std::env::var("CXX").unwrap_or_else(|_| "c++".to_owned());
         // Fibers leave functions by longjmp, which fortified builds take for a mistake.
         let mut compile = Command::new(&compiler);
-        compile.args(["-std=c++17", "-O2", "-ffp-contract=off", "-U_FORTIFY_SOURCE", "-DUNIMO_EMULATED", "-shared", "-fPIC"]);
+        compile.args([
+            "-std=c++17",
+            "-O2",
+            "-ffp-contract=off",
+            "-fno-strict-aliasing",
+            "-U_FORTIFY_SOURCE",
+            "-DUNIMO_EMULATED",
+            "-shared",
+            "-fPIC",
+        ]);
         let done = compile.arg("-o").args([&library, &source]).output();
         let done =
             done.unwrap_or_else(|error| panic!("the kernels' tests need a C++ compiler, and {compiler} does not run: {error}"));
@@ -72,41 +95,52 @@ fn program() -> &'static Program {
 const GUARD: usize = 64;
 const UNTOUCHED: u32 = 0x7fc0_dead;
 
-/// Memory of the emulated device, aligned to eight bytes as tables of pointers need.
+/// Memory of the emulated device, aligned to sixteen bytes as its widest reads need.
 pub struct Values {
-    words: Vec<u64>,
+    sixteens: Vec<u128>,
     count: usize,
 }
 
 impl Values {
     fn new(count: usize, fill: u32) -> Self {
-        let mut words = vec![u64::from(UNTOUCHED) << 32 | u64::from(UNTOUCHED); GUARD + count.div_ceil(2)];
-        let fill = u64::from(fill) << 32 | u64::from(fill);
-        words[GUARD / 2..GUARD / 2 + count.div_ceil(2)].fill(fill);
-        Self { words, count }
+        let mut values = Self { sixteens: vec![0; (2 * GUARD + count).div_ceil(4)], count };
+        let words = values.words_mut();
+        words.fill(UNTOUCHED);
+        words[GUARD..GUARD + count].fill(fill);
+        values
+    }
+
+    fn words(&self) -> &[u32] {
+        // SAFETY: the same memory, which any u32 may lie in.
+        unsafe { std::slice::from_raw_parts(self.sixteens.as_ptr().cast(), 4 * self.sixteens.len()) }
+    }
+
+    fn words_mut(&mut self) -> &mut [u32] {
+        // SAFETY: as above, and borrowed alone.
+        unsafe { std::slice::from_raw_parts_mut(self.sixteens.as_mut_ptr().cast(), 4 * self.sixteens.len()) }
     }
 
     fn address(&self) -> Address {
-        Address(self.words.as_ptr() as u64 + 4 * GUARD as u64)
+        Address(self.sixteens.as_ptr() as u64).after(GUARD)
     }
 
     /// The first `count` values.
     pub fn to_vec(&self, count: usize) -> Vec<f32> {
         assert!(count <= self.count);
-        let word = |i: usize| (self.words[GUARD / 2 + i / 2] >> (32 * (i % 2))) as u32;
-        (0..count).map(|i| f32::from_bits(word(i))).collect()
+        self.words()[GUARD..GUARD + count].iter().map(|&word| f32::from_bits(word)).collect()
     }
 }
 
 impl Drop for Values {
     fn drop(&mut self) {
-        let guards = self.words[..GUARD / 2].iter().chain(&self.words[GUARD / 2 + self.count.div_ceil(2)..]);
-        let whole = guards.copied().all(|word| word == (u64::from(UNTOUCHED) << 32 | u64::from(UNTOUCHED)));
+        let (before, behind) = (&self.words()[..GUARD], &self.words()[GUARD + self.count..]);
+        let whole = before.iter().chain(behind).all(|&word| word == UNTOUCHED);
         assert!(whole || std::thread::panicking(), "a kernel wrote outside its memory");
     }
 }
 
 /// The emulated device.
+#[derive(Clone)]
 pub struct Emulated {
     order: u32,
 }
@@ -120,22 +154,25 @@ impl Emulated {
     /// Where a CPU tensor lies.
     pub fn input(operator: &'static str, storage: &CpuStorage, layout: &Layout) -> Result<Input> {
         let at = Address(f32_slice(operator, storage, layout)?.as_ptr() as u64);
-        Ok(Input { at, shape: layout.shape().clone(), wanted: true })
-    }
-
-    /// The same of a whole tensor.
-    pub fn place(operator: &'static str, tensor: &Tensor) -> Result<Input> {
-        let (storage, layout) = tensor.storage_and_layout();
-        match &*storage {
-            Storage::Cpu(cpu) => Ok(Input { wanted: tensor.track_op(), ..Self::input(operator, cpu, layout)? }),
-            _ => candle_core::bail!("{operator}: expected a CPU tensor"),
-        }
+        Ok(Input { at, shape: layout.shape().clone(), element: Element::F32, wanted: true })
     }
 }
 
 impl Machine for Emulated {
     type Values = Values;
     type Words = Values;
+
+    fn place(&self, operator: &'static str, tensor: &Tensor) -> Result<Input> {
+        let (storage, layout) = tensor.storage_and_layout();
+        match &*storage {
+            Storage::Cpu(cpu) => Ok(Input { wanted: tensor.track_op(), ..Self::input(operator, cpu, layout)? }),
+            _ => candle_core::bail!("{operator}: expected a CPU tensor"),
+        }
+    }
+
+    fn tensor(&self, values: Values, shape: &Shape) -> Result<Tensor> {
+        Tensor::from_vec(values.to_vec(shape.elem_count()), shape, &Device::Cpu)
+    }
 
     fn allocate(&self, count: usize) -> Result<Values> {
         Ok(Values::new(count, f32::NAN.to_bits()))
@@ -147,9 +184,7 @@ impl Machine for Emulated {
 
     fn upload(&self, words: &[u32]) -> Result<Values> {
         let mut memory = Values::new(words.len(), 0);
-        for (to, pair) in memory.words[GUARD / 2..].iter_mut().zip(words.chunks(2)) {
-            *to = u64::from(pair[0]) | u64::from(pair.get(1).copied().unwrap_or(0)) << 32;
-        }
+        memory.words_mut()[GUARD..GUARD + words.len()].copy_from_slice(words);
         Ok(memory)
     }
 
@@ -197,15 +232,16 @@ impl Machine for Emulated {
     fn multiply(&self, product: &Product) -> Result<()> {
         let call = product.column_major();
         let ([rows, columns, inner], [first, second, stride]) = (call.sizes, call.strides);
-        let read = |address: Address, i: usize| -> f64 {
+        let value = |element: Element, address: Address, i: usize| -> f64 {
             // SAFETY: inside the caller's memory, as a device would have it.
             unsafe {
-                match product.precision {
-                    Precision::Bf16 => half::bf16::from_bits(*(address.0 as *const u16).add(i)).to_f64(),
-                    _ => f64::from(*(address.0 as *const f32).add(i)),
+                match element {
+                    Element::Bf16 => (*(address.0 as *const half::bf16).add(i)).to_f64(),
+                    Element::F32 => f64::from(*(address.0 as *const f32).add(i)),
                 }
             }
         };
+        let read = |address: Address, i: usize| value(Element::of(product.precision), address, i);
         let place = |transposed: bool, stride: usize, row: usize, column: usize| match transposed {
             true => row * stride + column,
             false => column * stride + row,
@@ -217,10 +253,14 @@ impl Machine for Emulated {
                         * read(product.a.address, place(call.transposed[1], second, k, column))
                 };
                 let sum: f64 = (0..inner).map(term).sum();
+                let place = column * stride + row;
+                let sum = if product.accumulate { sum + value(product.of_result, product.c, place) } else { sum };
                 // SAFETY: as above.
                 unsafe {
-                    let to = (product.c.0 as *mut f32).add(column * stride + row);
-                    *to = if product.accumulate { *to + sum as f32 } else { sum as f32 };
+                    match product.of_result {
+                        Element::Bf16 => *(product.c.0 as *mut half::bf16).add(place) = half::bf16::from_f64(sum),
+                        Element::F32 => *(product.c.0 as *mut f32).add(place) = sum as f32,
+                    }
                 }
             }
         }

@@ -2,9 +2,10 @@
 
 use candle_core::{Result, Shape, Tensor};
 
-use super::machine::{Address, Grid, Kernel, Machine, Matrix, Product, arguments};
+use super::elementwise::Gelu;
+use super::machine::{Address, Element, Machine, Matrix, Product};
 use super::operator::{Input, OnMachine, Operator, Pass};
-use super::{Precision, column_sums};
+use super::{Precision, column_sums, fill_rows, rounded};
 
 /// A factor of a product, rounded to bf16 if that is asked for.
 pub(super) struct Factor<M: Machine> {
@@ -13,20 +14,23 @@ pub(super) struct Factor<M: Machine> {
 }
 
 impl<M: Machine> Factor<M> {
-    pub(super) fn new(machine: &M, at: Address, count: usize, precision: Precision) -> Result<Self> {
-        if precision != Precision::Bf16 {
-            return Ok(Self { at, _rounded: None });
+    pub(super) fn new(machine: &M, of: &Input, precision: Precision) -> Result<Self> {
+        match (precision, of.element) {
+            (Precision::Bf16, Element::F32) => {
+                let rounded = rounded(machine, of.at, of.count())?;
+                Ok(Self { at: machine.at(&rounded), _rounded: Some(rounded) })
+            }
+            (Precision::F32 | Precision::Tf32, Element::Bf16) => {
+                candle_core::bail!("a product in {precision:?} of what is stored in bf16")
+            }
+            _ => Ok(Self { at: of.at, _rounded: None }),
         }
-        let rounded = machine.allocate(count.div_ceil(2))?;
-        let to = machine.at(&rounded);
-        machine.launch(Kernel("elementwise", "to_bf16"), Grid::each(count), arguments![at, to, count])?;
-        Ok(Self { at: to, _rounded: Some(rounded) })
     }
 }
 
 /// `x · weightᵀ + bias`, or without a third input the product alone.
-struct Linear {
-    precision: Precision,
+pub(super) struct Linear {
+    pub(super) precision: Precision,
 }
 
 impl Linear {
@@ -38,20 +42,78 @@ impl Linear {
         }
         Ok((rows, width, outputs))
     }
+
+    /// Gradients as [`Operator::backward`] gives them; that by x is added to `onto`, if that is given.
+    pub(super) fn gradients<M: Machine>(
+        &self,
+        machine: &M,
+        inputs: &[Input],
+        gradient: &Input,
+        onto: Option<M::Values>,
+    ) -> Result<Vec<Option<M::Values>>> {
+        let (rows, width, outputs) = Self::sizes(inputs)?;
+        let dy = Factor::new(machine, gradient, self.precision)?;
+        // Inputs that lead to no parameter (region features) need no gradient, nor do weights that are not trained.
+        let mut dx = None;
+        if inputs[0].wanted {
+            let weight = Factor::new(machine, &inputs[1], self.precision)?;
+            let accumulate = onto.is_some();
+            let made = onto.map_or_else(|| inputs[0].alike(machine), Ok)?;
+            machine.multiply(&Product {
+                m: rows,
+                n: width,
+                k: outputs,
+                a: Matrix::rows(dy.at, outputs),
+                b: Matrix::rows(weight.at, width),
+                c: machine.at(&made),
+                of_result: inputs[0].element,
+                accumulate,
+                precision: self.precision,
+            })?;
+            dx = Some(made);
+        }
+        let mut dw = None;
+        if inputs[1].wanted {
+            let x = Factor::new(machine, &inputs[0], self.precision)?;
+            let made = machine.allocate(outputs * width)?;
+            machine.multiply(&Product {
+                m: outputs,
+                n: width,
+                k: rows,
+                a: Matrix::rows(dy.at, outputs).t(),
+                b: Matrix::rows(x.at, width),
+                c: machine.at(&made),
+                of_result: Element::F32,
+                accumulate: false,
+                precision: self.precision,
+            })?;
+            dw = Some(made);
+        }
+        let mut gradients = vec![dx, dw];
+        if let Some(bias) = inputs.get(2) {
+            let sums = || column_sums(machine, gradient.at, gradient.element, rows, outputs);
+            gradients.push(bias.wanted.then(sums).transpose()?);
+        }
+        Ok(gradients)
+    }
 }
 
 impl Operator for Linear {
     const NAME: &'static str = "linear";
 
+    fn activations(&self) -> usize {
+        1
+    }
+
     fn forward<M: Machine>(&self, machine: &M, inputs: &[Input]) -> Result<(M::Values, Shape)> {
         let (rows, width, outputs) = Self::sizes(inputs)?;
-        let y = machine.allocate(rows * outputs)?;
+        let element = inputs[0].element;
+        let y = machine.allocate(element.words(rows * outputs))?;
         if let Some(bias) = inputs.get(2) {
-            let arguments = arguments![bias.at, machine.at(&y), rows * outputs, outputs as u32];
-            machine.launch(Kernel("elementwise", "fill_rows"), Grid::each(rows * outputs), arguments)?;
+            fill_rows(machine, bias.at, machine.at(&y), element, rows, outputs)?;
         }
-        let x = Factor::new(machine, inputs[0].at, rows * width, self.precision)?;
-        let weight = Factor::new(machine, inputs[1].at, outputs * width, self.precision)?;
+        let x = Factor::new(machine, &inputs[0], self.precision)?;
+        let weight = Factor::new(machine, &inputs[1], self.precision)?;
         machine.multiply(&Product {
             m: rows,
             n: outputs,
@@ -59,6 +121,7 @@ impl Operator for Linear {
             a: Matrix::rows(x.at, width),
             b: Matrix::rows(weight.at, width).t(),
             c: machine.at(&y),
+            of_result: element,
             accumulate: inputs.len() > 2,
             precision: self.precision,
         })?;
@@ -70,76 +133,17 @@ impl Operator for Linear {
     }
 
     fn backward<M: Machine>(&self, machine: &M, pass: &Pass) -> Result<Vec<Option<M::Values>>> {
-        let (rows, width, outputs) = Self::sizes(pass.inputs)?;
-        let dy = Factor::new(machine, pass.gradient.at, rows * outputs, self.precision)?;
-        // Inputs that lead to no parameter (region features) need no gradient.
-        let mut dx = None;
-        if pass.inputs[0].wanted {
-            let weight = Factor::new(machine, pass.inputs[1].at, outputs * width, self.precision)?;
-            let made = machine.allocate(rows * width)?;
-            machine.multiply(&Product {
-                m: rows,
-                n: width,
-                k: outputs,
-                a: Matrix::rows(dy.at, outputs),
-                b: Matrix::rows(weight.at, width),
-                c: machine.at(&made),
-                accumulate: false,
-                precision: self.precision,
-            })?;
-            dx = Some(made);
-        }
-        let x = Factor::new(machine, pass.inputs[0].at, rows * width, self.precision)?;
-        let dw = machine.allocate(outputs * width)?;
-        machine.multiply(&Product {
-            m: outputs,
-            n: width,
-            k: rows,
-            a: Matrix::rows(dy.at, outputs).t(),
-            b: Matrix::rows(x.at, width),
-            c: machine.at(&dw),
-            accumulate: false,
-            precision: self.precision,
-        })?;
-        let mut gradients = vec![dx, Some(dw)];
-        if pass.inputs.len() > 2 {
-            gradients.push(Some(column_sums(machine, pass.gradient.at, rows, outputs)?));
-        }
-        Ok(gradients)
+        self.gradients(machine, pass.inputs, pass.gradient, None)
     }
 }
 
-/// See [`linear`](crate::ops::linear).
-pub fn linear(x: &Tensor, weight: &Tensor, bias: &Tensor, precision: Precision) -> Result<Tensor> {
-    x.contiguous()?.apply_op3(weight, &bias.contiguous()?, OnMachine(Linear { precision }))
+/// See [`linear`](crate::ops::linear). Activations are stored as `element` within.
+pub fn linear(x: &Tensor, weight: &Tensor, bias: &Tensor, precision: Precision, element: Element) -> Result<Tensor> {
+    x.contiguous()?.apply_op3(weight, &bias.contiguous()?, OnMachine::within(Linear { precision }, element))
 }
 
-/// `GELU(x + bias)`
-struct BiasGelu;
-
-impl Operator for BiasGelu {
-    const NAME: &'static str = "bias_gelu";
-
-    fn forward<M: Machine>(&self, machine: &M, inputs: &[Input]) -> Result<(M::Values, Shape)> {
-        let ((x, bias), count) = ((&inputs[0], &inputs[1]), inputs[0].count());
-        let y = machine.allocate(count)?;
-        let arguments = arguments![x.at, bias.at, machine.at(&y), count, bias.count() as u32];
-        machine.launch(Kernel("elementwise", "gelu"), Grid::each(count), arguments)?;
-        Ok((y, x.shape.clone()))
-    }
-
-    fn backward<M: Machine>(&self, machine: &M, pass: &Pass) -> Result<Vec<Option<M::Values>>> {
-        let ((x, bias), count) = ((&pass.inputs[0], &pass.inputs[1]), pass.inputs[0].count());
-        let (dx, width) = (machine.allocate(count)?, bias.count());
-        let arguments = arguments![x.at, bias.at, pass.gradient.at, machine.at(&dx), count, width as u32];
-        machine.launch(Kernel("elementwise", "gelu_backward"), Grid::each(count), arguments)?;
-        let by_bias = column_sums(machine, machine.at(&dx), count / width.max(1), width)?;
-        Ok(vec![Some(dx), Some(by_bias)])
-    }
-}
-
-/// See [`linear_gelu`](crate::ops::linear_gelu).
-pub fn linear_gelu(x: &Tensor, weight: &Tensor, bias: &Tensor, precision: Precision) -> Result<Tensor> {
-    let product = x.contiguous()?.apply_op2(weight, OnMachine(Linear { precision }))?;
-    product.apply_op2(bias, OnMachine(BiasGelu))
+/// See [`linear_gelu`](crate::ops::linear_gelu). Activations are stored as `element` within.
+pub fn linear_gelu(x: &Tensor, weight: &Tensor, bias: &Tensor, precision: Precision, element: Element) -> Result<Tensor> {
+    let product = x.contiguous()?.apply_op2(weight, OnMachine::within(Linear { precision }, element))?;
+    product.apply_op2(bias, OnMachine::within(Gelu, element))
 }

@@ -1,8 +1,9 @@
 //! What the operators need of a machine that runs their kernels: a CUDA device or, in tests, its emulation on the CPU.
 
-use candle_core::Result;
+use candle_core::{Result, Shape, Tensor};
 
 use super::Precision;
+use super::operator::Input;
 
 /// A place in a machine's memory.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -18,9 +19,51 @@ impl Address {
     }
 }
 
+/// What the values of an array are stored as. Kernels compute in f32 whatever it is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Element {
+    /// 32 bits.
+    F32,
+    /// Rounded to 8 bits of mantissa, two in each 32 bits.
+    Bf16,
+}
+
+impl Element {
+    /// What activations are stored as where products are computed so.
+    pub fn of(precision: Precision) -> Self {
+        match precision {
+            Precision::Bf16 => Self::Bf16,
+            Precision::F32 | Precision::Tf32 => Self::F32,
+        }
+    }
+
+    /// 32-bit values that so many of these take.
+    pub fn words(self, count: usize) -> usize {
+        match self {
+            Self::F32 => count,
+            Self::Bf16 => count.div_ceil(2),
+        }
+    }
+
+    /// The place `count` of these behind an address.
+    pub fn after(self, address: Address, count: usize) -> Address {
+        match self {
+            Self::F32 => address.after(count),
+            Self::Bf16 => Address(address.0 + 2 * count as u64),
+        }
+    }
+}
+
 /// A kernel: the file of `kernels/` that holds it, and its name.
 #[derive(Debug, Clone, Copy)]
 pub struct Kernel(pub &'static str, pub &'static str);
+
+impl Kernel {
+    /// The one of two that works on such an array: the first on f32, the second on bf16.
+    pub fn on(element: Element, file: &'static str, names: [&'static str; 2]) -> Self {
+        Self(file, names[usize::from(element == Element::Bf16)])
+    }
+}
 
 /// An argument, of exactly the width that the kernel's parameter has.
 #[derive(Debug, Clone, Copy)]
@@ -81,6 +124,23 @@ impl Grid {
         Self { blocks: [count.div_ceil(THREADS).clamp(1, 1 << 16), 1, 1], threads: THREADS, shared: 0 }
     }
 
+    /// For kernels whose threads walk down a few columns of a matrix each (`Columns` of the kernels), and the rows that each takes:
+    /// many where there are many, because sums of columns leave a row for each block, and few where the device would be idle.
+    pub fn columns(rows: usize, width: usize) -> (Self, usize) {
+        /// Columns of a thread: `FEW` of the kernels.
+        const FEW: usize = 8;
+        /// Warps that are enough work for a large device.
+        const ENOUGH: usize = 2048;
+        let spans = width.div_ceil(FEW).max(1);
+        let threads = spans.next_multiple_of(WARP).min(128);
+        let each = match rows {
+            ..=64 => rows.max(1),
+            _ => (rows * spans.div_ceil(WARP) / ENOUGH).clamp(16, 64),
+        };
+        let blocks = [spans.div_ceil(threads), rows.div_ceil(each).max(1), 1];
+        (Self { blocks, threads, shared: 0 }, each)
+    }
+
     /// Blocks along x, of 256 threads that add up together.
     pub fn reducing(blocks: usize) -> Self {
         Self { blocks: [blocks, 1, 1], threads: THREADS, shared: THREADS / WARP }
@@ -110,7 +170,7 @@ impl Matrix {
     }
 }
 
-/// `c[m, n] (+)= a[m, k] · b[k, n]`, all row-major; `c` has rows of `n` values, in f32.
+/// `c[m, n] (+)= a[m, k] · b[k, n]`, all row-major; `c` has rows of `n` values.
 #[derive(Debug, Clone, Copy)]
 pub struct Product {
     /// Rows of `a` and `c`.
@@ -125,6 +185,8 @@ pub struct Product {
     pub b: Matrix,
     /// Result.
     pub c: Address,
+    /// What the result is stored as; it is summed up in f32.
+    pub of_result: Element,
     /// Adds to the result instead of overwriting it.
     pub accumulate: bool,
     /// What the factors are rounded to; for bf16 they already lie there as such, two in each 32 bits.
@@ -155,12 +217,16 @@ impl Product {
 }
 
 /// Runs kernels one after another, in the order in which they were asked for.
-pub trait Machine {
+pub trait Machine: Clone + 'static {
     /// f32 values in its memory; given back when dropped, after the kernels that were asked for before.
     type Values: Send + 'static;
     /// 32-bit words in its memory.
     type Words: Send + 'static;
 
+    /// Where a contiguous f32 tensor of this machine lies.
+    fn place(&self, operator: &'static str, tensor: &Tensor) -> Result<Input>;
+    /// f32 values as a tensor.
+    fn tensor(&self, values: Self::Values, shape: &Shape) -> Result<Tensor>;
     /// Memory with nothing in particular in it.
     fn allocate(&self, count: usize) -> Result<Self::Values>;
     /// Memory full of zeros.
@@ -187,6 +253,19 @@ pub(super) use arguments;
 mod tests {
     use super::*;
 
+    #[test]
+    fn columns_are_all_walked_and_sums_of_them_end_soon() {
+        for (rows, width) in [(0, 8), (1, 1), (64, 768), (65, 36), (6_000, 256), (20_000, 3_072), (200_000, 2_304)] {
+            let (Grid { blocks, threads, .. }, each) = Grid::columns(rows, width);
+            assert!(threads % WARP == 0 && threads * 8 * blocks[0] >= width && each * blocks[1] >= rows, "{rows} of {width}");
+            let (mut left, mut passes) = (rows, 0);
+            while left > 1 {
+                (left, passes) = (Grid::columns(left, width).0.blocks[1], passes + 1);
+            }
+            assert!(passes <= 4, "{rows} of {width}: {passes} passes");
+        }
+    }
+
     /// Worked by hand: A is 2×3, B 3×4, stored as they are and as their transposes.
     #[test]
     fn row_major_products_are_told_to_blas_in_columns() {
@@ -197,6 +276,7 @@ mod tests {
             a,
             b,
             c: Address::NULL,
+            of_result: Element::F32,
             accumulate: false,
             precision: Precision::F32,
         };

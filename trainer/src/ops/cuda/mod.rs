@@ -14,6 +14,7 @@ mod elementwise;
 #[cfg(test)]
 pub mod emulation;
 mod layer_norm;
+pub mod layers;
 #[cfg(feature = "cuda")]
 pub mod libraries;
 mod linear;
@@ -30,12 +31,13 @@ pub use cross_entropy::{tied_cross_entropy, tied_cross_entropy_in_chunks};
 pub use elementwise::{dropout_add, gelu, relu6};
 pub use layer_norm::layer_norm;
 pub use linear::{linear, linear_gelu};
+pub use machine::Element;
 pub use rows::select_rows;
 
-use candle_core::Device;
+use candle_core::{Device, Result};
 
 use super::Precision;
-use machine::{Address, Machine};
+use machine::{Address, Grid, Kernel, Machine, arguments};
 
 /// Whether the kernels work on this device's tensors.
 #[must_use]
@@ -52,25 +54,55 @@ fn dropout(keep: f32) -> (u32, f32) {
     (super::kernels::keep_limit(keep), 1.0 / keep)
 }
 
-/// Sum over the rows of a row-major matrix of `width` columns.
-fn column_sums<M: Machine>(machine: &M, values: Address, rows: usize, width: usize) -> candle_core::Result<M::Values> {
-    /// Rows that a thread adds up before their sums are added up in turn.
-    const EACH: usize = 128;
-    let kernel = machine::Kernel("rows", "column_sums");
-    let (mut values, mut rows) = (values, rows);
-    let mut sums: Option<M::Values> = None;
-    loop {
-        let blocks = rows.div_ceil(EACH).max(1);
-        let next = machine.allocate(blocks * width)?;
-        let grid = machine::Grid { blocks: [width.div_ceil(128), blocks, 1], threads: 128, shared: 0 };
-        let arguments = machine::arguments![values, machine.at(&next), rows as u32, width as u32, EACH as u32];
-        machine.launch(kernel, grid, arguments)?;
+/// Sum over the rows of a row-major matrix of `width` columns, in f32.
+fn column_sums<M: Machine>(machine: &M, values: Address, element: Element, rows: usize, width: usize) -> Result<M::Values> {
+    let (first, blocks) = partial_column_sums(machine, values, element, rows, width)?;
+    all_column_sums(machine, first, blocks, width)
+}
+
+/// What is left to add up of sums of columns: one row.
+fn all_column_sums<M: Machine>(machine: &M, mut sums: M::Values, mut rows: usize, width: usize) -> Result<M::Values> {
+    while rows > 1 {
+        let (next, left) = partial_column_sums(machine, machine.at(&sums), Element::F32, rows, width)?;
         // What was added up is given back only now that the kernel that reads it was asked for.
-        drop(sums.replace(next));
-        if blocks == 1 {
-            break;
-        }
-        (values, rows) = (sums.as_ref().map_or(Address::NULL, |sums| machine.at(sums)), blocks);
+        (sums, rows) = (next, left);
     }
-    sums.ok_or_else(|| candle_core::Error::Msg("no columns to add up".into()))
+    Ok(sums)
+}
+
+/// Rows of sums, of some of the rows each, and how many.
+fn partial_column_sums<M: Machine>(
+    machine: &M,
+    values: Address,
+    element: Element,
+    rows: usize,
+    width: usize,
+) -> Result<(M::Values, usize)> {
+    let (grid, each) = Grid::columns(rows, width);
+    let sums = machine.allocate(grid.blocks[1] * width)?;
+    let arguments = arguments![values, machine.at(&sums), rows as u32, width as u32, each as u32];
+    machine.launch(Kernel::on(element, "rows", ["column_sums", "column_sums_bf16"]), grid, arguments)?;
+    Ok((sums, grid.blocks[1]))
+}
+
+/// Makes every row of `to` `[rows, width]` that one.
+fn fill_rows<M: Machine>(machine: &M, row: Address, to: Address, element: Element, rows: usize, width: usize) -> Result<()> {
+    let (grid, each) = Grid::columns(rows, width);
+    let arguments = arguments![row, to, rows as u32, width as u32, each as u32];
+    machine.launch(Kernel::on(element, "elementwise", ["fill_rows", "fill_rows_bf16"]), grid, arguments)
+}
+
+/// f32 values as bf16.
+fn rounded<M: Machine>(machine: &M, at: Address, count: usize) -> Result<M::Values> {
+    let rounded = machine.allocate(Element::Bf16.words(count))?;
+    let arguments = arguments![at, machine.at(&rounded), count];
+    machine.launch(Kernel("elementwise", "to_bf16"), Grid::each(count.div_ceil(8)), arguments)?;
+    Ok(rounded)
+}
+
+/// bf16 values as f32.
+fn widened<M: Machine>(machine: &M, at: Address, count: usize) -> Result<M::Values> {
+    let wide = machine.allocate(count)?;
+    machine.launch(Kernel("elementwise", "to_f32"), Grid::each(count.div_ceil(8)), arguments![at, machine.at(&wide), count])?;
+    Ok(wide)
 }

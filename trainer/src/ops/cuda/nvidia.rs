@@ -8,10 +8,11 @@ use candle_core::op::BackpropOp;
 use candle_core::{CudaDevice, CudaStorage, Error, Layout, Result, Shape, Storage, Tensor};
 
 use super::Precision;
-use super::machine::{Address, Argument, Grid, Kernel, Machine, Product};
+use super::machine::{Address, Argument, Element, Grid, Kernel, Machine, Product};
 use super::operator::Input;
 
 /// A CUDA device.
+#[derive(Clone)]
 pub struct Nvidia {
     device: CudaDevice,
 }
@@ -29,23 +30,11 @@ impl Nvidia {
             candle_core::bail!("{operator}: expected f32, got {:?}", storage.dtype());
         }
         let at = self.address(f32::as_cuda_slice(storage)?).after(start);
-        Ok(Input { at, shape: layout.shape().clone(), wanted: true })
-    }
-
-    pub fn place(&self, operator: &'static str, tensor: &Tensor) -> Result<Input> {
-        let (storage, layout) = tensor.storage_and_layout();
-        let Storage::Cuda(storage) = &*storage else {
-            candle_core::bail!("{operator}: expected a tensor on the CUDA device");
-        };
-        Ok(Input { wanted: tensor.track_op(), ..self.input(operator, storage, layout)? })
+        Ok(Input { at, shape: layout.shape().clone(), element: Element::F32, wanted: true })
     }
 
     pub fn storage(&self, values: CudaSlice<f32>) -> CudaStorage {
         f32::wrap_cuda_slice(values, self.device.clone())
-    }
-
-    pub fn tensor(&self, values: CudaSlice<f32>, shape: &Shape) -> Tensor {
-        Tensor::from_storage(Storage::Cuda(self.storage(values)), shape, BackpropOp::none(), false)
     }
 
     fn address<T>(&self, slice: &CudaSlice<T>) -> Address {
@@ -71,6 +60,18 @@ fn ptx(file: &str) -> Result<&'static str> {
 impl Machine for Nvidia {
     type Values = CudaSlice<f32>;
     type Words = CudaSlice<u32>;
+
+    fn place(&self, operator: &'static str, tensor: &Tensor) -> Result<Input> {
+        let (storage, layout) = tensor.storage_and_layout();
+        let Storage::Cuda(storage) = &*storage else {
+            candle_core::bail!("{operator}: expected a tensor on the CUDA device");
+        };
+        Ok(Input { wanted: tensor.track_op(), ..self.input(operator, storage, layout)? })
+    }
+
+    fn tensor(&self, values: CudaSlice<f32>, shape: &Shape) -> Result<Tensor> {
+        Ok(Tensor::from_storage(Storage::Cuda(self.storage(values)), shape, BackpropOp::none(), false))
+    }
 
     fn allocate(&self, count: usize) -> Result<CudaSlice<f32>> {
         // SAFETY: any bits are f32 values, and every operator writes what it allocates before it reads it.
@@ -132,6 +133,10 @@ impl Machine for Nvidia {
             Precision::F32 => (sys::cudaDataType::CUDA_R_32F, sys::cublasComputeType_t::CUBLAS_COMPUTE_32F),
             Precision::Tf32 => (sys::cudaDataType::CUDA_R_32F, sys::cublasComputeType_t::CUBLAS_COMPUTE_32F_FAST_TF32),
         };
+        let of_result = match product.of_result {
+            Element::F32 => sys::cudaDataType::CUDA_R_32F,
+            Element::Bf16 => sys::cudaDataType::CUDA_R_16BF,
+        };
         let (alpha, beta) = (1f32, if product.accumulate { 1f32 } else { 0f32 });
         let blas = self.device.cublas_handle();
         // SAFETY: sizes and strides describe matrices inside the caller's memory; the scalars live until the call returns, and
@@ -153,7 +158,7 @@ impl Machine for Nvidia {
                 second,
                 (&raw const beta).cast(),
                 product.c.0 as *mut _,
-                sys::cudaDataType::CUDA_R_32F,
+                of_result,
                 result,
                 compute,
                 sys::cublasGemmAlgo_t::CUBLAS_GEMM_DEFAULT,

@@ -7,21 +7,29 @@ use candle_core::{CpuStorage, CudaStorage, CustomOp1, CustomOp2, CustomOp3, Erro
 
 #[cfg(test)]
 use super::emulation::Emulated;
-use super::machine::{Address, Machine};
+use super::machine::{Address, Element, Machine};
 #[cfg(feature = "cuda")]
 use super::nvidia::Nvidia;
+use super::{rounded, widened};
 
-/// A contiguous f32 tensor where the machine has it.
+/// A contiguous array where the machine has it.
 pub struct Input {
     /// First value.
     pub at: Address,
     /// Shape.
     pub shape: Shape,
+    /// What its values are stored as.
+    pub element: Element,
     /// Whether a gradient by it leads anywhere.
     pub wanted: bool,
 }
 
 impl Input {
+    /// Memory for an array like it, with nothing in particular in it.
+    pub fn alike<M: Machine>(&self, machine: &M) -> Result<M::Values> {
+        machine.allocate(self.element.words(self.count()))
+    }
+
     /// Number of values.
     pub fn count(&self) -> usize {
         self.shape.elem_count()
@@ -44,10 +52,15 @@ pub struct Pass<'a> {
     pub gradient: &'a Input,
 }
 
-/// An operator of one to three f32 tensors.
+/// An operator. Its result is stored as its first input is, and a gradient as what it is a gradient by.
 pub trait Operator: Send + Sync + 'static {
     /// In messages.
     const NAME: &'static str;
+
+    /// How many of the inputs, the first ones, are activations: they may be stored as anything, all alike. The others are f32.
+    fn activations(&self) -> usize {
+        0
+    }
 
     /// The result and its shape.
     fn forward<M: Machine>(&self, machine: &M, inputs: &[Input]) -> Result<(M::Values, Shape)>;
@@ -76,14 +89,94 @@ impl Kept {
     }
 }
 
-/// An operator as candle takes it.
-pub struct OnMachine<O>(pub O);
+/// Runs something on the machine that a device is.
+macro_rules! on_machine {
+    ($device:expr, $name:expr, |$machine:ident| $made:expr) => {
+        match $device {
+            #[cfg(feature = "cuda")]
+            candle_core::Device::Cuda(device) => {
+                let $machine = $crate::ops::cuda::nvidia::Nvidia::new(device);
+                $made
+            }
+            #[cfg(test)]
+            candle_core::Device::Cpu => {
+                let $machine = $crate::ops::cuda::emulation::Emulated::on_this_thread();
+                $made
+            }
+            other => Err(candle_core::Error::Msg(format!("{}: no kernels for {other:?}", $name))),
+        }
+    };
+}
+pub(super) use on_machine;
+
+/// An operator as candle takes it, of one to three f32 tensors.
+pub struct OnMachine<O> {
+    operator: O,
+    /// What activations are stored as inside it.
+    element: Element,
+}
 
 impl<O: Operator> OnMachine<O> {
+    /// In f32 throughout.
+    pub fn of(operator: O) -> Self {
+        Self::within(operator, Element::F32)
+    }
+
+    /// With activations stored as that inside, as where operators follow upon each other.
+    pub fn within(operator: O, element: Element) -> Self {
+        Self { operator, element }
+    }
+
+    /// Stores the first inputs, f32, as the operator is to have them, and gives the memory that they are in from now on.
+    fn store<'a, M: Machine>(&self, machine: &M, inputs: impl IntoIterator<Item = &'a mut Input>) -> Result<Vec<M::Values>> {
+        let mut held = Vec::new();
+        if self.element == Element::Bf16 {
+            for input in inputs {
+                let values = rounded(machine, input.at, input.count())?;
+                (input.at, input.element) = (machine.at(&values), Element::Bf16);
+                held.push(values);
+            }
+        }
+        Ok(held)
+    }
+
+    /// The other way round, for one of the activations or the result.
+    fn in_f32<M: Machine>(&self, machine: &M, values: M::Values, count: usize) -> Result<M::Values> {
+        match self.element {
+            Element::Bf16 if self.operator.activations() > 0 => widened(machine, machine.at(&values), count),
+            _ => Ok(values),
+        }
+    }
+
+    fn forward_on<M: Machine>(&self, machine: &M, mut inputs: Vec<Input>) -> Result<(M::Values, Shape)> {
+        let _held = self.store(machine, inputs.iter_mut().take(self.operator.activations()))?;
+        let (values, shape) = self.operator.forward(machine, &inputs)?;
+        Ok((self.in_f32(machine, values, shape.elem_count())?, shape))
+    }
+
+    fn gradients_on<M: Machine>(
+        &self,
+        machine: &M,
+        inputs: &[&Tensor],
+        [result, gradient]: [&Tensor; 2],
+    ) -> Result<Vec<Option<Tensor>>> {
+        let mut inputs = inputs.iter().map(|tensor| machine.place(O::NAME, tensor)).collect::<Result<Vec<_>>>()?;
+        let (mut result, mut gradient) = (machine.place(O::NAME, result)?, machine.place(O::NAME, gradient)?);
+        let activations = self.operator.activations();
+        let others = [&mut result, &mut gradient].into_iter().take(if activations > 0 { 2 } else { 0 });
+        let _held = self.store(machine, inputs.iter_mut().take(activations).chain(others))?;
+        let made = self.operator.backward(machine, &Pass { inputs: &inputs, result: &result, gradient: &gradient })?;
+        let tensor = |(number, (values, input)): (usize, (Option<M::Values>, &Input))| {
+            let in_f32 = |values| if number < activations { self.in_f32(machine, values, input.count()) } else { Ok(values) };
+            values.map(|values| machine.tensor(in_f32(values)?, &input.shape)).transpose()
+        };
+        made.into_iter().zip(&inputs).enumerate().map(tensor).collect()
+    }
+
     #[cfg(test)]
     fn cpu(&self, inputs: &[(&CpuStorage, &Layout)]) -> Result<(CpuStorage, Shape)> {
         let inputs = inputs.iter().map(|(s, l)| Emulated::input(O::NAME, s, l)).collect::<Result<Vec<_>>>()?;
-        let (values, shape) = self.0.forward(&Emulated::on_this_thread(), &inputs)?;
+        let (values, shape) = self.forward_on(&Emulated::on_this_thread(), inputs)?;
         Ok((CpuStorage::F32(values.to_vec(shape.elem_count())), shape))
     }
 
@@ -96,7 +189,7 @@ impl<O: Operator> OnMachine<O> {
     fn cuda(&self, inputs: &[(&CudaStorage, &Layout)]) -> Result<(CudaStorage, Shape)> {
         let machine = Nvidia::new(&inputs[0].0.device);
         let inputs = inputs.iter().map(|(s, l)| machine.input(O::NAME, s, l)).collect::<Result<Vec<_>>>()?;
-        let (values, shape) = self.0.forward(&machine, &inputs)?;
+        let (values, shape) = self.forward_on(&machine, inputs)?;
         Ok((machine.storage(values), shape))
     }
 
@@ -107,30 +200,7 @@ impl<O: Operator> OnMachine<O> {
 
     fn gradients<const N: usize>(&self, inputs: [&Tensor; N], result: &Tensor, gradient: &Tensor) -> Result<[Option<Tensor>; N]> {
         let gradient = gradient.contiguous()?;
-        let made = match result.device() {
-            #[cfg(feature = "cuda")]
-            candle_core::Device::Cuda(device) => {
-                let machine = Nvidia::new(device);
-                let place = |tensor: &Tensor| machine.place(O::NAME, tensor);
-                let (all, result, gradient) = (inputs.map(place), place(result)?, place(&gradient)?);
-                let all = all.into_iter().collect::<Result<Vec<_>>>()?;
-                let made = self.0.backward(&machine, &Pass { inputs: &all, result: &result, gradient: &gradient })?;
-                made.into_iter().zip(&all).map(|(v, input)| v.map(|v| machine.tensor(v, &input.shape))).collect::<Vec<_>>()
-            }
-            #[cfg(test)]
-            candle_core::Device::Cpu => {
-                let machine = Emulated::on_this_thread();
-                let place = |tensor: &Tensor| Emulated::place(O::NAME, tensor);
-                let (all, result, gradient) = (inputs.map(place), place(result)?, place(&gradient)?);
-                let all = all.into_iter().collect::<Result<Vec<_>>>()?;
-                let made = self.0.backward(&machine, &Pass { inputs: &all, result: &result, gradient: &gradient })?;
-                let tensor = |(values, input): (Option<super::emulation::Values>, &Input)| {
-                    values.map(|v| Tensor::from_vec(v.to_vec(input.count()), &input.shape, &candle_core::Device::Cpu)).transpose()
-                };
-                made.into_iter().zip(&all).map(tensor).collect::<Result<Vec<_>>>()?
-            }
-            other => candle_core::bail!("{}: no kernels for {other:?}", O::NAME),
-        };
+        let made = on_machine!(result.device(), O::NAME, |machine| self.gradients_on(&machine, &inputs, [result, &gradient]))?;
         made.try_into().map_err(|_| Error::Msg(format!("{}: another number of gradients than of inputs", O::NAME)))
     }
 }

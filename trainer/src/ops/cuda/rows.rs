@@ -84,7 +84,7 @@ impl Operator for SelectRows {
 
 /// See [`select_rows`](crate::ops::select_rows).
 pub fn select_rows(table: &Tensor, ids: &Arc<[u32]>) -> Result<Tensor> {
-    table.contiguous()?.apply_op1(OnMachine(SelectRows { ids: Arc::clone(ids) }))
+    table.contiguous()?.apply_op1(OnMachine::of(SelectRows { ids: Arc::clone(ids) }))
 }
 
 #[cfg(test)]

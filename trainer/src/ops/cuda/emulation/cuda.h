@@ -73,12 +73,13 @@ struct float2 {
     float x, y;
 };
 
-struct float4 {
-    float x, y, z, w;
+struct alignas(16) uint4 {
+    uint32_t x, y, z, w;
 };
 
 inline float2 make_float2(float x, float y) { return {x, y}; }
 inline uint32_t min(uint32_t a, uint32_t b) { return a < b ? a : b; }
+inline size_t min(size_t a, size_t b) { return a < b ? a : b; }
 using std::isfinite;
 
 struct __nv_bfloat16 {

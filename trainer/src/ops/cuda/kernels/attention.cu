@@ -11,27 +11,28 @@ constexpr uint32_t STAYING = 16, PASSING = 32, OF_WARP = 4;
 constexpr uint32_t OF_LANE = 3;
 
 // Which rows a block of threads reads, and of which head.
+template <typename T>
 struct Heads {
-    const float* values;
+    const T* values;
     uint32_t stride, offset, depth;
 
     // Copies a row (zeros where it is absent), `factor` times.
     __device__ __forceinline__ void load(float* to, bool present, uint32_t row, uint32_t i, float factor) const {
-        *to = present ? values[size_t(row) * stride + offset + i] * factor : 0.0f;
+        *to = present ? widened(values[size_t(row) * stride + offset + i]) * factor : 0.0f;
     }
 };
 
-extern "C" __global__ void attention(
-    const float* qkv, const QueryTile* tiles, float* y, float* logarithms, uint32_t heads, uint32_t depth, uint32_t seed,
+template <typename T>
+__device__ __forceinline__ void attend(
+    float* shared, const T* qkv, const QueryTile* tiles, T* y, float* logarithms, uint32_t heads, uint32_t depth, uint32_t seed,
     uint32_t limit, float scale
 ) {
-    SHARED(float, shared);
     float *queries = shared, *keys = queries + STAYING * depth, *values = keys + PASSING * (depth + 1);
     QueryTile tile = tiles[blockIdx.x];
     uint32_t head = blockIdx.y, hidden = heads * depth, stride = 3 * hidden;
     uint32_t lane = threadIdx.x % WARP, warp = threadIdx.x / WARP;
-    Heads query = {qkv, stride, head * depth, depth}, key = {qkv, stride, hidden + head * depth, depth};
-    Heads value = {qkv, stride, 2 * hidden + head * depth, depth};
+    Heads<T> query = {qkv, stride, head * depth, depth}, key = {qkv, stride, hidden + head * depth, depth};
+    Heads<T> value = {qkv, stride, 2 * hidden + head * depth, depth};
     Dropout dropout = of_block(seed, limit, scale, tile.block, head);
     for (uint32_t i = threadIdx.x; i < STAYING * depth; i += blockDim.x) {
         query.load(queries + i, i / depth < tile.count, tile.first + i / depth, i % depth, 1.0f / sqrtf(depth));
@@ -77,35 +78,37 @@ extern "C" __global__ void attention(
     for (uint32_t r = 0; r < OF_WARP; r++) {
         uint32_t i = warp * OF_WARP + r;
         if (i >= tile.count) continue;
-        float* row = y + size_t(tile.first + i) * hidden + head * depth;
-        for (uint32_t c = 0; c < OF_LANE && lane + c * WARP < depth; c++) row[lane + c * WARP] = out[r][c] / sum[r];
+        T* row = y + size_t(tile.first + i) * hidden + head * depth;
+        for (uint32_t c = 0; c < OF_LANE && lane + c * WARP < depth; c++) put(row[lane + c * WARP], out[r][c] / sum[r]);
         if (lane == 0) logarithms[size_t(tile.first + i) * heads + head] = most[r] + logf(sum[r]);
     }
 }
 
 // delta[row, head] = Σ y · dy: what every gradient by a row's probabilities is measured from. A warp makes one.
-extern "C" __global__ void attention_delta(const float* y, const float* dy, float* delta, uint32_t count, uint32_t depth) {
+template <typename T>
+__device__ __forceinline__ void project(const T* y, const T* dy, float* delta, uint32_t count, uint32_t depth) {
     uint32_t lane = threadIdx.x % WARP, number = (blockIdx.x * blockDim.x + threadIdx.x) / WARP;
     if (number >= count) return;
     float sum = 0;
-    for (uint32_t t = lane; t < depth; t += WARP) sum += y[size_t(number) * depth + t] * dy[size_t(number) * depth + t];
+    y += size_t(number) * depth, dy += size_t(number) * depth;
+    for (uint32_t t = lane; t < depth; t += WARP) sum += widened(y[t]) * widened(dy[t]);
     sum = warp_sum(sum);
     if (lane == 0) delta[number] = sum;
 }
 
 // The gradient by the queries, into the first third of dqkv's columns.
-extern "C" __global__ void attention_queries_backward(
-    const float* qkv, const QueryTile* tiles, const float* dy, const float* logarithms, const float* delta, float* dqkv,
+template <typename T>
+__device__ __forceinline__ void attend_queries_backward(
+    float* shared, const T* qkv, const QueryTile* tiles, const T* dy, const float* logarithms, const float* delta, T* dqkv,
     uint32_t heads, uint32_t depth, uint32_t seed, uint32_t limit, float scale
 ) {
-    SHARED(float, shared);
     float *queries = shared, *gradients = queries + STAYING * depth;
     float *keys = gradients + STAYING * depth, *values = keys + PASSING * (depth + 1);
     QueryTile tile = tiles[blockIdx.x];
     uint32_t head = blockIdx.y, hidden = heads * depth, stride = 3 * hidden;
     uint32_t lane = threadIdx.x % WARP, warp = threadIdx.x / WARP;
-    Heads query = {qkv, stride, head * depth, depth}, key = {qkv, stride, hidden + head * depth, depth};
-    Heads value = {qkv, stride, 2 * hidden + head * depth, depth}, gradient = {dy, hidden, head * depth, depth};
+    Heads<T> query = {qkv, stride, head * depth, depth}, key = {qkv, stride, hidden + head * depth, depth};
+    Heads<T> value = {qkv, stride, 2 * hidden + head * depth, depth}, gradient = {dy, hidden, head * depth, depth};
     Dropout dropout = of_block(seed, limit, scale, tile.block, head);
     float root = 1.0f / sqrtf(depth);
     for (uint32_t i = threadIdx.x; i < STAYING * depth; i += blockDim.x) {
@@ -158,24 +161,24 @@ extern "C" __global__ void attention_queries_backward(
     for (uint32_t r = 0; r < OF_WARP; r++) {
         uint32_t i = warp * OF_WARP + r;
         if (i >= tile.count) continue;
-        float* row = dqkv + size_t(tile.first + i) * stride + head * depth;
-        for (uint32_t c = 0; c < OF_LANE && lane + c * WARP < depth; c++) row[lane + c * WARP] = out[r][c];
+        T* row = dqkv + size_t(tile.first + i) * stride + head * depth;
+        for (uint32_t c = 0; c < OF_LANE && lane + c * WARP < depth; c++) put(row[lane + c * WARP], out[r][c]);
     }
 }
 
 // The gradients by keys and values, into the other two thirds: every row that sees a key passes by it.
-extern "C" __global__ void attention_keys_backward(
-    const float* qkv, const KeyTile* tiles, const Segment* segments, const float* dy, const float* logarithms, const float* delta,
-    float* dqkv, uint32_t heads, uint32_t depth, uint32_t seed, uint32_t limit, float scale
+template <typename T>
+__device__ __forceinline__ void attend_keys_backward(
+    float* shared, const T* qkv, const KeyTile* tiles, const Segment* segments, const T* dy, const float* logarithms,
+    const float* delta, T* dqkv, uint32_t heads, uint32_t depth, uint32_t seed, uint32_t limit, float scale
 ) {
-    SHARED(float, shared);
     float *keys = shared, *values = keys + STAYING * depth;
     float *queries = values + STAYING * depth, *gradients = queries + PASSING * (depth + 1);
     KeyTile tile = tiles[blockIdx.x];
     uint32_t head = blockIdx.y, hidden = heads * depth, stride = 3 * hidden;
     uint32_t lane = threadIdx.x % WARP, warp = threadIdx.x / WARP;
-    Heads query = {qkv, stride, head * depth, depth}, key = {qkv, stride, hidden + head * depth, depth};
-    Heads value = {qkv, stride, 2 * hidden + head * depth, depth}, gradient = {dy, hidden, head * depth, depth};
+    Heads<T> query = {qkv, stride, head * depth, depth}, key = {qkv, stride, hidden + head * depth, depth};
+    Heads<T> value = {qkv, stride, 2 * hidden + head * depth, depth}, gradient = {dy, hidden, head * depth, depth};
     float root = 1.0f / sqrtf(depth);
     for (uint32_t i = threadIdx.x; i < STAYING * depth; i += blockDim.x) {
         bool present = i / depth < tile.count;
@@ -233,10 +236,42 @@ extern "C" __global__ void attention_keys_backward(
     for (uint32_t r = 0; r < OF_WARP; r++) {
         uint32_t k = warp * OF_WARP + r;
         if (k >= tile.count) continue;
-        float* row = dqkv + size_t(tile.first + k) * stride + hidden + head * depth;
+        T* row = dqkv + size_t(tile.first + k) * stride + hidden + head * depth;
         for (uint32_t c = 0; c < OF_LANE && lane + c * WARP < depth; c++) {
-            row[lane + c * WARP] = by_key[r][c];
-            row[hidden + lane + c * WARP] = by_value[r][c];
+            put(row[lane + c * WARP], by_key[r][c]);
+            put(row[hidden + lane + c * WARP], by_value[r][c]);
         }
     }
 }
+
+#define OF_TYPE(T, suffix)                                                                                                      \
+    extern "C" __global__ void attention##suffix(                                                                               \
+        const T* qkv, const QueryTile* tiles, T* y, float* logarithms, uint32_t heads, uint32_t depth, uint32_t seed,           \
+        uint32_t limit, float scale                                                                                             \
+    ) {                                                                                                                         \
+        SHARED(float, shared);                                                                                                  \
+        attend(shared, qkv, tiles, y, logarithms, heads, depth, seed, limit, scale);                                            \
+    }                                                                                                                           \
+    extern "C" __global__ void attention_delta##suffix(                                                                         \
+        const T* y, const T* dy, float* delta, uint32_t count, uint32_t depth                                                   \
+    ) {                                                                                                                         \
+        project(y, dy, delta, count, depth);                                                                                    \
+    }                                                                                                                           \
+    extern "C" __global__ void attention_queries_backward##suffix(                                                              \
+        const T* qkv, const QueryTile* tiles, const T* dy, const float* logarithms, const float* delta, T* dqkv,                \
+        uint32_t heads, uint32_t depth, uint32_t seed, uint32_t limit, float scale                                              \
+    ) {                                                                                                                         \
+        SHARED(float, shared);                                                                                                  \
+        attend_queries_backward(shared, qkv, tiles, dy, logarithms, delta, dqkv, heads, depth, seed, limit, scale);             \
+    }                                                                                                                           \
+    extern "C" __global__ void attention_keys_backward##suffix(                                                                 \
+        const T* qkv, const KeyTile* tiles, const Segment* segments, const T* dy, const float* logarithms, const float* delta,  \
+        T* dqkv, uint32_t heads, uint32_t depth, uint32_t seed, uint32_t limit, float scale                                     \
+    ) {                                                                                                                         \
+        SHARED(float, shared);                                                                                                  \
+        attend_keys_backward(shared, qkv, tiles, segments, dy, logarithms, delta, dqkv, heads, depth, seed, limit, scale);      \
+    }
+
+OF_TYPE(float, )
+OF_TYPE(bf16, _bf16)
+#undef OF_TYPE

@@ -15,12 +15,12 @@
 namespace tensor {
 
 using namespace nvcuda::wmma;
-using bf16 = __nv_bfloat16;
 
 constexpr uint32_t SIDE = 16, WARPS = 4, STAYING = WARPS * SIDE, PASSING = 32;
 // From one row to the next in shared memory; a little more than a row, so that the rows begin in different banks.
 constexpr uint32_t PITCH_OF_SUMS = SIDE + 4, PITCH_OF_SHARES = SIDE + 8;
 constexpr uint32_t OF_LANE = SIDE / 2;
+static_assert(OF_LANE == FEW, "a lane writes what it has at one time");
 
 // [16 rows, 16 of depth], the transpose of [16 rows, 16 of depth], and [16 rows, 16 of depth] to be added up over its rows.
 using Rows = fragment<matrix_a, SIDE, SIDE, SIDE, bf16, row_major>;
@@ -28,23 +28,21 @@ using Turned = fragment<matrix_b, SIDE, SIDE, SIDE, bf16, col_major>;
 using Added = fragment<matrix_b, SIDE, SIDE, SIDE, bf16, row_major>;
 using Sums = fragment<accumulator, SIDE, SIDE, SIDE, float>;
 
-// Rows of a head, in f32 where they lie and in bf16 in shared memory.
+// Rows of a head; sixteen bytes at a time are read, all of which begin in such.
 template <uint32_t DEPTH>
 struct Head {
-    static constexpr uint32_t PITCH = DEPTH + 8;
-    const float* values;
+    static constexpr uint32_t PITCH = DEPTH + FEW;
+    const bf16* values;
     uint32_t stride, offset;
 
     // The block's threads copy `count` rows, row j from place(j); zeros where that is ABSENT.
     template <typename Place>
     __device__ __forceinline__ void load(bf16* to, uint32_t count, Place place) const {
-        for (uint32_t i = threadIdx.x; i < count * (DEPTH / 4); i += blockDim.x) {
-            uint32_t j = i / (DEPTH / 4), t = i % (DEPTH / 4) * 4, row = place(j);
-            float4 four = {0, 0, 0, 0};
-            if (row != ABSENT) four = *reinterpret_cast<const float4*>(values + size_t(row) * stride + offset + t);
-            bf16* at = to + j * PITCH + t;
-            at[0] = __float2bfloat16(four.x), at[1] = __float2bfloat16(four.y);
-            at[2] = __float2bfloat16(four.z), at[3] = __float2bfloat16(four.w);
+        for (uint32_t i = threadIdx.x; i < count * (DEPTH / FEW); i += blockDim.x) {
+            uint32_t j = i / (DEPTH / FEW), t = i % (DEPTH / FEW) * FEW, row = place(j);
+            uint4 few = {0, 0, 0, 0};
+            if (row != ABSENT) few = *reinterpret_cast<const uint4*>(values + size_t(row) * stride + offset + t);
+            *reinterpret_cast<uint4*>(to + j * PITCH + t) = few;
         }
     }
 
@@ -62,11 +60,11 @@ struct Work {
     __device__ __forceinline__ explicit Work(uint32_t heads) : heads(heads) {}
 
     // Queries, keys or values of `qkv`: part 0, 1 or 2.
-    __device__ __forceinline__ Head<DEPTH> part(const float* qkv, uint32_t number) const {
+    __device__ __forceinline__ Head<DEPTH> part(const bf16* qkv, uint32_t number) const {
         return {qkv, stride, number * hidden + head * DEPTH};
     }
 
-    __device__ __forceinline__ Head<DEPTH> gradient(const float* dy) const { return {dy, hidden, head * DEPTH}; }
+    __device__ __forceinline__ Head<DEPTH> gradient(const bf16* dy) const { return {dy, hidden, head * DEPTH}; }
 };
 
 // sums[16, 16] = rows[16, DEPTH] · others[16, DEPTH]ᵀ
@@ -100,16 +98,16 @@ __device__ __forceinline__ void add_shares(Sums (&out)[DEPTH / SIDE], const bf16
 
 // The first `count` rows of out[16, DEPTH] to rows of `stride` values, by way of the warp's `sums`.
 template <uint32_t DEPTH>
-__device__ __forceinline__ void write_rows(float* to, uint32_t stride, uint32_t count, Sums (&out)[DEPTH / SIDE], float* sums) {
-    uint32_t lane = threadIdx.x % WARP;
+__device__ __forceinline__ void write_rows(bf16* to, uint32_t stride, uint32_t count, Sums (&out)[DEPTH / SIDE], float* sums) {
+    uint32_t lane = threadIdx.x % WARP, own = lane / 2, first = lane % 2 * OF_LANE;
 #pragma unroll
     for (uint32_t part = 0; part < DEPTH / SIDE; part++) {
         __syncwarp();
         store_matrix_sync(sums, out[part], PITCH_OF_SUMS, mem_row_major);
         __syncwarp();
-        for (uint32_t i = lane; i < count * SIDE; i += WARP) {
-            to[size_t(i / SIDE) * stride + part * SIDE + i % SIDE] = sums[i / SIDE * PITCH_OF_SUMS + i % SIDE];
-        }
+        float few[FEW];
+        for (uint32_t e = 0; e < FEW; e++) few[e] = sums[own * PITCH_OF_SUMS + first + e];
+        write_few(to + size_t(own) * stride + part * SIDE + first, own < count ? FEW : 0, few);
     }
 }
 
@@ -143,7 +141,7 @@ struct Seen {
 
 template <uint32_t DEPTH>
 __device__ __forceinline__ void forward(
-    bf16* shared, const float* qkv, const QueryTile* tiles, float* y, float* logarithms, uint32_t heads, uint32_t seed,
+    bf16* shared, const bf16* qkv, const QueryTile* tiles, bf16* y, float* logarithms, uint32_t heads, uint32_t seed,
     uint32_t limit, float scale
 ) {
     constexpr uint32_t PITCH = Head<DEPTH>::PITCH;
@@ -213,8 +211,8 @@ __device__ __forceinline__ void forward(
 
 template <uint32_t DEPTH>
 __device__ __forceinline__ void queries_backward(
-    bf16* shared, const float* qkv, const QueryTile* tiles, const float* dy, const float* logarithms, const float* delta,
-    float* dqkv, uint32_t heads, uint32_t seed, uint32_t limit, float scale
+    bf16* shared, const bf16* qkv, const QueryTile* tiles, const bf16* dy, const float* logarithms, const float* delta,
+    bf16* dqkv, uint32_t heads, uint32_t seed, uint32_t limit, float scale
 ) {
     constexpr uint32_t PITCH = Head<DEPTH>::PITCH;
     Work<DEPTH> work(heads);
@@ -264,8 +262,8 @@ __device__ __forceinline__ void queries_backward(
 
 template <uint32_t DEPTH>
 __device__ __forceinline__ void keys_backward(
-    bf16* shared, const float* qkv, const KeyTile* tiles, const Segment* segments, const float* dy, const float* logarithms,
-    const float* delta, float* dqkv, uint32_t heads, uint32_t seed, uint32_t limit, float scale
+    bf16* shared, const bf16* qkv, const KeyTile* tiles, const Segment* segments, const bf16* dy, const float* logarithms,
+    const float* delta, bf16* dqkv, uint32_t heads, uint32_t seed, uint32_t limit, float scale
 ) {
     constexpr uint32_t PITCH = Head<DEPTH>::PITCH;
     Work<DEPTH> work(heads);
@@ -329,7 +327,7 @@ __device__ __forceinline__ void keys_backward(
     }
     if (!busy) return;
     uint32_t count = min(SIDE, tile.count - warp * SIDE);
-    float* to = dqkv + size_t(tile.first + warp * SIDE) * work.stride + work.hidden + work.head * DEPTH;
+    bf16* to = dqkv + size_t(tile.first + warp * SIDE) * work.stride + work.hidden + work.head * DEPTH;
     write_rows<DEPTH>(to, work.stride, count, by_key, sums);
     write_rows<DEPTH>(to + work.hidden, work.stride, count, by_value, sums);
 }
@@ -339,27 +337,27 @@ __device__ __forceinline__ void keys_backward(
 // Names of the kernels end with the width of a head.
 #define OF_DEPTH(depth)                                                                                                         \
     extern "C" __global__ void __launch_bounds__(128) attention_bf16_##depth(                                                   \
-        const float* qkv, const QueryTile* tiles, float* y, float* logarithms, uint32_t heads, uint32_t seed, uint32_t limit,   \
+        const bf16* qkv, const QueryTile* tiles, bf16* y, float* logarithms, uint32_t heads, uint32_t seed, uint32_t limit,     \
         float scale                                                                                                             \
     ) {                                                                                                                         \
         SHARED(float, shared);                                                                                                  \
-        auto place = reinterpret_cast<__nv_bfloat16*>(shared);                                                                  \
+        auto place = reinterpret_cast<bf16*>(shared);                                                                           \
         tensor::forward<depth>(place, qkv, tiles, y, logarithms, heads, seed, limit, scale);                                    \
     }                                                                                                                           \
     extern "C" __global__ void __launch_bounds__(128) attention_bf16_queries_backward_##depth(                                  \
-        const float* qkv, const QueryTile* tiles, const float* dy, const float* logarithms, const float* delta, float* dqkv,    \
+        const bf16* qkv, const QueryTile* tiles, const bf16* dy, const float* logarithms, const float* delta, bf16* dqkv,       \
         uint32_t heads, uint32_t seed, uint32_t limit, float scale                                                              \
     ) {                                                                                                                         \
         SHARED(float, shared);                                                                                                  \
-        auto place = reinterpret_cast<__nv_bfloat16*>(shared);                                                                  \
+        auto place = reinterpret_cast<bf16*>(shared);                                                                           \
         tensor::queries_backward<depth>(place, qkv, tiles, dy, logarithms, delta, dqkv, heads, seed, limit, scale);             \
     }                                                                                                                           \
     extern "C" __global__ void __launch_bounds__(128) attention_bf16_keys_backward_##depth(                                     \
-        const float* qkv, const KeyTile* tiles, const Segment* segments, const float* dy, const float* logarithms,              \
-        const float* delta, float* dqkv, uint32_t heads, uint32_t seed, uint32_t limit, float scale                             \
+        const bf16* qkv, const KeyTile* tiles, const Segment* segments, const bf16* dy, const float* logarithms,                \
+        const float* delta, bf16* dqkv, uint32_t heads, uint32_t seed, uint32_t limit, float scale                              \
     ) {                                                                                                                         \
         SHARED(float, shared);                                                                                                  \
-        auto place = reinterpret_cast<__nv_bfloat16*>(shared);                                                                  \
+        auto place = reinterpret_cast<bf16*>(shared);                                                                           \
         tensor::keys_backward<depth>(place, qkv, tiles, segments, dy, logarithms, delta, dqkv, heads, seed, limit, scale);      \
     }
 

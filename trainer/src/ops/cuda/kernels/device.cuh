@@ -12,6 +12,57 @@
 #define WARP 32u
 #define ALL_LANES 0xffffffffu
 
+using bf16 = __nv_bfloat16;
+
+// Kernels compute in f32, whatever lies in memory: f32 or, rounded to the nearest, bf16.
+__device__ __forceinline__ float widened(float value) { return value; }
+__device__ __forceinline__ float widened(bf16 value) { return __bfloat162float(value); }
+__device__ __forceinline__ void put(float& to, float value) { to = value; }
+__device__ __forceinline__ void put(bf16& to, float value) { to = __float2bfloat16(value); }
+
+// Values that a thread reads or writes at one time: sixteen bytes of bf16, twice as many of f32.
+constexpr uint32_t FEW = 8;
+
+__device__ __forceinline__ bool in_sixteens(const void* place) { return reinterpret_cast<size_t>(place) % 16 == 0; }
+
+// The first `count` of FEW values from `from` on; the others become zero.
+template <typename T>
+__device__ __forceinline__ void read_few(const T* from, uint32_t count, float (&to)[FEW]) {
+    if (count >= FEW && in_sixteens(from)) {
+        union {
+            uint4 words[FEW * sizeof(T) / 16];
+            T values[FEW];
+        } all;
+#pragma unroll
+        for (uint32_t i = 0; i < FEW * sizeof(T) / 16; i++) all.words[i] = reinterpret_cast<const uint4*>(from)[i];
+#pragma unroll
+        for (uint32_t e = 0; e < FEW; e++) to[e] = widened(all.values[e]);
+    } else {
+#pragma unroll
+        for (uint32_t e = 0; e < FEW; e++) to[e] = e < count ? widened(from[e]) : 0.0f;
+    }
+}
+
+// Writes the first `count` of FEW values.
+template <typename T>
+__device__ __forceinline__ void write_few(T* to, uint32_t count, const float (&from)[FEW]) {
+    if (count >= FEW && in_sixteens(to)) {
+        union {
+            uint4 words[FEW * sizeof(T) / 16];
+            T values[FEW];
+        } all;
+#pragma unroll
+        for (uint32_t e = 0; e < FEW; e++) put(all.values[e], from[e]);
+#pragma unroll
+        for (uint32_t i = 0; i < FEW * sizeof(T) / 16; i++) reinterpret_cast<uint4*>(to)[i] = all.words[i];
+    } else {
+#pragma unroll
+        for (uint32_t e = 0; e < FEW; e++) {
+            if (e < count) put(to[e], from[e]);
+        }
+    }
+}
+
 __device__ __forceinline__ float warp_sum(float value) {
     for (int lanes = 16; lanes > 0; lanes /= 2) value += __shfl_xor_sync(ALL_LANES, value, lanes);
     return value;
@@ -61,4 +112,17 @@ struct Dropout {
     __device__ __forceinline__ float operator()(float value, uint32_t index) const {
         return draw(seed, index) <= limit ? value * scale : 0.0f;
     }
+};
+
+// What a thread has of a row-major matrix: FEW columns, of the rows from `first` on to `end`.
+struct Columns {
+    uint32_t width, column, count, first, end;
+
+    __device__ __forceinline__ Columns(uint32_t rows, uint32_t width, uint32_t rows_each)
+        : width(width), column((blockIdx.x * blockDim.x + threadIdx.x) * FEW),
+          count(column < width ? min(FEW, width - column) : 0), first(blockIdx.y * rows_each),
+          end(min(first + rows_each, rows)) {}
+
+    // Its first value of a row.
+    __device__ __forceinline__ size_t at(uint32_t row) const { return size_t(row) * width + column; }
 };

@@ -6,23 +6,78 @@
 
 __device__ __forceinline__ float normal_distribution(float x) { return 0.5f * (1.0f + erff(x * 0.70710678118654752f)); }
 
+// The columns' part of a row; zeros where it is null.
+__device__ __forceinline__ void read_columns(const float* row, const Columns& columns, float (&to)[FEW]) {
+    read_few(row ? row + columns.column : row, row ? columns.count : 0, to);
+}
+
 // y = GELU(x + bias), x [rows, width]; no bias where it is null.
-extern "C" __global__ void gelu(const float* x, const float* bias, float* y, size_t count, uint32_t width) {
-    FOR_EACH(i, count) {
-        float value = x[i] + (bias ? bias[i % width] : 0.0f);
-        y[i] = value * normal_distribution(value);
+template <typename T>
+__device__ __forceinline__ void gelu_of(const T* x, const float* bias, T* y, Columns columns) {
+    if (columns.count == 0) return;
+    float added[FEW], some[FEW];
+    read_columns(bias, columns, added);
+#pragma unroll 2
+    for (uint32_t row = columns.first; row < columns.end; row++) {
+        read_few(x + columns.at(row), columns.count, some);
+        for (uint32_t e = 0; e < FEW; e++) {
+            float value = some[e] + added[e];
+            some[e] = value * normal_distribution(value);
+        }
+        write_few(y + columns.at(row), columns.count, some);
     }
 }
 
-extern "C" __global__ void gelu_backward(
-    const float* x, const float* bias, const float* dy, float* dx, size_t count, uint32_t width
+// The backward pass; row blockIdx.y of `sums` receives the sum of dx over the block's rows, unless it is null.
+template <typename T>
+__device__ __forceinline__ void gelu_backward_of(
+    const T* x, const float* bias, const T* dy, T* dx, float* sums, Columns columns
 ) {
-    FOR_EACH(i, count) {
-        float value = x[i] + (bias ? bias[i % width] : 0.0f);
-        float density = 0.39894228040143268f * expf(-0.5f * value * value);
-        dx[i] = dy[i] * (normal_distribution(value) + value * density);
+    if (columns.count == 0) return;
+    float added[FEW], some[FEW], by[FEW], sum[FEW] = {};
+    read_columns(bias, columns, added);
+#pragma unroll 2
+    for (uint32_t row = columns.first; row < columns.end; row++) {
+        read_few(x + columns.at(row), columns.count, some);
+        read_few(dy + columns.at(row), columns.count, by);
+        for (uint32_t e = 0; e < FEW; e++) {
+            float value = some[e] + added[e];
+            float density = 0.39894228040143268f * expf(-0.5f * value * value);
+            by[e] *= normal_distribution(value) + value * density;
+            sum[e] += by[e];
+        }
+        write_few(dx + columns.at(row), columns.count, by);
     }
+    if (sums) write_few(sums + columns.at(blockIdx.y), columns.count, sum);
 }
+
+// Every row of y [rows, width] becomes `row`.
+template <typename T>
+__device__ __forceinline__ void fill(const float* row, T* y, Columns columns) {
+    if (columns.count == 0) return;
+    float values[FEW];
+    read_columns(row, columns, values);
+    for (uint32_t row = columns.first; row < columns.end; row++) write_few(y + columns.at(row), columns.count, values);
+}
+
+#define OF_TYPE(T, suffix)                                                                                                      \
+    extern "C" __global__ void gelu##suffix(                                                                                    \
+        const T* x, const float* bias, T* y, uint32_t rows, uint32_t width, uint32_t rows_each                                  \
+    ) {                                                                                                                         \
+        gelu_of(x, bias, y, Columns(rows, width, rows_each));                                                                   \
+    }                                                                                                                           \
+    extern "C" __global__ void gelu_backward##suffix(                                                                           \
+        const T* x, const float* bias, const T* dy, T* dx, float* sums, uint32_t rows, uint32_t width, uint32_t rows_each       \
+    ) {                                                                                                                         \
+        gelu_backward_of(x, bias, dy, dx, sums, Columns(rows, width, rows_each));                                               \
+    }                                                                                                                           \
+    extern "C" __global__ void fill_rows##suffix(const float* row, T* y, uint32_t rows, uint32_t width, uint32_t rows_each) {   \
+        fill(row, y, Columns(rows, width, rows_each));                                                                          \
+    }
+
+OF_TYPE(float, )
+OF_TYPE(bf16, _bf16)
+#undef OF_TYPE
 
 extern "C" __global__ void relu6(const float* x, float* y, size_t count) {
     FOR_EACH(i, count) y[i] = fminf(fmaxf(x[i], 0.0f), 6.0f);
@@ -41,16 +96,21 @@ extern "C" __global__ void dropout_add(
     FOR_EACH(i, count) y[i] = (residual ? residual[i] : 0.0f) + dropout(x[i], uint32_t(i));
 }
 
-// Every row of y [rows, width] becomes `row`.
-extern "C" __global__ void fill_rows(const float* row, float* y, size_t count, uint32_t width) {
-    FOR_EACH(i, count) y[i] = row[i % width];
-}
-
 // values *= factor[0]
 extern "C" __global__ void scale_by(float* values, const float* factor, size_t count) {
     FOR_EACH(i, count) values[i] *= factor[0];
 }
 
-extern "C" __global__ void to_bf16(const float* x, __nv_bfloat16* y, size_t count) {
-    FOR_EACH(i, count) y[i] = __float2bfloat16(x[i]);
+template <typename From, typename To>
+__device__ __forceinline__ void convert(const From* x, To* y, size_t count) {
+    float some[FEW];
+    FOR_EACH(i, (count + FEW - 1) / FEW) {
+        uint32_t left = uint32_t(min(size_t(FEW), count - i * FEW));
+        read_few(x + i * FEW, left, some);
+        write_few(y + i * FEW, left, some);
+    }
 }
+
+extern "C" __global__ void to_bf16(const float* x, bf16* y, size_t count) { convert(x, y, count); }
+
+extern "C" __global__ void to_f32(const bf16* x, float* y, size_t count) { convert(x, y, count); }

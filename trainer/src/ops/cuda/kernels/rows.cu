@@ -29,14 +29,25 @@ extern "C" __global__ void sum_rows(
     }
 }
 
-// sums[blockIdx.y] is the sum of rows [blockIdx.y · rows_each, …) of values [rows, width].
+// sums[blockIdx.y] is the sum of the block's rows of values [rows, width].
+template <typename T>
+__device__ __forceinline__ void sum_columns(const T* values, float* sums, Columns columns) {
+    if (columns.count == 0) return;
+    float sum[FEW] = {}, some[FEW];
+#pragma unroll 4
+    for (uint32_t row = columns.first; row < columns.end; row++) {
+        read_few(values + columns.at(row), columns.count, some);
+        for (uint32_t e = 0; e < FEW; e++) sum[e] += some[e];
+    }
+    write_few(sums + columns.at(blockIdx.y), columns.count, sum);
+}
+
 extern "C" __global__ void column_sums(const float* values, float* sums, uint32_t rows, uint32_t width, uint32_t rows_each) {
-    uint32_t column = blockIdx.x * blockDim.x + threadIdx.x;
-    if (column >= width) return;
-    uint32_t first = blockIdx.y * rows_each, end = min(first + rows_each, rows);
-    float sum = 0;
-    for (uint32_t row = first; row < end; row++) sum += values[size_t(row) * width + column];
-    sums[size_t(blockIdx.y) * width + column] = sum;
+    sum_columns(values, sums, Columns(rows, width, rows_each));
+}
+
+extern "C" __global__ void column_sums_bf16(const bf16* values, float* sums, uint32_t rows, uint32_t width, uint32_t rows_each) {
+    sum_columns(values, sums, Columns(rows, width, rows_each));
 }
 
 // result[0] = factor · Σ values, in one block.
