@@ -76,7 +76,7 @@ impl CustomOp3 for LayerNorm {
 /// # Errors
 /// Shapes that do not fit, or a dtype other than f32.
 pub fn layer_norm(x: &Tensor, weight: &Tensor, bias: &Tensor, eps: f32) -> Result<Tensor> {
-    on_cuda!(x.device(), super::cuda::layer_norm(x, None, [weight, bias], eps, super::cuda::Element::F32));
+    on_cuda!(x.device(), super::cuda::layer_norm(x, None, &[weight, bias], eps, super::cuda::Element::F32));
     x.contiguous()?.apply_op3(weight, bias, LayerNorm { eps })
 }
 
@@ -201,7 +201,7 @@ pub fn dropout_add_layer_norm(
 ) -> Result<Tensor> {
     on_cuda!(
         x.device(),
-        super::cuda::layer_norm(x, Some((residual, rate, seed)), [weight, bias], eps, super::cuda::Element::F32)
+        super::cuda::layer_norm(x, Some((residual, rate, seed)), &[weight, bias], eps, super::cuda::Element::F32)
     );
     layer_norm(&dropout_add(residual, x, rate, seed)?, weight, bias, eps)
 }

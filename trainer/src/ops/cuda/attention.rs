@@ -73,6 +73,15 @@ impl Kernels {
     }
 }
 
+/// What a forward pass gives.
+pub(super) struct Attended<V> {
+    /// The result and its shape.
+    pub(super) made: (V, Shape),
+    /// Logarithm of each row's and head's sum of exponentials.
+    pub(super) logarithms: V,
+}
+
+/// Attention of one layer and pass.
 pub(super) struct Attention {
     kernels: Kernels,
     element: Element,
@@ -107,12 +116,53 @@ impl Attention {
         Ok((rows, width / 3, width / 3 / self.heads))
     }
 
+    /// The plan's tables, on the machine.
+    pub(super) fn upload<M: Machine>(&self, machine: &M) -> Result<[M::Words; 3]> {
+        let Tables { queries, keys, segments, .. } = &*self.tables;
+        Ok([machine.upload(queries)?, machine.upload(keys)?, machine.upload(segments)?])
+    }
+
     /// What every kernel ends with: heads, their width if it is asked for, and the draws.
     fn last_arguments(&self, depth: usize) -> Vec<Argument> {
         let (limit, scale) = dropout(self.keep);
         let wide = self.kernels.any_width.then_some(Argument::Word(depth as u32));
         let draws = arguments![self.seed, limit, scale];
         [Argument::Word(self.heads as u32)].into_iter().chain(wide).chain(draws.iter().copied()).collect()
+    }
+
+    /// The forward pass. The tables are what [`Self::upload`] gave for the plan.
+    pub(super) fn of<M: Machine>(&self, machine: &M, qkv: &Input, [queries, ..]: &[M::Words; 3]) -> Result<Attended<M::Values>> {
+        let (rows, hidden, depth) = self.sizes(qkv)?;
+        let y = machine.allocate(self.element.words(rows * hidden))?;
+        let logarithms = machine.allocate(rows * self.heads)?;
+        let first = arguments![qkv.at, machine.words_at(queries), machine.at(&y), machine.at(&logarithms)];
+        let arguments = [&first[..], &self.last_arguments(depth)].concat();
+        self.kernels.launch(machine, 0, [self.tables.query_tiles(), self.heads], &arguments)?;
+        Ok(Attended { made: (y, Shape::from((rows, hidden))), logarithms })
+    }
+
+    /// The gradient by `qkv`, with what the forward pass gave.
+    pub(super) fn gradient<M: Machine>(
+        &self,
+        machine: &M,
+        pass: &Pass,
+        logarithms: &M::Values,
+        [queries, keys, segments]: &[M::Words; 3],
+    ) -> Result<M::Values> {
+        let (qkv, dy) = (pass.inputs[0].at, pass.gradient.at);
+        let (rows, _, depth) = self.sizes(&pass.inputs[0])?;
+        let (delta, dqkv) = (machine.allocate(rows * self.heads)?, pass.inputs[0].alike(machine)?);
+        let (sums, projections, to) = (machine.at(logarithms), machine.at(&delta), machine.at(&dqkv));
+        let (count, last) = (rows * self.heads, self.last_arguments(depth));
+        let of_rows = Grid { blocks: [count.div_ceil(4).max(1), 1, 1], threads: 4 * WARP, shared: 0 };
+        let arguments = arguments![pass.result.at, dy, projections, count as u32, depth as u32];
+        let names = ["attention_delta", "attention_delta_bf16"];
+        machine.launch(Kernel::on(self.element, "attention", names), of_rows, arguments)?;
+        let first = arguments![qkv, machine.words_at(queries), dy, sums, projections, to];
+        self.kernels.launch(machine, 1, [self.tables.query_tiles(), self.heads], &[&first[..], &last].concat())?;
+        let first = arguments![qkv, machine.words_at(keys), machine.words_at(segments), dy, sums, projections, to];
+        self.kernels.launch(machine, 2, [self.tables.key_tiles(), self.heads], &[&first[..], &last].concat())?;
+        Ok(dqkv)
     }
 }
 
@@ -124,35 +174,14 @@ impl Operator for Attention {
     }
 
     fn forward<M: Machine>(&self, machine: &M, inputs: &[Input]) -> Result<(M::Values, Shape)> {
-        let (rows, hidden, depth) = self.sizes(&inputs[0])?;
-        let y = machine.allocate(self.element.words(rows * hidden))?;
-        let logarithms = machine.allocate(rows * self.heads)?;
-        let queries = machine.upload(&self.tables.queries)?;
-        let first = arguments![inputs[0].at, machine.words_at(&queries), machine.at(&y), machine.at(&logarithms)];
-        let arguments = [&first[..], &self.last_arguments(depth)].concat();
-        self.kernels.launch(machine, 0, [self.tables.query_tiles(), self.heads], &arguments)?;
+        let Attended { made, logarithms } = self.of(machine, &inputs[0], &self.upload(machine)?)?;
         self.logarithms.put(logarithms);
-        Ok((y, Shape::from((rows, hidden))))
+        Ok(made)
     }
 
     fn backward<M: Machine>(&self, machine: &M, pass: &Pass) -> Result<Vec<Option<M::Values>>> {
-        let (qkv, dy) = (pass.inputs[0].at, pass.gradient.at);
-        let (rows, _, depth) = self.sizes(&pass.inputs[0])?;
         let logarithms = self.logarithms.take::<M::Values>(Self::NAME)?;
-        let (delta, dqkv) = (machine.allocate(rows * self.heads)?, pass.inputs[0].alike(machine)?);
-        let (sums, projections, to) = (machine.at(&logarithms), machine.at(&delta), machine.at(&dqkv));
-        let (count, last) = (rows * self.heads, self.last_arguments(depth));
-        let of_rows = Grid { blocks: [count.div_ceil(4).max(1), 1, 1], threads: 4 * WARP, shared: 0 };
-        let arguments = arguments![pass.result.at, dy, projections, count as u32, depth as u32];
-        let names = ["attention_delta", "attention_delta_bf16"];
-        machine.launch(Kernel::on(self.element, "attention", names), of_rows, arguments)?;
-        let queries = machine.upload(&self.tables.queries)?;
-        let first = arguments![qkv, machine.words_at(&queries), dy, sums, projections, to];
-        self.kernels.launch(machine, 1, [self.tables.query_tiles(), self.heads], &[&first[..], &last].concat())?;
-        let (keys, segments) = (machine.upload(&self.tables.keys)?, machine.upload(&self.tables.segments)?);
-        let first = arguments![qkv, machine.words_at(&keys), machine.words_at(&segments), dy, sums, projections, to];
-        self.kernels.launch(machine, 2, [self.tables.key_tiles(), self.heads], &[&first[..], &last].concat())?;
-        Ok(vec![Some(dqkv)])
+        Ok(vec![Some(self.gradient(machine, pass, &logarithms, &self.upload(machine)?)?)])
     }
 }
 

@@ -2,43 +2,61 @@
 
 use candle_core::{Result, Shape, Tensor};
 
-use super::dropout;
 use super::machine::{Address, Element, Grid, Kernel, Machine, WARP, arguments};
 use super::operator::{Input, OnMachine, Operator, Pass};
-use super::{all_column_sums, machine};
+use super::{all_column_sums, dropout};
 
-/// Rows that a block of the backward pass takes.
-const ROWS_EACH: usize = 32;
 /// Values that a block may add up in its shared memory, 48 KiB on every device.
 const SHARED_VALUES: usize = 48 * 1024 / 4;
 
-/// Inputs: the residual where there is one, the normalised values, and weight and bias as `[2, hidden]`.
+/// Inputs: the residual where there is one, the normalised values, and weight, bias and perhaps what is added to the values before
+/// they are dropped out, as `[2 or 3, hidden]`.
 pub(super) struct LayerNorm {
     pub(super) eps: f32,
     /// Seed and share kept, of a sum.
     pub(super) dropout: Option<(u32, f32)>,
 }
 
-/// Where the parts of the inputs lie.
-struct Parts {
-    residual: Address,
-    x: Address,
-    weight: Address,
-    bias: Address,
-    rows: usize,
-    width: usize,
+/// Where its parameters lie, `[hidden]` each, in f32.
+pub(super) struct Parameters {
+    pub(super) weight: Address,
+    pub(super) bias: Address,
+    /// What is added to the values before they are dropped out, such as the bias of the product that they are; or nowhere.
+    pub(super) added: Address,
+}
+
+/// Gradients of a LayerNorm.
+pub(super) struct Gradients<V> {
+    /// By the sum, and so by the residual.
+    pub(super) by_sum: V,
+    /// By the other summand, where there is a residual; else by the sum is by the values.
+    pub(super) by_x: Option<V>,
+    /// By weight, bias and, where there is something, what is added: so many rows, in f32.
+    pub(super) by_parameters: V,
 }
 
 impl LayerNorm {
-    fn parts(&self, inputs: &[Input]) -> Result<Parts> {
-        let ([.., x, parameters], (rows, width)) = (inputs, inputs[0].matrix()) else {
-            candle_core::bail!("layer_norm: {} inputs", inputs.len());
+    /// What lies where, in one array.
+    fn parameters(inputs: &[Input]) -> Result<(&[Input], Parameters)> {
+        let Some((parameters, summands)) = inputs.split_last() else { candle_core::bail!("layer_norm: no inputs") };
+        let width = summands.first().map_or(0, |first| first.matrix().1);
+        let (at, rows) = match parameters.shape.dims() {
+            [rows @ (2 | 3), of_row] if *of_row == width => (parameters.at, *rows),
+            other => candle_core::bail!("layer_norm: {other:?} parameters, hidden {width}"),
         };
-        if parameters.shape.dims() != [2, width] || x.shape != inputs[0].shape {
-            candle_core::bail!("layer_norm: {:?} by {:?}, hidden {width}", x.shape, parameters.shape);
-        }
-        let residual = if self.dropout.is_some() { inputs[0].at } else { Address::NULL };
-        Ok(Parts { residual, x: x.at, weight: parameters.at, bias: parameters.at.after(width), rows, width })
+        let added = if rows == 3 { at.after(2 * width) } else { Address::NULL };
+        Ok((summands, Parameters { weight: at, bias: at.after(width), added }))
+    }
+
+    /// Residual and values, their rows and columns, and what they are stored as.
+    fn summands(&self, summands: &[Input]) -> Result<([Address; 2], [usize; 2], Element)> {
+        let (x, residual) = match (summands, self.dropout) {
+            ([x], None) => (x, Address::NULL),
+            ([residual, x], Some(_)) if residual.shape == x.shape && residual.element == x.element => (x, residual.at),
+            _ => candle_core::bail!("layer_norm: {} summands that do not fit", summands.len()),
+        };
+        let (rows, width) = x.matrix();
+        Ok(([residual, x.at], [rows, width], x.element))
     }
 
     /// Seed, limit and scale.
@@ -46,6 +64,51 @@ impl LayerNorm {
         let (seed, keep) = self.dropout.unwrap_or((0, 1.0));
         let (limit, scale) = dropout(keep);
         (seed, limit, scale)
+    }
+
+    /// The result, of one or two summands.
+    pub(super) fn of<M: Machine>(&self, machine: &M, summands: &[Input], parameters: &Parameters) -> Result<(M::Values, Shape)> {
+        let ([residual, x], [rows, width], element) = self.summands(summands)?;
+        let Parameters { weight, bias, added } = *parameters;
+        let (y, (seed, limit, scale)) = (summands[0].alike(machine)?, self.draws());
+        let grid = Grid { blocks: [rows.div_ceil(4).max(1), 1, 1], threads: 4 * WARP, shared: 0 };
+        let (to, count, wide) = (machine.at(&y), rows as u32, width as u32);
+        let arguments = arguments![residual, x, added, weight, bias, to, count, wide, self.eps, seed, limit, scale];
+        machine.launch(Kernel::on(element, "layer_norm", ["layer_norm", "layer_norm_bf16"]), grid, arguments)?;
+        Ok((y, summands[0].shape.clone()))
+    }
+
+    /// From the gradient by the result.
+    pub(super) fn gradients<M: Machine>(
+        &self,
+        machine: &M,
+        summands: &[Input],
+        parameters: &Parameters,
+        gradient: &Input,
+    ) -> Result<Gradients<M::Values>> {
+        let ([residual, x], [rows, width], element) = self.summands(summands)?;
+        let Parameters { weight, added, .. } = *parameters;
+        let parts = if added == Address::NULL { 2 } else { 3 };
+        // Sums lie in spans of eight columns.
+        let sums_of_warp = parts * width.next_multiple_of(8);
+        let warps = (SHARED_VALUES / sums_of_warp.max(1)).min(4);
+        if warps == 0 {
+            candle_core::bail!("layer_norm: rows of {width} values are wider than a block's memory");
+        }
+        // Rows of a block: it leaves sums behind, and a large device wants to be busy.
+        let each = (rows / 512).clamp(8, 32);
+        let blocks = rows.div_ceil(each).max(1);
+        let (by_sum, partial) = (summands[0].alike(machine)?, machine.allocate(blocks * parts * width)?);
+        let by_x = self.dropout.map(|_| summands[0].alike(machine)).transpose()?;
+        let dx = by_x.as_ref().map_or(Address::NULL, |dx| machine.at(dx));
+        let (seed, limit, scale) = self.draws();
+        let grid = Grid { blocks: [blocks, 1, 1], threads: warps * WARP, shared: warps * sums_of_warp };
+        let of_values = arguments![residual, x, added, weight, gradient.at, machine.at(&by_sum), dx, machine.at(&partial)];
+        let of_rows = arguments![rows as u32, width as u32, each as u32, self.eps, seed, limit, scale];
+        let names = ["layer_norm_backward", "layer_norm_backward_bf16"];
+        machine.launch(Kernel::on(element, "layer_norm", names), grid, &[&of_values[..], of_rows].concat())?;
+        let by_parameters = all_column_sums(machine, partial, blocks, parts * width)?;
+        Ok(Gradients { by_sum, by_x, by_parameters })
     }
 }
 
@@ -57,67 +120,28 @@ impl Operator for LayerNorm {
     }
 
     fn forward<M: Machine>(&self, machine: &M, inputs: &[Input]) -> Result<(M::Values, Shape)> {
-        let Parts { residual, x, weight, bias, rows, width } = self.parts(inputs)?;
-        let (y, (seed, limit, scale)) = (inputs[0].alike(machine)?, self.draws());
-        let grid = Grid { blocks: [rows.div_ceil(4).max(1), 1, 1], threads: 4 * WARP, shared: 0 };
-        let (count, wide) = (rows as u32, width as u32);
-        let arguments = arguments![residual, x, weight, bias, machine.at(&y), count, wide, self.eps, seed, limit, scale];
-        machine.launch(Kernel::on(inputs[0].element, "layer_norm", ["layer_norm", "layer_norm_bf16"]), grid, arguments)?;
-        Ok((y, inputs[0].shape.clone()))
+        let (summands, parameters) = Self::parameters(inputs)?;
+        self.of(machine, summands, &parameters)
     }
 
     fn backward<M: Machine>(&self, machine: &M, pass: &Pass) -> Result<Vec<Option<M::Values>>> {
-        let Parts { residual, x, weight, rows, width, .. } = self.parts(pass.inputs)?;
-        // Sums lie in spans of eight columns.
-        let sums_of_warp = 2 * width.next_multiple_of(8);
-        let warps = (SHARED_VALUES / sums_of_warp.max(1)).min(4);
-        if warps == 0 {
-            candle_core::bail!("layer_norm: rows of {width} values are wider than a block's memory");
-        }
-        let blocks = rows.div_ceil(ROWS_EACH).max(1);
-        let (by_sum, partial) = (pass.inputs[0].alike(machine)?, machine.allocate(blocks * 2 * width)?);
-        let by_x = self.dropout.map(|_| pass.inputs[0].alike(machine)).transpose()?;
-        let dx = by_x.as_ref().map_or(Address::NULL, |dx| machine.at(dx));
-        let (seed, limit, scale) = self.draws();
-        let grid = Grid { blocks: [blocks, 1, 1], threads: warps * WARP, shared: warps * sums_of_warp };
-        let (count, wide, each) = (rows as u32, width as u32, ROWS_EACH as u32);
-        let sums = machine.at(&partial);
-        let arguments = machine::arguments![
-            residual,
-            x,
-            weight,
-            pass.gradient.at,
-            machine.at(&by_sum),
-            dx,
-            sums,
-            count,
-            wide,
-            each,
-            self.eps,
-            seed,
-            limit,
-            scale
-        ];
-        let names = ["layer_norm_backward", "layer_norm_backward_bf16"];
-        machine.launch(Kernel::on(pass.inputs[0].element, "layer_norm", names), grid, arguments)?;
-        let by_parameters = all_column_sums(machine, partial, blocks, 2 * width)?;
-        Ok(match by_x {
-            Some(by_x) => vec![Some(by_sum), Some(by_x), Some(by_parameters)],
-            None => vec![Some(by_sum), Some(by_parameters)],
-        })
+        let (summands, parameters) = Self::parameters(pass.inputs)?;
+        let Gradients { by_sum, by_x, by_parameters } = self.gradients(machine, summands, &parameters, pass.gradient)?;
+        Ok([Some(by_sum), by_x, Some(by_parameters)].into_iter().flatten().map(Some).collect())
     }
 }
 
 /// See [`layer_norm`](crate::ops::layer_norm) and [`dropout_add_layer_norm`](crate::ops::dropout_add_layer_norm): with `residual`
-/// (the other summand, rate and seed), of the sum. All but the parameters are stored as `element` within.
+/// (the other summand, rate and seed), of the sum. `parameters` are weight, bias and perhaps what is added to `x` first. All others are
+/// stored as `element` within.
 pub fn layer_norm(
     x: &Tensor,
     residual: Option<(&Tensor, f32, u32)>,
-    [weight, bias]: [&Tensor; 2],
+    parameters: &[&Tensor],
     eps: f32,
     element: Element,
 ) -> Result<Tensor> {
-    let parameters = Tensor::stack(&[weight, bias], 0)?;
+    let parameters = Tensor::stack(parameters, 0)?;
     let x = x.contiguous()?;
     match residual {
         None => x.apply_op2(&parameters, OnMachine::within(LayerNorm { eps, dropout: None }, element)),

@@ -6,13 +6,13 @@ use std::sync::Arc;
 
 use candle_core::{Result, Shape, Tensor};
 
-use super::attention::Attention;
+use super::attention::{Attended, Attention};
 use super::elementwise::Gelu;
-use super::layer_norm::LayerNorm;
+use super::layer_norm::{LayerNorm, Parameters};
 use super::linear::Linear;
-use super::machine::{Address, Element, Machine};
+use super::machine::{Address, Element, Grid, Kernel, Machine, THREADS, arguments};
 use super::operator::{Input, Operator, Pass, on_machine};
-use super::{Precision, rounded, widened};
+use super::{Precision, column_sums, rounded, widened};
 use crate::ops::AttentionPlan;
 
 /// In messages.
@@ -34,13 +34,18 @@ pub const WEIGHTS: [&str; 12] = [
     "ffn.norm.bias",
 ];
 
-/// Where the two weights of each part are among them.
-const QKV: [usize; 2] = [0, 1];
-const OUTPUT: [usize; 2] = [2, 3];
-const MIDDLE_NORM: [usize; 2] = [4, 5];
-const UP: [usize; 2] = [6, 7];
-const DOWN: [usize; 2] = [8, 9];
-const LAST_NORM: [usize; 2] = [10, 11];
+/// Which of them products are made with, and which of these is whose.
+const MATRICES: [usize; 4] = [0, 2, 6, 8];
+const QKV: usize = 0;
+const OUTPUT: usize = 1;
+const UP: usize = 2;
+const DOWN: usize = 3;
+/// The biases that are no LayerNorm's business.
+const QKV_BIAS: usize = 1;
+const UP_BIAS: usize = 7;
+/// Weight, bias and the bias of the product that each LayerNorm takes.
+const MIDDLE_NORM: [usize; 3] = [4, 5, 3];
+const LAST_NORM: [usize; 3] = [10, 11, 9];
 
 /// What all layers of a pass have in common.
 pub struct Common {
@@ -141,159 +146,224 @@ impl<M: Machine> Array<M> {
     }
 }
 
-/// All that a layer computes on its way, but for what it gives.
+/// All that a layer computes on its way, but for what it gives. Of products whose bias is added by what follows, it is still missing.
 struct Activations<M: Machine> {
-    attention: Attention,
     qkv: Array<M>,
     attended: Array<M>,
+    /// Of attention.
+    logarithms: M::Values,
     projected: Array<M>,
     middle: Array<M>,
-    /// Before the bias.
     raised: Array<M>,
     inner: Array<M>,
     lowered: Array<M>,
 }
 
-/// A layer of a pass.
-struct Layer<M: Machine> {
+/// A layer that a pass goes through.
+struct Layer {
     number: usize,
     given: Given,
+    /// Where those of [`MATRICES`] lie, as products take them.
+    matrices: [Address; MATRICES.len()],
+}
+
+/// What a backward pass takes of a layer.
+struct Left<M: Machine> {
+    layer: Layer,
     input: Array<M>,
     activations: Option<Activations<M>>,
 }
 
-/// The layers that a backward pass goes through.
+/// What all layers of a pass are computed with.
 struct Stack<M: Machine> {
     machine: M,
     common: Common,
-    layers: Vec<Layer<M>>,
-    /// Whether a gradient by the first one's input leads anywhere.
-    input_wanted: bool,
+    element: Element,
+    /// Of attention.
+    tables: [M::Words; 3],
+    /// All matrices in bf16, where products take them so.
+    _rounded: Option<M::Values>,
 }
 
 fn run_on<M: Machine>(machine: M, x: &Tensor, layers: Vec<Given>, common: Common) -> Result<(Tensor, Option<Box<dyn Kept>>)> {
     let input_wanted = common.first_kept == 0 && x.track_op();
-    let mut x = Array::of(&machine, x, Element::of(common.precision))?;
-    let mut kept = Vec::new();
-    for (number, given) in layers.into_iter().enumerate() {
-        let (y, activations) = common.forward(&machine, &given, &x)?;
+    let element = Element::of(common.precision);
+    let depth = x.dims2()?.1 / common.heads;
+    let tables = common.attention(0, depth, element)?.upload(&machine)?;
+    let (layers, rounded) = laid_out(&machine, layers, element)?;
+    let mut x = Array::of(&machine, x, element)?;
+    let stack = Stack { machine, common, element, tables, _rounded: rounded };
+    let mut left = Vec::new();
+    for layer in layers {
+        let (y, activations) = stack.forward(&layer, &x)?;
         let input = std::mem::replace(&mut x, y);
-        if number >= common.first_kept {
-            kept.push(Layer { number, given, input, activations: (!common.checkpointing).then_some(activations) });
+        if layer.number >= stack.common.first_kept {
+            left.push(Left { layer, input, activations: (!stack.common.checkpointing).then_some(activations) });
         }
     }
-    let hidden = x.tensor(&machine)?;
-    if kept.is_empty() {
-        return Ok((hidden, None));
-    }
-    Ok((hidden, Some(Box::new(Stack { machine, common, layers: kept, input_wanted }))))
+    let hidden = x.tensor(&stack.machine)?;
+    let kept = (!left.is_empty()).then(|| Box::new(Run { stack, left, input_wanted }) as Box<dyn Kept>);
+    Ok((hidden, kept))
 }
 
-/// LayerNorm's parameters as its operator takes them, `[2, hidden]`.
-fn stacked(given: &Given, [weight, bias]: [usize; 2]) -> Result<Tensor> {
-    Tensor::stack(&[given.weights[weight].detach(), given.weights[bias].detach()], 0)
+/// The layers with their matrices rounded, all at once, if products take them so.
+fn laid_out<M: Machine>(machine: &M, layers: Vec<Given>, element: Element) -> Result<(Vec<Layer>, Option<M::Values>)> {
+    /// Values of a piece: what one block rounds.
+    const PIECE: usize = 1 << 14;
+    let place = |given: &Given, number: usize| machine.place(NAME, &given.weights[number]);
+    let mut laid_out = Vec::new();
+    for (number, given) in layers.into_iter().enumerate() {
+        let mut matrices = [Address::NULL; MATRICES.len()];
+        for (at, number) in matrices.iter_mut().zip(MATRICES) {
+            *at = place(&given, number)?.at;
+        }
+        laid_out.push(Layer { number, given, matrices });
+    }
+    if element == Element::F32 {
+        return Ok((laid_out, None));
+    }
+    let count = |layer: &Layer, number: usize| layer.given.weights[number].elem_count();
+    // Each begins in a place of sixteen bytes.
+    let room = |layer: &Layer, number: usize| element.words(count(layer, number)).next_multiple_of(4);
+    let words = laid_out.iter().flat_map(|layer| MATRICES.map(|number| room(layer, number))).sum();
+    let rounded = machine.allocate(words)?;
+    let (mut to, mut pieces, mut blocks) = (machine.at(&rounded), Vec::new(), 0);
+    for layer in &mut laid_out {
+        for (i, number) in MATRICES.into_iter().enumerate() {
+            let (from, count) = (std::mem::replace(&mut layer.matrices[i], to), count(layer, number));
+            for start in (0..count).step_by(PIECE) {
+                for Address(at) in [from.after(start), element.after(to, start)] {
+                    pieces.extend([at as u32, (at >> 32) as u32]);
+                }
+                pieces.extend([PIECE.min(count - start) as u32, 0]);
+                blocks += 1;
+            }
+            to = to.after(room(layer, number));
+        }
+    }
+    let pieces = machine.upload(&pieces)?;
+    let grid = Grid { blocks: [blocks, 1, 1], threads: THREADS, shared: 0 };
+    machine.launch(Kernel("elementwise", "round_pieces"), grid, arguments![machine.words_at(&pieces)])?;
+    Ok((laid_out, Some(rounded)))
 }
 
 impl Common {
-    fn linear(&self) -> Linear {
-        Linear { precision: self.precision }
+    fn attention(&self, seed: u32, depth: usize, element: Element) -> Result<Attention> {
+        Attention::new(&self.plan, (self.heads, depth), (self.rate, seed), element)
     }
 
     /// The LayerNorm of a sum whose second summand is dropped out.
     fn norm(&self, seed: u32) -> LayerNorm {
         LayerNorm { eps: self.eps, dropout: Some((seed, 1.0 - self.rate)) }
     }
+}
 
-    fn forward<M: Machine>(&self, machine: &M, given: &Given, x: &Array<M>) -> Result<(Array<M>, Activations<M>)> {
-        let make = |made: (M::Values, Shape)| Array::new(machine, made, x.element);
-        let weight = |number: usize| machine.place(NAME, &given.weights[number]);
-        let linear = |x: &Array<M>, [weights, bias]: [usize; 2]| -> Result<Array<M>> {
-            Ok(make(self.linear().forward(machine, &[x.input(), weight(weights)?, weight(bias)?])?))
+impl<M: Machine> Stack<M> {
+    fn linear(&self) -> Linear {
+        Linear { precision: self.common.precision }
+    }
+
+    fn attention(&self, layer: &Layer, qkv: &Array<M>) -> Result<Attention> {
+        let depth = qkv.shape.dims2()?.1 / 3 / self.common.heads;
+        self.common.attention(layer.given.seeds[0], depth, self.element)
+    }
+
+    /// One of the layer's [`MATRICES`].
+    fn matrix(&self, layer: &Layer, which: usize) -> Input {
+        let weight = &layer.given.weights[MATRICES[which]];
+        Input { at: layer.matrices[which], shape: weight.shape().clone(), element: self.element, wanted: weight.track_op() }
+    }
+
+    /// Another weight.
+    fn vector(&self, layer: &Layer, number: usize) -> Result<Input> {
+        self.machine.place(NAME, &layer.given.weights[number])
+    }
+
+    /// Those of a LayerNorm: its own two, and the bias of the product that it takes.
+    fn parameters(&self, layer: &Layer, numbers: [usize; 3]) -> Result<Parameters> {
+        let [weight, bias, added] = numbers.map(|number| self.vector(layer, number));
+        Ok(Parameters { weight: weight?.at, bias: bias?.at, added: added?.at })
+    }
+
+    fn forward(&self, layer: &Layer, x: &Array<M>) -> Result<(Array<M>, Activations<M>)> {
+        let machine = &self.machine;
+        let make = |made: (M::Values, Shape)| Array::new(machine, made, self.element);
+        let product = |x: &Array<M>, which: usize| -> Result<Array<M>> {
+            Ok(make(self.linear().forward(machine, &[x.input(), self.matrix(layer, which)])?))
         };
-        let norm = |residual: &Array<M>, x: &Array<M>, parameters: [usize; 2], seed: u32| -> Result<Array<M>> {
-            let parameters = stacked(given, parameters)?;
-            let inputs = [residual.input(), x.input(), machine.place(NAME, &parameters)?];
-            Ok(make(self.norm(seed).forward(machine, &inputs)?))
+        let norm = |summands: [&Array<M>; 2], numbers: [usize; 3], seed: u32| -> Result<Array<M>> {
+            let parameters = self.parameters(layer, numbers)?;
+            Ok(make(self.common.norm(seed).of(machine, &summands.map(Array::input), &parameters)?))
         };
-        let [in_attention, at_middle, at_end] = given.seeds;
-        let qkv = linear(x, QKV)?;
-        let heads = (self.heads, qkv.shape.dims2()?.1 / 3 / self.heads);
-        let attention = Attention::new(&self.plan, heads, (self.rate, in_attention), x.element)?;
-        let attended = make(attention.forward(machine, &[qkv.input()])?);
-        let projected = linear(&attended, OUTPUT)?;
-        let middle = norm(x, &projected, MIDDLE_NORM, at_middle)?;
-        let raised = make(self.linear().forward(machine, &[middle.input(), weight(UP[0])?])?);
-        let inner = make(Gelu.forward(machine, &[raised.input(), weight(UP[1])?])?);
-        let lowered = linear(&inner, DOWN)?;
-        let y = norm(&middle, &lowered, LAST_NORM, at_end)?;
-        Ok((y, Activations { attention, qkv, attended, projected, middle, raised, inner, lowered }))
+        let [_, at_middle, at_end] = layer.given.seeds;
+        let inputs = [x.input(), self.matrix(layer, QKV), self.vector(layer, QKV_BIAS)?];
+        let qkv = make(self.linear().forward(machine, &inputs)?);
+        let Attended { made, logarithms } = self.attention(layer, &qkv)?.of(machine, &qkv.input(), &self.tables)?;
+        let attended = make(made);
+        let projected = product(&attended, OUTPUT)?;
+        let middle = norm([x, &projected], MIDDLE_NORM, at_middle)?;
+        let raised = product(&middle, UP)?;
+        let inner = make(Gelu.forward(machine, &[raised.input(), self.vector(layer, UP_BIAS)?])?);
+        let lowered = product(&inner, DOWN)?;
+        let y = norm([&middle, &lowered], LAST_NORM, at_end)?;
+        Ok((y, Activations { qkv, attended, logarithms, projected, middle, raised, inner, lowered }))
     }
 
     /// The gradient by the layer's input, if that is wanted, and those by its weights.
-    fn backward<M: Machine>(
-        &self,
-        machine: &M,
-        Layer { given, input: x, activations, .. }: Layer<M>,
-        gradient: Array<M>,
-        input_wanted: bool,
-    ) -> Result<(Option<Array<M>>, Gradients)> {
-        let Activations { attention, qkv, attended, projected, middle, raised, inner, lowered } = match activations {
+    fn backward(&self, left: Left<M>, gradient: Array<M>, input_wanted: bool) -> Result<(Option<Array<M>>, Gradients)> {
+        let (machine, Left { layer, input: x, activations }) = (&self.machine, left);
+        let Activations { qkv, attended, logarithms, projected, middle, raised, inner, lowered } = match activations {
             Some(activations) => activations,
-            None => self.forward(machine, &given, &x)?.1,
+            None => self.forward(&layer, &x)?.1,
         };
-        let mut gradients = Gradients::default();
-        let weight = |number: usize| machine.place(NAME, &given.weights[number]);
+        let mut all = Gradients::default();
         let like = |values: M::Values, of: &Array<M>| Array::new(machine, (values, of.shape.clone()), of.element);
-        let [_, at_middle, at_end] = given.seeds;
-
-        // Both summands of a LayerNorm.
-        let norm = |[residual, x]: [&Array<M>; 2], numbers: [usize; 2], seed: u32, by: &Array<M>, all: &mut Gradients| {
-            let parameters = stacked(&given, numbers)?;
-            let inputs = [residual.input(), x.input(), machine.place(NAME, &parameters)?];
-            let pass = Pass { inputs: &inputs, result: &by.input(), gradient: &by.input() };
-            let [by_residual, by_x, by_parameters] = taken(self.norm(seed).backward(machine, &pass)?)?;
-            let by_parameters = machine.tensor(made(by_parameters)?, parameters.shape())?;
+        let [_, at_middle, at_end] = layer.given.seeds;
+        // By both summands.
+        let norm = |summands: [&Array<M>; 2], numbers: [usize; 3], seed: u32, by: &Array<M>, all: &mut Gradients| {
+            let parameters = self.parameters(&layer, numbers)?;
+            let inputs = summands.map(Array::input);
+            let found = self.common.norm(seed).gradients(machine, &inputs, &parameters, &by.input())?;
+            let width = layer.given.weights[numbers[0]].elem_count();
+            let by_parameters = machine.tensor(found.by_parameters, &Shape::from((numbers.len(), width)))?;
             for (row, number) in numbers.into_iter().enumerate() {
                 all[number] = Some(by_parameters.get(row)?);
             }
-            Ok::<_, candle_core::Error>((made(by_residual)?, like(made(by_x)?, x)))
+            Ok::<_, candle_core::Error>((found.by_sum, like(there(found.by_x)?, summands[1])))
         };
-        // Of a product, added to what is given.
-        let linear = |x: Input, numbers: &[usize], by: &Array<M>, onto: Option<M::Values>, all: &mut Gradients| {
-            let weights = numbers.iter().map(|&number| weight(number)).collect::<Result<Vec<_>>>()?;
-            let inputs: Vec<Input> = std::iter::once(x).chain(weights).collect();
-            let mut found = self.linear().gradients(machine, &inputs, &by.input(), onto)?.into_iter();
-            let by_x = found.next().flatten();
-            for ((&number, values), input) in numbers.iter().zip(found).zip(&inputs[1..]) {
-                all[number] = values.map(|values| machine.tensor(values, &input.shape)).transpose()?;
-            }
+        // By what a product was made of, added to what is given.
+        let product = |x: Input, which: usize, by: &Array<M>, onto: Option<M::Values>, all: &mut Gradients| {
+            let inputs = [x, self.matrix(&layer, which)];
+            let [by_x, by_weight] = taken(self.linear().gradients(machine, &inputs, &by.input(), onto)?)?;
+            all[MATRICES[which]] = by_weight.map(|values| machine.tensor(values, &inputs[1].shape)).transpose()?;
             Ok::<_, candle_core::Error>(by_x)
         };
 
-        let (by_middle, by_lowered) = norm([&middle, &lowered], LAST_NORM, at_end, &gradient, &mut gradients)?;
+        let (by_middle, by_lowered) = norm([&middle, &lowered], LAST_NORM, at_end, &gradient, &mut all)?;
         drop((gradient, lowered));
-        let by_inner = like(made(linear(inner.input(), &DOWN, &by_lowered, None, &mut gradients)?)?, &inner);
+        let by_inner = like(there(product(inner.input(), DOWN, &by_lowered, None, &mut all)?)?, &inner);
         drop((by_lowered, inner));
-        let inputs = [raised.input(), weight(UP[1])?];
+        let inputs = [raised.input(), self.vector(&layer, UP_BIAS)?];
         let pass = Pass { inputs: &inputs, result: &by_inner.input(), gradient: &by_inner.input() };
         let [by_raised, by_bias] = taken(Gelu.backward(machine, &pass)?)?;
-        gradients[UP[1]] = Some(machine.tensor(made(by_bias)?, &inputs[1].shape)?);
-        let by_raised = like(made(by_raised)?, &raised);
+        all[UP_BIAS] = Some(machine.tensor(there(by_bias)?, &inputs[1].shape)?);
+        let by_raised = like(there(by_raised)?, &raised);
         drop((by_inner, raised));
-        let by_middle = linear(middle.input(), &UP[..1], &by_raised, Some(by_middle), &mut gradients)?;
-        let by_middle = like(made(by_middle)?, &middle);
+        let by_middle = like(there(product(middle.input(), UP, &by_raised, Some(by_middle), &mut all)?)?, &middle);
         drop((by_raised, middle));
-        let (by_x, by_projected) = norm([&x, &projected], MIDDLE_NORM, at_middle, &by_middle, &mut gradients)?;
+        let (by_x, by_projected) = norm([&x, &projected], MIDDLE_NORM, at_middle, &by_middle, &mut all)?;
         drop((by_middle, projected));
-        let by_attended = like(made(linear(attended.input(), &OUTPUT, &by_projected, None, &mut gradients)?)?, &attended);
+        let by_attended = like(there(product(attended.input(), OUTPUT, &by_projected, None, &mut all)?)?, &attended);
         drop(by_projected);
         let pass = Pass { inputs: &[qkv.input()], result: &attended.input(), gradient: &by_attended.input() };
-        let [by_qkv] = taken(attention.backward(machine, &pass)?)?;
-        let by_qkv = like(made(by_qkv)?, &qkv);
-        drop((by_attended, attended, qkv));
+        let by_qkv = like(self.attention(&layer, &qkv)?.gradient(machine, &pass, &logarithms, &self.tables)?, &qkv);
+        drop((by_attended, attended, logarithms, qkv));
+        let (rows, width) = by_qkv.shape.dims2()?;
+        let by_bias = column_sums(machine, by_qkv.at, by_qkv.element, rows, width)?;
+        all[QKV_BIAS] = Some(machine.tensor(by_bias, layer.given.weights[QKV_BIAS].shape())?);
         let last = Input { wanted: input_wanted, ..x.input() };
-        let by_x = linear(last, &QKV, &by_qkv, Some(by_x), &mut gradients)?;
-        Ok((by_x.map(|values| like(values, &x)), gradients))
+        let by_x = product(last, QKV, &by_qkv, Some(by_x), &mut all)?;
+        Ok((by_x.map(|values| like(values, &x)), all))
     }
 }
 
@@ -303,25 +373,35 @@ fn taken<T, const N: usize>(gradients: Vec<T>) -> Result<[T; N]> {
 }
 
 /// A gradient that an operator makes in any case.
-fn made<T>(gradient: Option<T>) -> Result<T> {
+fn there<T>(gradient: Option<T>) -> Result<T> {
     gradient.ok_or_else(|| candle_core::Error::Msg("an operator of the layers lacks a gradient".into()))
 }
 
-impl<M: Machine> Kept for Stack<M> {
+/// What a forward pass keeps.
+struct Run<M: Machine> {
+    stack: Stack<M>,
+    /// Layers that the backward pass goes through.
+    left: Vec<Left<M>>,
+    /// Whether a gradient by the first one's input leads anywhere.
+    input_wanted: bool,
+}
+
+impl<M: Machine> Kept for Run<M> {
     fn backward(
         self: Box<Self>,
         gradient: &Tensor,
         complete: &mut dyn FnMut(usize, Gradients) -> Result<()>,
     ) -> Result<Option<Tensor>> {
-        let Self { machine, common, layers, input_wanted } = *self;
-        let mut gradient = Array::of(&machine, gradient, Element::of(common.precision))?;
-        for layer in layers.into_iter().rev() {
-            let (number, first) = (layer.number, layer.number == common.first_kept);
-            let (by_input, by_weights) = common.backward(&machine, layer, gradient, !first || input_wanted)?;
+        let Self { stack, left, input_wanted } = *self;
+        let mut gradient = Array::of(&stack.machine, gradient, stack.element)?;
+        for of_layer in left.into_iter().rev() {
+            let number = of_layer.layer.number;
+            let is_first = number == stack.common.first_kept;
+            let (by_input, by_weights) = stack.backward(of_layer, gradient, !is_first || input_wanted)?;
             complete(number, by_weights)?;
             let Some(by_input) = by_input else { return Ok(None) };
             gradient = by_input;
         }
-        gradient.tensor(&machine).map(Some)
+        gradient.tensor(&stack.machine).map(Some)
     }
 }

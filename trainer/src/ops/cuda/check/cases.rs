@@ -68,7 +68,7 @@ fn norms() -> Vec<Case<'static>> {
                 input(6, &[width], 1.0),
                 input(7, &[width], 1.0),
             ],
-            run: Box::new(move |t| layer_norm(&t[1], Some((&t[0], rate, seed)), [&t[2], &t[3]], EPS, element)),
+            run: Box::new(move |t| layer_norm(&t[1], Some((&t[0], rate, seed)), &[&t[2], &t[3]], EPS, element)),
             formula: Box::new(move |v| {
                 let dropped = times(&v[1], &formulas::mask(v[1].len(), seed, 1.0 - rate));
                 formulas::layer_norm(&plus(&v[0], &dropped), &v[2], &v[3], eps)
@@ -76,9 +76,33 @@ fn norms() -> Vec<Case<'static>> {
             tolerance: tolerance(element),
         }
     };
-    // More rows than a block of the backward pass takes; rows so wide that a block has one warp; rows that end in the middle of
-    // what a thread takes at one time.
-    vec![alone(70, 20), alone(3, 1600), sum(52, Element::F32), sum(52, Element::Bf16), sum(296, Element::Bf16)]
+    let of_product = |element: Element| {
+        let (rows, width, rate, seed) = (21, 40, 0.2, 78);
+        let shapes: [&[usize]; 5] = [&[rows, width], &[rows, width], &[width], &[width], &[width]];
+        Case {
+            name: format!("LayerNorm of a residual sum with a product's bias, stored in {element:?}"),
+            inputs: shapes.iter().zip(4..).map(|(shape, seed)| input(seed, shape, 1.5)).collect(),
+            run: Box::new(move |t| layer_norm(&t[1], Some((&t[0], rate, seed)), &[&t[2], &t[3], &t[4]], EPS, element)),
+            formula: Box::new(move |v| {
+                let product = plus(&v[1], &v[4].repeat(rows));
+                let dropped = times(&product, &formulas::mask(product.len(), seed, 1.0 - rate));
+                formulas::layer_norm(&plus(&v[0], &dropped), &v[2], &v[3], eps)
+            }),
+            tolerance: tolerance(element),
+        }
+    };
+    let mut cases = vec![
+        // More rows than a block of the backward pass takes.
+        alone(70, 20),
+        // So wide that a block has fewer warps.
+        alone(3, 1600),
+        sum(52, Element::F32),
+        sum(52, Element::Bf16),
+        // More than all lanes take at one time, and the last one takes less.
+        sum(292, Element::Bf16),
+    ];
+    cases.extend([Element::F32, Element::Bf16].map(of_product));
+    cases
 }
 
 fn alone() -> Vec<Case<'static>> {

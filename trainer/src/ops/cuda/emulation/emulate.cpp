@@ -182,6 +182,7 @@ const Kernel kernels[] = {
     KERNEL(relu6),
     KERNEL(relu6_backward),
     KERNEL(root_of_sum),
+    KERNEL(round_pieces),
     KERNEL(scale_by),
     KERNEL(select_rows),
     KERNEL(square_sums),

@@ -114,3 +114,20 @@ __device__ __forceinline__ void convert(const From* x, To* y, size_t count) {
 extern "C" __global__ void to_bf16(const float* x, bf16* y, size_t count) { convert(x, y, count); }
 
 extern "C" __global__ void to_f32(const bf16* x, float* y, size_t count) { convert(x, y, count); }
+
+// A piece of a matrix that is to be rounded: blockIdx.x is its number.
+struct Rounded {
+    const float* from;
+    bf16* to;
+    uint32_t count, unused;
+};
+
+// All of several matrices at once.
+extern "C" __global__ void round_pieces(const Rounded* pieces) {
+    Rounded piece = pieces[blockIdx.x];
+    float some[FEW];
+    for (uint32_t i = threadIdx.x * FEW; i < piece.count; i += blockDim.x * FEW) {
+        read_few(piece.from + i, piece.count - i, some);
+        write_few(piece.to + i, piece.count - i, some);
+    }
+}

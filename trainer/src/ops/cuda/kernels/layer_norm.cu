@@ -1,21 +1,28 @@
-// LayerNorm of a sum: y = (s − mean) / √(var + eps) · weight + bias, s = residual + dropout(x). A warp works on a row.
+// LayerNorm of a sum: y = (s − mean) / √(var + eps) · weight + bias, s = residual + dropout(x + added), `added` being the bias of the
+// product that x is. A warp works on a row.
 #include "device.cuh"
 
 // Values of one row before the normalisation; made anew where they are needed, which costs less than keeping them.
 template <typename T>
 struct Row {
     const T *residual, *x;
+    const float* added;
     size_t first;
     Dropout dropout;
 
     // FEW values from column i on, `count` of them of the row; the others are zero.
     __device__ __forceinline__ void sums(uint32_t i, uint32_t count, float (&to)[FEW]) const {
         read_few(x + first + i, count, to);
-        drop(i, to);
-        if (!residual) return;
         float others[FEW];
-        read_few(residual + first + i, count, others);
-        for (uint32_t e = 0; e < FEW; e++) to[e] += others[e];
+        if (added) {
+            read_few(added + i, count, others);
+            for (uint32_t e = 0; e < FEW; e++) to[e] += others[e];
+        }
+        drop(i, to);
+        if (residual) {
+            read_few(residual + first + i, count, others);
+            for (uint32_t e = 0; e < FEW; e++) to[e] += others[e];
+        }
     }
 
     __device__ __forceinline__ void drop(uint32_t i, float (&values)[FEW]) const {
@@ -46,12 +53,12 @@ __device__ __forceinline__ float2 moments(const Row<T>& row, uint32_t width, flo
 
 template <typename T>
 __device__ __forceinline__ void normalise(
-    const T* residual, const T* x, const float* weight, const float* bias, T* y, uint32_t rows, uint32_t width, float eps,
-    Dropout dropout
+    const T* residual, const T* x, const float* added, const float* weight, const float* bias, T* y, uint32_t rows,
+    uint32_t width, float eps, Dropout dropout
 ) {
     uint32_t number = (blockIdx.x * blockDim.x + threadIdx.x) / WARP;
     if (number >= rows) return;
-    Row<T> row = {residual, x, size_t(number) * width, dropout};
+    Row<T> row = {residual, x, added, size_t(number) * width, dropout};
     float2 of = moments(row, width, eps);
     FOR_LANE(i, count, width) {
         float some[FEW], factors[FEW], added[FEW];
@@ -64,21 +71,22 @@ __device__ __forceinline__ void normalise(
 }
 
 // Writes ds, the gradient by the sum, and dx, that by x where it differs (null where it does not). A block takes `rows_each`
-// rows; row blockIdx.x of `partial` [blocks, 2, width] receives their share of the gradients by weight and bias.
+// rows; row blockIdx.x of `partial` [blocks, 2, width] receives their share of the gradients by weight and bias, and where there is
+// something added, that by it: [blocks, 3, width].
 template <typename T>
 __device__ __forceinline__ void normalise_backward(
-    const T* residual, const T* x, const float* weight, const T* dy, T* ds, T* dx, float* partial, float* sums, uint32_t rows,
-    uint32_t width, uint32_t rows_each, float eps, Dropout dropout
+    const T* residual, const T* x, const float* added, const float* weight, const T* dy, T* ds, T* dx, float* partial,
+    float* sums, uint32_t rows, uint32_t width, uint32_t rows_each, float eps, Dropout dropout
 ) {
-    // sums [warps, 2, FEW, spans]: neighbouring lanes add to neighbouring values.
-    uint32_t spans = (width + FEW - 1) / FEW, of_warp = 2 * FEW * spans;
+    // sums [warps, 2 or 3, FEW, spans]: neighbouring lanes add to neighbouring values.
+    uint32_t spans = (width + FEW - 1) / FEW, parts = added ? 3 : 2, of_warp = parts * FEW * spans;
     uint32_t lane = threadIdx.x % WARP, warp = threadIdx.x / WARP, warps = blockDim.x / WARP;
-    float *dweight = sums + size_t(warp) * of_warp, *dbias = dweight + FEW * spans;
+    float *dweight = sums + size_t(warp) * of_warp, *dbias = dweight + FEW * spans, *dadded = dbias + FEW * spans;
     for (uint32_t i = lane; i < of_warp; i += WARP) dweight[i] = 0;
     __syncwarp();
     uint32_t first = blockIdx.x * rows_each, end = min(first + rows_each, rows);
     for (uint32_t number = first + warp; number < end; number += warps) {
-        Row<T> row = {residual, x, size_t(number) * width, dropout};
+        Row<T> row = {residual, x, added, size_t(number) * width, dropout};
         float2 of = moments(row, width, eps);
         float sum = 0, projection = 0, some[FEW], factors[FEW], by[FEW];
         FOR_LANE(i, count, width) {
@@ -104,37 +112,36 @@ __device__ __forceinline__ void normalise_backward(
                 by[e] = of.y * (by[e] * factors[e] - sum - normal * projection);
             }
             write_few(ds + row.first + i, count, by);
-            if (dx) {
-                row.drop(i, by);
-                write_few(dx + row.first + i, count, by);
-            }
+            row.drop(i, by);
+            if (dx) write_few(dx + row.first + i, count, by);
+            for (uint32_t e = 0; added && e < FEW; e++) dadded[e * spans + i / FEW] += by[e];
         }
     }
     __syncthreads();
-    for (uint32_t i = threadIdx.x; i < 2 * width; i += blockDim.x) {
+    for (uint32_t i = threadIdx.x; i < parts * width; i += blockDim.x) {
         uint32_t column = i % width, place = (i / width * FEW + column % FEW) * spans + column / FEW;
         float sum = 0;
         for (uint32_t other = 0; other < warps; other++) sum += sums[size_t(other) * of_warp + place];
-        partial[size_t(blockIdx.x) * 2 * width + i] = sum;
+        partial[size_t(blockIdx.x) * parts * width + i] = sum;
     }
 }
 
-// `residual` may be null; `limit` is that of Dropout, 0xffffffff drops nothing.
+// `residual` and `added` may be null; `limit` is that of Dropout, 0xffffffff drops nothing.
 #define OF_TYPE(T, suffix)                                                                                                      \
     extern "C" __global__ void layer_norm##suffix(                                                                              \
-        const T* residual, const T* x, const float* weight, const float* bias, T* y, uint32_t rows, uint32_t width, float eps,  \
-        uint32_t seed, uint32_t limit, float scale                                                                              \
+        const T* residual, const T* x, const float* added, const float* weight, const float* bias, T* y, uint32_t rows,         \
+        uint32_t width, float eps, uint32_t seed, uint32_t limit, float scale                                                   \
     ) {                                                                                                                         \
-        normalise(residual, x, weight, bias, y, rows, width, eps, {seed, limit, scale});                                        \
+        normalise(residual, x, added, weight, bias, y, rows, width, eps, {seed, limit, scale});                                 \
     }                                                                                                                           \
     extern "C" __global__ void layer_norm_backward##suffix(                                                                     \
-        const T* residual, const T* x, const float* weight, const T* dy, T* ds, T* dx, float* partial, uint32_t rows,           \
-        uint32_t width, uint32_t rows_each, float eps, uint32_t seed, uint32_t limit, float scale                               \
+        const T* residual, const T* x, const float* added, const float* weight, const T* dy, T* ds, T* dx, float* partial,      \
+        uint32_t rows, uint32_t width, uint32_t rows_each, float eps, uint32_t seed, uint32_t limit, float scale                \
     ) {                                                                                                                         \
         SHARED(float, sums);                                                                                                    \
         Dropout dropout = {seed, limit, scale};                                                                                 \
         normalise_backward(                                                                                                     \
-            residual, x, weight, dy, ds, dx, partial, sums, rows, width, rows_each, eps, dropout                                \
+            residual, x, added, weight, dy, ds, dx, partial, sums, rows, width, rows_each, eps, dropout                         \
         );                                                                                                                      \
     }
 
