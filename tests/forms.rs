@@ -83,6 +83,12 @@ fn forms_share_their_weights_and_agree() {
     assert_eq!((operators(&decode, "MatMulInteger"), operators(&decode, "DequantizeLinear")), (10, 0));
 }
 
+/// Of an embedding, in units of its largest value, where 8 bits are multiplied. The exporter lets pass so much; on tract the backbone
+/// rounds pixels too, which costs a trained model a hundredth, and these random weights a tenth.
+fn lost_at_most(engine: EngineKind) -> f32 {
+    forms::TOLERANCE as f32 * if engine == EngineKind::Tract { 2.0 } else { 1.0 }
+}
+
 #[test]
 fn the_engine_takes_the_form_that_it_is_fast_with_and_others_when_asked() {
     if !ort_is_there() {
@@ -106,7 +112,7 @@ fn the_engine_takes_the_form_that_it_is_fast_with_and_others_when_asked() {
         let error = found.iter().zip(&expected).map(|(f, e)| (f - e).abs()).fold(0.0, f32::max);
         let largest = expected.iter().fold(0f32, |largest, value| largest.max(value.abs()));
         // Floats agree as `engines.rs` says; levels differ, and by no more than the exporter lets pass.
-        let (least, most) = if form == Form::Expanded { (0.0, 1e-4) } else { (1e-6, forms::TOLERANCE as f32 * largest) };
+        let (least, most) = if form == Form::Expanded { (0.0, 1e-4) } else { (1e-6, lost_at_most(engine) * largest) };
         assert!((least..=most).contains(&error), "{engine}, {form}: {error}");
         model.caption(&model.see(&sample.image).unwrap(), &model.decode_options()).unwrap();
         model.match_score(&model.see(&sample.image).unwrap(), &sample.text).unwrap();
@@ -244,7 +250,7 @@ fn four_bit_graphs_have_a_dynamic_form_that_both_engines_run() {
     for (engine, form) in [EngineKind::Tract, EngineKind::Ort].into_iter().flat_map(both) {
         let found = seen(engine, Some(form));
         let error = found.iter().zip(&expected).map(|(f, e)| (f - e).abs()).fold(0.0, f32::max) / largest;
-        let (least, most) = if form == Form::Expanded { (0.0, 1e-3) } else { (1e-6, forms::TOLERANCE as f32) };
+        let (least, most) = if form == Form::Expanded { (0.0, 1e-3) } else { (1e-6, lost_at_most(engine)) };
         assert!((least..=most).contains(&error), "{engine}, {form}: {error}");
     }
 }

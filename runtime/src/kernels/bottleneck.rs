@@ -115,10 +115,16 @@ impl Bottleneck {
         if self.stride == 1 { 1 } else { 0 }
     }
 
+    /// Makes room for the strip's lines, with zeros left and right of where their pixels will be.
     fn fit(&self, [wide, filtered]: &mut [Vec<f32>; 2], strip: usize, columns: usize, line: usize) {
-        wide.clear();
+        let inner = self.depthwise.channels();
         wide.resize(((strip - 1) * self.stride + 3) * line, 0.0);
-        filtered.resize(strip * columns * self.depthwise.channels(), 0.0);
+        for line in wide.chunks_exact_mut(line) {
+            let right = line.len() - inner;
+            line[..self.before() * inner].fill(0.0);
+            line[right..].fill(0.0);
+        }
+        filtered.resize(strip * columns * inner, 0.0);
     }
 
     /// The rows of `y`, which begin with row `first`; of the expanded rows that they need, the first `kept` are there already.

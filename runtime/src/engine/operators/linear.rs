@@ -10,6 +10,9 @@ use crate::kernels::{Activation, Layout, Matrix, Weights};
 /// One input `[…, inputs]`, an output `[…, outputs]`.
 pub(in crate::engine) const NAME: &str = "UnimoLinear";
 
+/// Flag: weights of 8 and 4 bits are multiplied as such.
+pub(super) const INTEGERS: &str = "integers";
+
 pub(super) struct Linear {
     matrix: Matrix,
     activation: Activation,
@@ -17,14 +20,14 @@ pub(super) struct Linear {
 
 impl Linear {
     /// Reads the attributes `weight` (`[inputs, outputs]`, or `[outputs, inputs]` with `transposed`; of 4 bits `[outputs, inputs / 2]`
-    /// bytes), `scales` (of weights of 8 and 4 bits), `integers` (such weights are multiplied as such), `bias` and `gelu`.
+    /// bytes), `scales` (of weights of 8 and 4 bits), [`INTEGERS`], `bias` and `gelu`.
     pub fn new(attributes: &Attributes<'_>) -> Result<Self, String> {
         let weight = attributes.tensor("weight").ok_or("a product without a weight")?;
         let &[rows, columns] = weight.dims.as_slice() else { return Err(format!("a weight of shape {:?}", weight.dims)) };
         let size = |size: i64| usize::try_from(size).map_err(|_| format!("a weight of shape {:?}", weight.dims));
         let (rows, columns) = (size(rows)?, size(columns)?);
         let four = weight.data_type == DataType::Uint8 as i32;
-        let (transposed, integers) = (attributes.flag("transposed"), attributes.flag("integers"));
+        let (transposed, integers) = (attributes.flag("transposed"), attributes.flag(INTEGERS));
         let shape = match (four, transposed) {
             (true, _) => [2 * columns, rows],
             (false, true) => [columns, rows],

@@ -54,6 +54,11 @@ pub(super) fn operator(node: &NodeProto) -> Option<Result<Arc<dyn Operator>, Str
     })
 }
 
+/// Whether a node is a product that is computed in integers.
+pub(super) fn multiplies_in_integers(node: &NodeProto) -> bool {
+    node.op_type == LINEAR && Attributes(node).flag(linear::INTEGERS)
+}
+
 /// A node's attributes by their names.
 struct Attributes<'a>(&'a NodeProto);
 

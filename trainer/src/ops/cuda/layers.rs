@@ -208,8 +208,6 @@ fn run_on<M: Machine>(machine: M, x: &Tensor, layers: Vec<Given>, common: Common
 
 /// The layers with their matrices rounded, all at once, if products take them so.
 fn laid_out<M: Machine>(machine: &M, layers: Vec<Given>, element: Element) -> Result<(Vec<Layer>, Option<M::Values>)> {
-    /// Values of a piece: what one block rounds.
-    const PIECE: usize = 1 << 14;
     let place = |given: &Given, number: usize| machine.place(NAME, &given.weights[number]);
     let mut laid_out = Vec::new();
     for (number, given) in layers.into_iter().enumerate() {
@@ -219,7 +217,7 @@ fn laid_out<M: Machine>(machine: &M, layers: Vec<Given>, element: Element) -> Re
         }
         laid_out.push(Layer { number, given, matrices });
     }
-    if element == Element::F32 {
+    if element == Element::F32 || laid_out.is_empty() {
         return Ok((laid_out, None));
     }
     let count = |layer: &Layer, number: usize| layer.given.weights[number].elem_count();
@@ -227,15 +225,17 @@ fn laid_out<M: Machine>(machine: &M, layers: Vec<Given>, element: Element) -> Re
     let room = |layer: &Layer, number: usize| element.words(count(layer, number)).next_multiple_of(4);
     let words = laid_out.iter().flat_map(|layer| MATRICES.map(|number| room(layer, number))).sum();
     let rounded = machine.allocate(words)?;
+    // Values of a piece, what one block rounds: enough blocks for a large device, and a small table.
+    let piece = (2 * words / 2048).next_multiple_of(1 << 11);
     let (mut to, mut pieces, mut blocks) = (machine.at(&rounded), Vec::new(), 0);
     for layer in &mut laid_out {
         for (i, number) in MATRICES.into_iter().enumerate() {
             let (from, count) = (std::mem::replace(&mut layer.matrices[i], to), count(layer, number));
-            for start in (0..count).step_by(PIECE) {
+            for start in (0..count).step_by(piece) {
                 for Address(at) in [from.after(start), element.after(to, start)] {
                     pieces.extend([at as u32, (at >> 32) as u32]);
                 }
-                pieces.extend([PIECE.min(count - start) as u32, 0]);
+                pieces.extend([piece.min(count - start) as u32, 0]);
                 blocks += 1;
             }
             to = to.after(room(layer, number));

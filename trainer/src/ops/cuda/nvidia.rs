@@ -83,10 +83,15 @@ impl Machine for Nvidia {
     }
 
     fn upload(&self, words: &[u32]) -> Result<CudaSlice<u32>> {
-        if words.is_empty() {
-            return self.device.alloc_zeros::<u32>(1);
+        /// 64 KB: what is copied from the host at one time without it waiting for the device ("Asynchronous Concurrent Execution" of
+        /// the CUDA C++ Programming Guide).
+        const AT_ONCE: usize = (64 << 10) / 4;
+        // SAFETY: any bits are words, and all of them are written.
+        let mut memory = unsafe { self.device.alloc::<u32>(words.len().max(1)) }?;
+        for (part, start) in words.chunks(AT_ONCE).zip((0..).step_by(AT_ONCE)) {
+            self.device.memcpy_htod(part, &mut memory.slice_mut(start..start + part.len()))?;
         }
-        self.device.clone_htod(words)
+        Ok(memory)
     }
 
     fn at(&self, values: &CudaSlice<f32>) -> Address {

@@ -4,7 +4,7 @@ use std::marker::PhantomData;
 use std::ops::Range;
 
 use super::super::finish::Finish;
-use super::super::tile::{Tile, for_rows, pack};
+use super::super::tile::{Tile, for_rows};
 use super::super::{BLOCK, Layout, Nibbles, WIDEST};
 use super::{Dot, GROUP, Instructions, Row, quantized};
 
@@ -73,10 +73,9 @@ impl super::Work for Product<'_> {
     fn run<D: Dot>(mut self) {
         let weights = self.weights;
         let groups = weights.inputs / GROUP;
-        let (levels, ranges) = quantized::<D>(self.rows, self.x, weights.inputs);
         // Floats take as many registers as the integers.
         let most = D::ROWS / 2;
-        let packed = pack(self.rows, most, groups, |row| &levels[row * groups..][..groups]);
+        let (packed, ranges) = quantized::<D>(self.rows, most, self.x, weights.inputs);
         let (size, blocks) = (groups * GROUP * D::WIDTH / 2, groups / GROUPS * D::WIDTH);
         for panel in self.panels {
             let mut tile = BlockTile {

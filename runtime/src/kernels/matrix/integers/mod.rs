@@ -14,7 +14,7 @@ use multiversion::multiversion;
 
 pub(super) use self::blocks::Panels as Blocks;
 use super::finish::Finish;
-use super::tile::{Tile, for_rows, pack};
+use super::tile::{Tile, for_rows};
 use super::{Layout, WIDEST};
 
 /// Inputs whose levels are multiplied in one step.
@@ -167,14 +167,20 @@ struct Product<'a> {
     finish: Finish<'a>,
 }
 
-/// Rows rounded to levels, [`GROUP`] together and the last ones filled up with anything, and what they stand for.
-fn quantized<D: Dot>(rows: usize, (x, from): (&[f32], Layout), inputs: usize) -> (Vec<[u8; GROUP]>, Vec<Row>) {
+/// Rows rounded to levels, [`GROUP`] together and the last ones filled up with anything, and what they stand for. Those of `most` rows
+/// lie side by side, as [`for_rows`] takes them.
+fn quantized<D: Dot>(rows: usize, most: usize, (x, from): (&[f32], Layout), inputs: usize) -> (Vec<[u8; GROUP]>, Vec<Row>) {
     let groups = inputs.div_ceil(GROUP);
-    let mut levels = vec![[0; GROUP]; rows * groups];
-    let of_row =
-        |(row, levels): (usize, &mut [[u8; GROUP]])| quantize(&x[from.at(row)..][..inputs], D::LEAST, levels.as_flattened_mut());
-    let ranges = levels.chunks_exact_mut(groups).enumerate().map(of_row).collect();
-    (levels, ranges)
+    let (mut packed, mut ranges) = (vec![[0; GROUP]; rows * groups], Vec::with_capacity(rows));
+    let mut levels = vec![[0; GROUP]; groups];
+    for (tile, first) in packed.chunks_mut((most * groups).max(1)).zip((0..).step_by(most)) {
+        let count = most.min(rows - first);
+        for place in 0..count {
+            ranges.push(quantize(&x[from.at(first + place)..][..inputs], D::LEAST, levels.as_flattened_mut()));
+            tile.iter_mut().skip(place).step_by(count).zip(&levels).for_each(|(to, levels)| *to = *levels);
+        }
+    }
+    (packed, ranges)
 }
 
 impl Work for Product<'_> {
@@ -183,8 +189,7 @@ impl Work for Product<'_> {
     fn run<D: Dot>(mut self) {
         let weights = self.weights;
         let groups = weights.inputs.div_ceil(GROUP);
-        let (levels, ranges) = quantized::<D>(self.rows, self.x, weights.inputs);
-        let packed = pack(self.rows, D::ROWS, groups, |row| &levels[row * groups..][..groups]);
+        let (packed, ranges) = quantized::<D>(self.rows, D::ROWS, self.x, weights.inputs);
         let size = groups * GROUP * D::WIDTH;
         for panel in self.panels {
             let mut tile = IntegerTile {
