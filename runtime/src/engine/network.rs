@@ -8,7 +8,7 @@ use tract_onnx::pb::{GraphProto, NodeProto, TensorShapeProto, TypeProto, ValueIn
 
 use super::onnx::Constant;
 use super::operators;
-use crate::kernels::{Bottleneck, Depthwise, Matrix, Network, Stem, Weights};
+use crate::kernels::{Bottleneck, Depthwise, Matrix, Network, Stem, Weights, round_rows};
 
 /// A part of a graph that is computed before the rest.
 pub(super) struct Backbone {
@@ -98,7 +98,7 @@ impl Convolution {
         if !in_integers || inputs.min(outputs) < FEWEST_CHANNELS {
             return matrix(Weights::F32(&self.weight));
         }
-        let (levels, scales) = rounded(&self.weight, inputs);
+        let (levels, scales) = round_rows(&self.weight, inputs);
         matrix(Weights::Integers(&levels, &scales))
     }
 
@@ -123,16 +123,6 @@ impl Convolution {
     fn nodes(&self) -> impl Iterator<Item = usize> {
         [self.node].into_iter().chain(self.relu6)
     }
-}
-
-/// Rows of a matrix in 8 bits, with a scale for each: `value ≈ level · scale`.
-fn rounded(values: &[f32], inputs: usize) -> (Vec<i8>, Vec<f32>) {
-    /// On either side of zero.
-    const LEVELS: f32 = 127.0;
-    let scale = |row: &[f32]| row.iter().fold(f32::MIN_POSITIVE, |most, value| most.max(value.abs())) / LEVELS;
-    let scales: Vec<f32> = values.chunks_exact(inputs).map(scale).collect();
-    let row = |(row, scale): (&[f32], &f32)| row.iter().map(|value| (value / scale).round_ties_even() as i8).collect::<Vec<_>>();
-    (values.chunks_exact(inputs).zip(&scales).flat_map(row).collect(), scales)
 }
 
 /// Fewest channels, on either side of a pointwise convolution, with which multiplying in integers saves more than rounding every pixel
@@ -328,14 +318,6 @@ mod tests {
         let most = floats.iter().fold(0f32, |most, value| most.max(*value));
         let error = floats.iter().zip(&integers).fold(0f32, |most, (a, b)| most.max((a - b).abs())) / most;
         assert!(most > 1.0 && error > 1e-5 && error < 0.02, "{error} of {most}");
-    }
-
-    #[test]
-    fn rows_are_rounded_by_their_own_largest_value() {
-        let (levels, scales) = rounded(&[1.27, -0.02, 0.0, 0.0, 0.5, -2.54], 2);
-        assert_eq!(levels, [127, -2, 0, 0, 25, -127]);
-        assert_eq!(scales[0], 1.27 / 127.0);
-        assert_eq!(scales[2], 2.54 / 127.0);
     }
 
     #[test]

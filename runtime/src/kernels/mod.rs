@@ -13,7 +13,7 @@ mod self_attention;
 pub(crate) use self::attention::{Cache, CachedAttention};
 pub(crate) use self::bottleneck::{Bottleneck, Network, Scratch, Stem};
 pub(crate) use self::depthwise::Depthwise;
-pub(crate) use self::matrix::{Activation, BLOCK, Layout, Matrix, Weights, multiplies_bytes};
+pub(crate) use self::matrix::{Activation, BLOCK, Layout, Matrix, Weights, multiplies_bytes, round_rows};
 pub(crate) use self::normalize::LayerNorm;
 pub(crate) use self::self_attention::SelfAttention;
 use crate::lanes::LANES;

@@ -3,7 +3,7 @@
 use std::ops::Range;
 use std::sync::Arc;
 
-use candle_core::{CpuStorage, CustomOp1, Error, Layout, Result, Shape, Tensor};
+use candle_core::{CpuStorage, CustomOp1, Layout, Result, Shape, Tensor};
 use rayon::prelude::*;
 
 use super::kernels::{self, Matrix, Product, matmul};
@@ -43,6 +43,17 @@ impl AttentionPlan {
     #[must_use]
     pub fn rows(&self) -> usize {
         self.groups.last().map_or(0, |g| g.start + g.len)
+    }
+
+    /// Checks that it is one for so many rows, whose width so many parts share.
+    ///
+    /// # Errors
+    /// Another number of rows, a width that the parts do not divide, and those of [`Self::validate`].
+    pub fn check(&self, rows: usize, width: usize, parts: usize) -> Result<()> {
+        if self.rows() != rows || !width.is_multiple_of(parts) {
+            candle_core::bail!("attention: {rows}×{width} in {parts} parts against a plan of {} rows", self.rows());
+        }
+        self.validate()
     }
 
     /// Checks that groups and blocks cover the rows in order, without gaps.
@@ -269,10 +280,7 @@ impl CustomOp1 for Attention {
 /// A plan that does not cover the rows, a width that the heads do not divide, a dtype other than f32.
 pub fn attention(qkv: &Tensor, plan: &Arc<AttentionPlan>, heads: usize, dropout: f32, seed: u32) -> Result<Tensor> {
     let (rows, width) = qkv.dims2()?;
-    if plan.rows() != rows || !width.is_multiple_of(3 * heads) {
-        return Err(Error::Msg(format!("attention: {rows}×{width} against a plan of {} rows and {heads} heads", plan.rows())));
-    }
-    plan.validate()?;
+    plan.check(rows, width, 3 * heads)?;
     on_cuda!(qkv.device(), super::cuda::attention(qkv, plan, heads, dropout, seed, super::cuda::Element::of(super::precision())));
     qkv.contiguous()?.apply_op1(Attention { plan: Arc::clone(plan), heads, keep: 1.0 - dropout, seed })
 }

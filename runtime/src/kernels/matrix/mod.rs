@@ -15,7 +15,7 @@ pub(crate) use self::activation::Activation;
 use self::activation::gelu_all;
 use self::finish::Finish;
 pub(super) use self::floats::lanes;
-pub(crate) use self::integers::multiplies_bytes;
+pub(crate) use self::integers::{multiplies_bytes, round_rows};
 use self::nibbles::Nibbles;
 
 /// Multiplications from which on it pays to wake other threads.

@@ -93,8 +93,10 @@ pub trait Kept {
 /// Runs `layers` over `x`, `[rows, hidden]` in f32; so is the result, which is a constant to candle.
 ///
 /// # Errors
-/// Shapes that do not fit, a device without kernels, and those of candle.
+/// Shapes that do not fit each other or the plan, a device without kernels, and those of candle.
 pub fn run(x: &Tensor, layers: Vec<Given>, common: Common) -> Result<(Tensor, Option<Box<dyn Kept>>)> {
+    let (rows, hidden) = x.dims2()?;
+    common.plan.check(rows, hidden, common.heads)?;
     on_machine!(x.device(), NAME, |machine| run_on(machine, x, layers, common))
 }
 

@@ -138,11 +138,20 @@ impl Panels {
         let size = inputs.next_multiple_of(GROUP) * width;
         let mut panels = vec![0; outputs.div_ceil(width) * size];
         let mut sums = vec![0; outputs.next_multiple_of(width)];
-        for (at, &level) in levels.iter().enumerate() {
-            let (input, output) = if transposed { (at % inputs, at / inputs) } else { (at / outputs, at % outputs) };
-            let panel = &mut panels[output / width * size..][..size];
-            panel[(input / GROUP * width + output % width) * GROUP + input % GROUP] = level;
-            sums[output] += i32::from(level);
+        if transposed {
+            for (output, levels) in levels.chunks_exact(inputs).enumerate() {
+                let places = panels[output / width * size..][..size].chunks_exact_mut(GROUP).skip(output % width).step_by(width);
+                places.zip(levels.chunks(GROUP)).for_each(|(to, levels)| to[..levels.len()].copy_from_slice(levels));
+                sums[output] = levels.iter().map(|&level| i32::from(level)).sum();
+            }
+        } else {
+            for (input, levels) in levels.chunks_exact(outputs).enumerate() {
+                for (levels, panel) in levels.chunks(width).zip(panels.chunks_exact_mut(size)) {
+                    let places = &mut panel[input / GROUP * width * GROUP..][..width * GROUP];
+                    places.iter_mut().skip(input % GROUP).step_by(GROUP).zip(levels).for_each(|(to, level)| *to = *level);
+                }
+                sums.iter_mut().zip(levels).for_each(|(sum, &level)| *sum += i32::from(level));
+            }
         }
         Some(Self { instructions, inputs, levels: panels, sums })
     }
@@ -207,6 +216,37 @@ impl Work for Product<'_> {
     }
 }
 
+/// Rows of constant weights in 8 bits, with a scale for each: `value ≈ level · scale`, levels from −127 to 127.
+pub(crate) fn round_rows(values: &[f32], inputs: usize) -> (Vec<i8>, Vec<f32>) {
+    let mut levels = vec![0; values.len()];
+    let rows = levels.chunks_exact_mut(inputs).zip(values.chunks_exact(inputs));
+    let scales = rows.map(|(levels, row)| round_row(row, levels)).collect();
+    (levels, scales)
+}
+
+#[multiversion(targets("x86_64+avx512f+avx512dq+avx512bw+avx512vl+avx2+fma", "x86_64+avx2+fma"))]
+fn round_row(row: &[f32], levels: &mut [i8]) -> f32 {
+    const LANES: usize = 16;
+    const LEVELS: f32 = 127.0;
+    let (chunks, rest) = row.as_chunks::<LANES>();
+    let mut most = [f32::MIN_POSITIVE; LANES];
+    for chunk in chunks {
+        for lane in 0..LANES {
+            most[lane] = most[lane].max(chunk[lane].abs());
+        }
+    }
+    let most = most.iter().chain(rest).fold(f32::MIN_POSITIVE, |most, value| most.max(value.abs()));
+    let inverse = LEVELS / most;
+    for (level, value) in levels.iter_mut().zip(row) {
+        let rounded = (value * inverse + ROUND).to_bits().cast_signed() - ROUND.to_bits().cast_signed();
+        *level = rounded.clamp(-127, 127) as i8;
+    }
+    most / LEVELS
+}
+
+/// 1.5 · 2²³: adding it leaves a number rounded to the nearest integer in the lowest bits.
+const ROUND: f32 = 12_582_912.0;
+
 /// What a row's levels stand for: `value ≈ (level − zero) · scale`.
 #[derive(Debug, Clone, Copy, PartialEq)]
 struct Row {
@@ -219,8 +259,6 @@ struct Row {
 #[multiversion(targets("x86_64+avx512f+avx512dq+avx512bw+avx512vl+avx2+fma", "x86_64+avx2+fma"))]
 fn quantize(x: &[f32], least: i32, levels: &mut [u8]) -> Row {
     const LANES: usize = 16;
-    /// 1.5 · 2²³: adding it leaves a number rounded to the nearest integer in the lowest bits.
-    const ROUND: f32 = 12_582_912.0;
     let (chunks, rest) = x.as_chunks::<LANES>();
     let (mut low, mut high) = ([0f32; LANES], [0f32; LANES]);
     // One loop each: of both at once, the compiler makes shuffles.

@@ -45,6 +45,19 @@ fn rows_of_one_value_or_none_keep_it() {
     }
 }
 
+#[test]
+fn weights_are_rounded_by_their_rows_largest_values() {
+    let (levels, scales) = round_rows(&[1.27, -0.02, 0.0, 0.0, 0.51, -2.54], 2);
+    assert_eq!(levels, [127, -2, 0, 0, 26, -127]);
+    assert!((scales[0] - 0.01).abs() < 1e-8 && (scales[2] - 0.02).abs() < 1e-8, "{scales:?}");
+    let values = numbers(3 * 37, 4.0);
+    let (levels, scales) = round_rows(&values, 37);
+    for (i, (level, value)) in levels.iter().zip(&values).enumerate() {
+        let scale = scales[i / 37];
+        assert!((f32::from(*level) * scale - value).abs() <= 0.501 * scale, "{i}: {level} of {scale} for {value}");
+    }
+}
+
 /// Every set of instructions of this processor.
 fn all() -> Vec<Instructions> {
     let mut all = vec![Instructions::Plain, Instructions::detect()];
