@@ -59,7 +59,7 @@ impl Unimo {
 
     /// From now on, backward passes go layer by layer (`true`), as they do with activation checkpointing in any case, or candle's way
     /// through all at once (`false`, as a fresh model's do). Gradients are the same. Such a pass has to be taken back by
-    /// [`Passed::backward`] or [`Passed::backward_by_layer`].
+    /// [`Passed::backward`] or [`Passed::backward_by_layer`]; so has every pass on a CUDA device, where layers go no other way.
     pub fn set_backward_by_layer(&mut self, on: bool) {
         self.goes_by_layer = on;
     }

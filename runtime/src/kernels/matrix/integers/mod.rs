@@ -229,19 +229,24 @@ fn round_row(row: &[f32], levels: &mut [i8]) -> f32 {
     const LANES: usize = 16;
     const LEVELS: f32 = 127.0;
     let (chunks, rest) = row.as_chunks::<LANES>();
-    let mut most = [f32::MIN_POSITIVE; LANES];
+    let mut most = [0f32; LANES];
     for chunk in chunks {
         for lane in 0..LANES {
             most[lane] = most[lane].max(chunk[lane].abs());
         }
     }
-    let most = most.iter().chain(rest).fold(f32::MIN_POSITIVE, |most, value| most.max(value.abs()));
-    let inverse = LEVELS / most;
+    let most = most.iter().chain(rest).fold(0f32, |most, value| most.max(value.abs()));
+    let scale = most / LEVELS;
+    if scale < f32::MIN_POSITIVE {
+        levels.fill(0);
+        return 0.0;
+    }
+    let inverse = scale.recip();
     for (level, value) in levels.iter_mut().zip(row) {
         let rounded = (value * inverse + ROUND).to_bits().cast_signed() - ROUND.to_bits().cast_signed();
         *level = rounded.clamp(-127, 127) as i8;
     }
-    most / LEVELS
+    scale
 }
 
 /// 1.5 · 2²³: adding it leaves a number rounded to the nearest integer in the lowest bits.
