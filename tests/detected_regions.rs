@@ -163,6 +163,7 @@ fn job(folder: &Path) -> TrainingJob {
         data_note: "drawn scenes".into(),
         stop_after: None,
         activation_checkpointing: false,
+        drawing_threads: 0,
         device: candle_core::Device::Cpu,
     }
 }

@@ -124,6 +124,7 @@ fn job(folder: &Path, run: &str) -> TrainingJob {
         data_note: "drawn scenes".into(),
         stop_after: None,
         activation_checkpointing: false,
+        drawing_threads: 0,
         device: candle_core::Device::Cpu,
     }
 }
@@ -178,6 +179,11 @@ fn a_resumed_run_has_the_curve_of_an_uninterrupted_one() {
     std::fs::write(cut.run.join("log.jsonl"), &log[..log.len() - 20]).unwrap();
     training::run(&TrainingJob { resume: true, ..cut.clone() }).unwrap();
     assert_eq!(curve(&cut.run), expected);
+
+    // Batches that several threads draw come in the same order.
+    let drawn = TrainingJob { drawing_threads: 4, ..job(folder.path(), "drawn") };
+    training::run(&drawn).unwrap();
+    assert_eq!(curve(&drawn.run), expected);
 
     // A run that ends early is the whole one's beginning, with a checkpoint where it ends.
     let mut early = job(folder.path(), "early");
@@ -345,7 +351,7 @@ fn a_rehearsal_tells_the_cost_and_leaves_nothing_behind() {
     assert!(told.operations > 1e8 && told.seconds > 0.0 && told.rows > 4 * 50, "{told:?}");
     assert!(told.drawn_alone > 0.0, "{told:?}");
     let said = told.to_string();
-    assert!(said.contains("to the end   4 steps") && said.contains("pictures a second are drawn and packed alone"), "{said}");
+    assert!(said.contains("to the end   4 steps") && said.contains("pictures a second are drawn and packed by a thread alone"), "{said}");
 }
 
 #[test]

@@ -33,7 +33,7 @@ use crate::seed;
 use crate::tasks::generation::{self, SourceAndTarget};
 use crate::tasks::{self, RawExample, TaskSpec};
 
-/// Batches that wait to be learnt from, beside the one that is being drawn.
+/// Batches of each thread that wait to be learnt from, beside the one that it is drawing.
 const BATCHES_AHEAD: usize = 1;
 
 /// Newest checkpoints that a run keeps.
@@ -85,8 +85,24 @@ pub struct TrainingJob {
     pub stop_after: Option<u64>,
     /// Keeps of the layers' activations their inputs alone and computes the rest again: less memory for more time.
     pub activation_checkpointing: bool,
+    /// Threads that draw and pack batches ahead of the one that is learnt from; 0 for what the device calls for. Batches are the same
+    /// whatever their number.
+    pub drawing_threads: usize,
     /// Where the arithmetic is done. The data are read and packed on the CPU.
     pub device: Device,
+}
+
+impl TrainingJob {
+    /// One beside the CPU's own work; a GPU leaves the CPU idle, and would wait for one.
+    fn drawing_threads(&self) -> usize {
+        /// More than these are left for other ranks.
+        const MOST: usize = 8;
+        match (self.drawing_threads, &self.device) {
+            (0, Device::Cpu) => 1,
+            (0, _) => thread::available_parallelism().map_or(1, |cores| cores.get() / 2).clamp(1, MOST),
+            (asked, _) => asked,
+        }
+    }
 }
 
 /// A downstream task to be learnt: its examples, and those by which it is judged on the way.
@@ -259,34 +275,38 @@ impl Loop<'_> {
         Ok((batch, started.elapsed().as_secs_f64()))
     }
 
-    /// Hands on the batches of steps in order, with what each took. A thread of its own draws and packs
-    /// them ahead of the one that is learnt from, unless captions are drawn from the model as the step before has left it.
+    /// Hands on the batches of steps in order, with what each took. Threads of their own draw and pack
+    /// them, in turns, ahead of the one that is learnt from, unless captions are drawn from the model as the step before has left it.
     fn each_batch(&self, steps: Range<u64>, mut hand_on: impl FnMut(u64, StepBatch, DataSeconds) -> Result<()>) -> Result<()> {
-        let mut orders = Orders::default();
-        let mut build = |step| self.batch(step, &mut orders);
         if self.job.recipe.batch.sampled_captions > 0 {
+            let mut orders = Orders::default();
             for step in steps {
-                let (batch, drawn) = build(step)?;
+                let (batch, drawn) = self.batch(step, &mut orders)?;
                 hand_on(step, batch, DataSeconds { drawn, waited: drawn })?;
             }
             return Ok(());
         }
-        let (sender, receiver) = mpsc::sync_channel(BATCHES_AHEAD);
         thread::scope(|scope| {
-            let drawn = steps.clone();
-            scope.spawn(move || {
-                for step in drawn {
-                    let batch = build(step);
-                    let failed = batch.is_err();
-                    // Nobody listens any more once a step has failed.
-                    if sender.send(batch).is_err() || failed {
-                        break;
+            let threads = self.job.drawing_threads();
+            let spawn = |first: usize| {
+                let (sender, receiver) = mpsc::sync_channel(BATCHES_AHEAD);
+                let own = steps.clone().skip(first).step_by(threads);
+                scope.spawn(move || {
+                    let mut orders = Orders::default();
+                    for step in own {
+                        let batch = self.batch(step, &mut orders);
+                        let failed = batch.is_err();
+                        // Nobody listens any more once a step has failed.
+                        if sender.send(batch).is_err() || failed {
+                            break;
+                        }
                     }
-                }
-            });
-            // Owned here, so that it is dropped, and the thread ends, before the scope waits for the thread.
-            let receiver = receiver;
-            for step in steps {
+                });
+                receiver
+            };
+            // Owned here, so that they are dropped, and the threads end, before the scope waits for these.
+            let receivers: Vec<_> = (0..threads).map(spawn).collect();
+            for (step, receiver) in steps.clone().zip(receivers.iter().cycle()) {
                 let started = Instant::now();
                 let (batch, drawn) = receiver.recv().context("the thread that draws batches has ended")??;
                 hand_on(step, batch, DataSeconds { drawn, waited: started.elapsed().as_secs_f64() })?;

@@ -81,6 +81,10 @@ pub struct DataArgs {
     /// more arithmetic, the same gradients. A run may be resumed with it or without
     #[arg(long)]
     pub activation_checkpointing: bool,
+    /// Threads that draw and pack batches ahead, the same batches whatever their number [default: 1, on a GPU half of the cores and
+    /// 8 at most]
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u16).range(1..=256))]
+    pub drawing_threads: Option<u16>,
     #[command(flatten)]
     pub device: DeviceArgs,
     /// What the data is and under which licence, for the model card
@@ -148,6 +152,7 @@ impl DataArgs {
             data_note: self.data_note.clone(),
             stop_after: self.stop_after,
             activation_checkpointing: self.activation_checkpointing,
+            drawing_threads: self.drawing_threads.map_or(0, usize::from),
             device: self.device.open_among(ranks)?,
         })
     }

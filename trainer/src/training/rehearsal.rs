@@ -128,7 +128,10 @@ impl fmt::Display for Rehearsal {
         if self.pictures > 0 {
             let rate = |seconds: f64| self.pictures as f64 / seconds;
             let (alone, learnt) = (rate(self.drawn_alone), rate(self.seconds - self.waited));
-            writeln!(f, "data         {alone:.0} pictures a second are drawn and packed alone, {learnt:.1} can be learnt from")?;
+            writeln!(
+                f,
+                "data         {alone:.0} pictures a second are drawn and packed by a thread alone, {learnt:.1} can be learnt from"
+            )?;
         }
         match self.peak_memory {
             Some(bytes) => writeln!(f, "memory       {:.1} GB at most", bytes as f64 / 1e9)?,
