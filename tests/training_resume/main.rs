@@ -351,7 +351,10 @@ fn a_rehearsal_tells_the_cost_and_leaves_nothing_behind() {
     assert!(told.operations > 1e8 && told.seconds > 0.0 && told.rows > 4 * 50, "{told:?}");
     assert!(told.drawn_alone > 0.0, "{told:?}");
     let said = told.to_string();
-    assert!(said.contains("to the end   4 steps") && said.contains("pictures a second are drawn and packed by a thread alone"), "{said}");
+    assert!(
+        said.contains("to the end   4 steps") && said.contains("pictures a second are drawn and packed by a thread alone"),
+        "{said}"
+    );
 }
 
 #[test]
