@@ -189,7 +189,8 @@ mod tests {
 
     use super::super::{ModelConfig, Packer, Regions};
     use super::*;
-    use crate::ops::cuda::emulation::emulated;
+    use crate::ops::Precision;
+    use crate::ops::cuda::emulation::{computing_in, emulated};
 
     /// A model of three layers, a batch of a text and a pair for it, and where their texts start.
     fn model_and_batch() -> (Unimo, PackedBatch, [usize; 2]) {
@@ -292,6 +293,17 @@ mod tests {
                 // Sums of products in another order, through three layers.
                 assert_near(&expected, &found, 2e-4);
             }
+        }
+    }
+
+    /// What was stored in bf16 has nothing in its lower half, which products of rounded factors alone would leave there.
+    #[test]
+    fn layers_in_kernels_store_what_they_give_in_the_precision_of_their_products() {
+        let (model, batch, _) = model_and_batch();
+        for (precision, stored) in [(Precision::F32, false), (Precision::Bf16, true)] {
+            let pass = || model.forward(&batch, None, Dropout::OFF).unwrap().hidden;
+            let hidden = emulated(0, || computing_in(precision, pass)).flatten_all().unwrap().to_vec1::<f32>().unwrap();
+            assert_eq!(hidden.iter().all(|value| value.to_bits() & 0xffff == 0), stored, "{precision:?}");
         }
     }
 
