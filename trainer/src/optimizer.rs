@@ -125,16 +125,19 @@ impl Moments {
 /// AdamW over named variables.
 pub struct AdamW {
     config: OptimizerConfig,
+    /// Updates applied so far, where the host knows.
     updates: u64,
+    /// The same on a CUDA device that has made some: the host need not know whether it left one out.
+    on_device: Option<Tensor>,
     variables: Vec<(String, Var, Moments)>,
 }
 
-struct Update<'a> {
+struct OnHost<'a> {
     moments: &'a Mutex<(Vec<f32>, Vec<f32>)>,
     step: AdamWStep,
 }
 
-impl InplaceOp2 for Update<'_> {
+impl InplaceOp2 for OnHost<'_> {
     fn name(&self) -> &'static str {
         "adamw"
     }
@@ -167,25 +170,56 @@ pub struct StepReport {
     pub skipped: bool,
 }
 
+/// An update that was asked for; on a CUDA device, it may still be going on.
+#[must_use]
+pub struct Update(Norm);
+
+enum Norm {
+    Known(f64),
+    /// `[1]`
+    #[cfg(any(feature = "cuda", test))]
+    OnDevice(Tensor),
+}
+
+impl Update {
+    /// What was done, once it is done.
+    ///
+    /// # Errors
+    /// Those of candle.
+    pub fn read(&self) -> Result<StepReport> {
+        let gradient_norm = match &self.0 {
+            Norm::Known(norm) => *norm,
+            #[cfg(any(feature = "cuda", test))]
+            Norm::OnDevice(norm) => f64::from(norm.squeeze(0)?.to_scalar::<f32>()?),
+        };
+        Ok(StepReport { gradient_norm, skipped: !gradient_norm.is_finite() })
+    }
+}
+
 impl AdamW {
     /// Zero moments for every variable.
     #[must_use]
     pub fn new<'a>(config: OptimizerConfig, weights: impl IntoIterator<Item = (&'a String, &'a Var)>) -> Self {
         let variables = weights.into_iter().map(|(name, var)| (name.clone(), var.clone(), Moments::of(var))).collect();
-        Self { config, updates: 0, variables }
+        Self { config, updates: 0, on_device: None, variables }
     }
 
     /// Updates applied so far.
-    #[must_use]
-    pub fn updates(&self) -> u64 {
-        self.updates
-    }
-
-    /// One update with learning rate `rate`. A gradient that is not finite changes nothing.
     ///
     /// # Errors
     /// Those of candle.
-    pub fn step(&mut self, gradients: &GradStore, rate: f64) -> Result<StepReport> {
+    pub fn updates(&self) -> Result<u64> {
+        match &self.on_device {
+            Some(progress) => Ok(progress.get(0)?.to_scalar::<f32>()? as u64),
+            None => Ok(self.updates),
+        }
+    }
+
+    /// One update with learning rate `rate`. A gradient that is not finite changes nothing. No host waits for a CUDA device.
+    ///
+    /// # Errors
+    /// Those of candle.
+    pub fn step(&mut self, gradients: &GradStore, rate: f64) -> Result<Update> {
         #[cfg(any(feature = "cuda", test))]
         if self.variables.iter().any(|(_, _, moments)| matches!(moments, Moments::Device(_))) {
             return self.step_on_device(gradients, rate);
@@ -198,7 +232,7 @@ impl AdamW {
         }
         let gradient_norm = square.sqrt();
         if !gradient_norm.is_finite() {
-            return Ok(StepReport { gradient_norm, skipped: true });
+            return Ok(Update(Norm::Known(gradient_norm)));
         }
         self.updates += 1;
         let clip_norm = self.config.clip_norm;
@@ -206,9 +240,9 @@ impl AdamW {
         for (name, var, moments) in &self.variables {
             let (Some(gradient), Moments::Host(moments)) = (gradients.get(var), moments) else { continue };
             let step = AdamWStep { gradient_scale: gradient_scale as f32, ..self.update_of(name, rate, self.updates) };
-            var.as_tensor().inplace_op2(&gradient.contiguous()?, &Update { moments, step })?;
+            var.as_tensor().inplace_op2(&gradient.contiguous()?, &OnHost { moments, step })?;
         }
-        Ok(StepReport { gradient_norm, skipped: false })
+        Ok(Update(Norm::Known(gradient_norm)))
     }
 
     /// The scalars of variable `name`'s update number `updates` (from 1), without clipping.
@@ -226,35 +260,36 @@ impl AdamW {
         }
     }
 
-    /// The same on a CUDA device, all variables at once: the norm is found, and clipping decided, there.
+    /// The same on a CUDA device, all variables at once: the norm is found, clipping decided, and updates are counted, there.
     #[cfg(any(feature = "cuda", test))]
-    fn step_on_device(&mut self, gradients: &GradStore, rate: f64) -> Result<StepReport> {
+    fn step_on_device(&mut self, gradients: &GradStore, rate: f64) -> Result<Update> {
         use crate::ops::cuda::{DeviceAdamW, Tuned};
         let Some(device) = self.variables.first().map(|(_, var, _)| var.device().clone()) else {
-            return Ok(StepReport { gradient_norm: 0.0, skipped: false });
+            return Ok(Update(Norm::Known(0.0)));
         };
         for (_, var, moments) in &mut self.variables {
             if let Moments::Device(both @ None) = moments {
                 *both = Some((var.as_tensor().zeros_like()?, var.as_tensor().zeros_like()?));
             }
         }
+        let progress = match self.on_device.take() {
+            Some(progress) => progress,
+            None => Tensor::new(&[self.updates as f32, 0.0, 0.0], &device)?,
+        };
+        self.on_device = Some(progress.clone());
         let mut tuned = Vec::new();
         for (name, var, moments) in &self.variables {
             if let (Some(gradient), Moments::Device(Some(both))) = (gradients.get(var), moments) {
                 tuned.push((name, var, gradient.contiguous()?, both));
             }
         }
-        let next = self.updates + 1;
-        let step = self.update_of("", rate, next);
         let tensors = tuned.iter().map(|(name, weights, gradient, (first, second))| {
-            let AdamWStep { rate, decay, .. } = self.update_of(name, rate, next);
+            let AdamWStep { rate, decay, .. } = self.update_of(name, rate, 1);
             Tuned { weights, first, second, gradient, rate, decay }
         });
-        let update = DeviceAdamW { tensors: tensors.collect(), clip_norm: self.config.clip_norm as f32, step };
-        let gradient_norm = update.update(&device)?;
-        let skipped = !gradient_norm.is_finite();
-        self.updates += u64::from(!skipped);
-        Ok(StepReport { gradient_norm, skipped })
+        let (tensors, clip_norm) = (tensors.collect(), self.config.clip_norm as f32);
+        let update = DeviceAdamW { tensors, clip_norm, progress: &progress, step: self.update_of("", rate, 1) };
+        Ok(Update(Norm::OnDevice(update.update(&device)?)))
     }
 
     /// The moments as tensors `<weight>.first` and `<weight>.second`, and the number of updates.
@@ -268,7 +303,7 @@ impl AdamW {
                 tensors.insert(format!("{name}.{kind}"), Tensor::from_vec(values, var.shape(), &candle_core::Device::Cpu)?);
             }
         }
-        Ok((tensors, self.updates))
+        Ok((tensors, self.updates()?))
     }
 
     /// Restores what [`AdamW::state`] gave.
@@ -287,7 +322,7 @@ impl AdamW {
             };
             moments.replace([read("first")?, read("second")?], var)?;
         }
-        self.updates = updates;
+        (self.updates, self.on_device) = (updates, None);
         Ok(())
     }
 }
@@ -311,7 +346,7 @@ mod tests {
         let mut optimizer = AdamW::new(config, &weights);
         for _ in 0..3 {
             let loss = var.as_tensor().powf(3.0).unwrap().sum_all().unwrap();
-            optimizer.step(&loss.backward().unwrap(), 0.01).unwrap();
+            let _ = optimizer.step(&loss.backward().unwrap(), 0.01).unwrap();
         }
         let got = var.as_tensor().to_vec1::<f32>().unwrap();
         for (got, expected) in got.iter().zip(ADAMW_EXPECTED) {
@@ -328,7 +363,7 @@ mod tests {
         let config = OptimizerConfig { backbone_rate: 0.25, ..Default::default() };
         let mut optimizer = AdamW::new(config, &weights);
         let loss = weights.values().map(|v| v.as_tensor().sum_all().unwrap()).reduce(|a, b| (a + b).unwrap()).unwrap();
-        optimizer.step(&loss.backward().unwrap(), 0.01).unwrap();
+        let _ = optimizer.step(&loss.backward().unwrap(), 0.01).unwrap();
         // Adam's first step is the learning rate itself.
         for (name, expected) in [("a.bias", 0.99), ("backbone.head.bias", 0.9975)] {
             let got = weights[name].as_tensor().to_vec1::<f32>().unwrap()[0];
@@ -341,9 +376,9 @@ mod tests {
         let var = Var::from_vec(vec![1.0f32], 1, &Device::Cpu).unwrap();
         let mut optimizer = AdamW::new(OptimizerConfig::default(), &BTreeMap::from([("a.weight".to_owned(), var.clone())]));
         let loss = (var.as_tensor() * f64::INFINITY).unwrap().sum_all().unwrap();
-        assert!(optimizer.step(&loss.backward().unwrap(), 0.1).unwrap().skipped);
+        assert!(optimizer.step(&loss.backward().unwrap(), 0.1).unwrap().read().unwrap().skipped);
         assert_eq!(var.as_tensor().to_vec1::<f32>().unwrap(), [1.0]);
-        assert_eq!(optimizer.updates(), 0);
+        assert_eq!(optimizer.updates().unwrap(), 0);
     }
 
     /// Three updates on the CPU alone; or the first one or two of them on the kernels, and the others after the moments were saved
@@ -362,7 +397,7 @@ mod tests {
                         optimizer.restore(moments, *updates).unwrap();
                     }
                     let loss = var.as_tensor().powf(3.0).unwrap().sum_all().unwrap();
-                    optimizer.step(&loss.backward().unwrap(), 0.01).unwrap();
+                    let _ = optimizer.step(&loss.backward().unwrap(), 0.01).unwrap();
                     state = Some(optimizer.state().unwrap());
                 };
                 if on_kernels { emulated(0, step) } else { step() }

@@ -181,7 +181,7 @@ fn train(job: &TrainingJob, checkpoints: &Path, resumed: Option<&PathBuf>, ready
         progress.set_position(step);
         progress.set_message(format!("loss {:.3}", entry["loss"].as_f64().unwrap_or(f64::NAN)));
         if saves {
-            let state = RunState { step, updates: optimizer.updates(), fingerprint: trainer.fingerprint.clone() };
+            let state = RunState { step, updates: optimizer.updates()?, fingerprint: trainer.fingerprint.clone() };
             if vision.trained_blocks() > 0 {
                 companions.backbone = Some(vision.current()?.to_bytes()?);
             }
@@ -323,17 +323,19 @@ impl Loop<'_> {
         dropout.features = recipe.feature_dropout.map_or(rate, |share| share as f32);
         let whole = Tally::of(batch, &self.model, self.source.vision).over(self.ranks)?;
         let learnt = batch.learn(&self.model, recipe, &self.source, dropout, &whole, self.ranks)?;
-        let objectives: serde_json::Map<_, _> =
-            learnt.losses.iter().map(|(name, loss)| ((*name).to_owned(), json!(loss))).collect();
         let learning_rate = recipe.optimizer.rate(step, recipe.steps);
-        let report = optimizer.step(&learnt.gradients, learning_rate)?;
+        let update = optimizer.step(&learnt.gradients, learning_rate)?;
+        // Only now that all is asked for is anything waited for.
+        let (total, losses) = learnt.losses.read(self.ranks)?;
+        let objectives: serde_json::Map<_, _> = losses.iter().map(|(name, loss)| ((*name).to_owned(), json!(loss))).collect();
+        let report = update.read()?;
         if report.skipped && self.ranks.rank() == 0 {
             eprintln!("step {}: the gradient is not finite; the update was left out", step + 1);
         }
         let mut entry = json!({
             "schema": 1,
             "step": step + 1,
-            "loss": learnt.total,
+            "loss": total,
             "objectives": objectives,
             "rate": learning_rate,
             "gradient_norm": report.gradient_norm,

@@ -125,20 +125,32 @@ impl Vision {
         Ok(records.par_iter().map(|record| Record::grid(backbone.regions(&record.values, self.trained_blocks))).collect())
     }
 
-    /// Region features `[records, 49, 1292]`, through which gradients reach the trained weights.
+    /// The pictures of records, put where regions are to be computed from them.
     ///
     /// # Errors
     /// Those of candle.
     ///
     /// # Panics
     /// When no block is trained, or a record has another length than such records have.
-    pub fn differentiable_regions(&self, records: &[Vec<f32>], device: &Device) -> Result<Tensor> {
+    pub fn place(&self, records: &[&[f32]], device: &Device) -> Result<Pictures> {
+        let (channels, side) = entering(BLOCKS.len() - self.trained_blocks);
+        let cut = side * side * channels;
+        let activations = records.iter().flat_map(|r| &r[..cut]).copied().collect();
+        let colours = records.iter().flat_map(|r| &r[cut..]).copied().collect();
+        Ok(Pictures {
+            activations: ops::from_host(activations, (records.len(), side * side, channels), device)?,
+            colours: ops::from_host(colours, (records.len(), GRID * GRID, COLOURS), device)?,
+        })
+    }
+
+    /// Region features `[pictures, 49, 1292]`, through which gradients reach the trained weights.
+    ///
+    /// # Errors
+    /// Those of candle.
+    pub fn differentiable_regions(&self, pictures: &Pictures) -> Result<Tensor> {
         let first = BLOCKS.len() - self.trained_blocks;
-        let (mut channels, side) = entering(first);
-        let (cut, cells) = (side * side * channels, GRID * GRID);
-        let activations: Vec<f32> = records.iter().flat_map(|r| &r[..cut]).copied().collect();
-        let colours: Vec<f32> = records.iter().flat_map(|r| &r[cut..]).copied().collect();
-        let mut x = Tensor::from_vec(activations, (records.len(), side * side, channels), device)?;
+        let (mut channels, _) = entering(first);
+        let mut x = pictures.activations.clone();
         for (i, &(out, expansion, stride)) in BLOCKS.iter().enumerate().skip(first) {
             let part = |kind: &str| format!("block{i}.{kind}");
             let mut y = x.clone();
@@ -155,9 +167,8 @@ impl Vision {
         }
         let (weight, bias) = self.layer("head");
         let features = ops::pointwise_relu6(&x, weight, bias)?;
-        debug_assert_eq!(features.dims(), [records.len(), cells, CHANNELS]);
-        let colours = Tensor::from_vec(colours, (records.len(), cells, COLOURS), device)?;
-        let regions = Tensor::cat(&[features, colours], 2)?;
+        debug_assert_eq!(features.dims(), [pictures.count(), GRID * GRID, CHANNELS]);
+        let regions = Tensor::cat(&[&features, &pictures.colours], 2)?;
         debug_assert_eq!(regions.dims()[2], FEATURES);
         Ok(regions)
     }
@@ -165,6 +176,22 @@ impl Vision {
     fn layer(&self, name: &str) -> (&Tensor, &Tensor) {
         let weight = |kind: &str| self.weights[&format!("{PREFIX}{name}.{kind}")].as_tensor();
         (weight("weight"), weight("bias"))
+    }
+}
+
+/// Pictures of a pass with a trained backbone (see [`Vision::place`]).
+pub struct Pictures {
+    /// What enters the first trained block, `[pictures, pixels, channels]`.
+    activations: Tensor,
+    /// Mean colours of the cells' quarters, `[pictures, 49, 12]`.
+    colours: Tensor,
+}
+
+impl Pictures {
+    /// How many there are.
+    #[must_use]
+    pub fn count(&self) -> usize {
+        self.colours.dims()[0]
     }
 }
 
@@ -197,8 +224,13 @@ mod tests {
         vision.regions(records).unwrap().into_iter().map(|record| record.values).collect()
     }
 
+    fn differentiable(vision: &Vision, records: &[Vec<f32>]) -> Tensor {
+        let records: Vec<&[f32]> = records.iter().map(Vec::as_slice).collect();
+        vision.differentiable_regions(&vision.place(&records, &Device::Cpu).unwrap()).unwrap()
+    }
+
     fn gradients(vision: &Vision, records: &[Vec<f32>]) -> candle_core::backprop::GradStore {
-        let regions = vision.differentiable_regions(records, &Device::Cpu).unwrap();
+        let regions = differentiable(vision, records);
         regions.narrow(2, 0, CHANNELS).unwrap().sqr().unwrap().mean_all().unwrap().backward().unwrap()
     }
 
@@ -208,7 +240,7 @@ mod tests {
         for blocks in [1, 4, 17] {
             let vision = Vision::new(backbone.clone(), blocks, &Device::Cpu).unwrap();
             let records = records(&backbone, blocks);
-            let trained = vision.differentiable_regions(&records, &Device::Cpu).unwrap().to_vec3::<f32>().unwrap();
+            let trained = differentiable(&vision, &records).to_vec3::<f32>().unwrap();
             let plain = plain(&vision, &records);
             for (trained, plain) in trained.iter().zip(&plain) {
                 // Sums of up to 960 products of order 1 in f32, in another order.

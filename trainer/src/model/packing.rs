@@ -109,7 +109,7 @@ impl PackedBatch {
             places.extend((1..=longest).map(|i| (row + i.min(count)) as u32));
             shares.extend((1..=longest).map(|i| if i <= count { 1.0 / count as f32 } else { 0.0 }));
         }
-        let shares = Tensor::from_vec(shares, (rows.len(), longest, 1), hidden.device())?;
+        let shares = ops::from_host(shares, (rows.len(), longest, 1), hidden.device())?;
         let tokens = ops::select_rows(hidden, &places.into())?.reshape((rows.len(), longest, hidden.dim(1)?))?;
         tokens.broadcast_mul(&shares)?.sum(1)
     }
@@ -348,20 +348,20 @@ impl<'a> Packer<'a> {
         if !self.boxes.is_empty() {
             let rows = self.boxes.len() / 5;
             features = Some(if self.pictures.is_empty() {
-                PackedFeatures::Values(Tensor::from_vec(self.features, (rows, self.config.region_feature), device)?)
+                PackedFeatures::Values(ops::from_host(self.features, (rows, self.config.region_feature), device)?)
             } else if self.features.is_empty() {
                 let (images, count) = (self.pictures.len(), self.config.regions());
                 let seen = self.visible.chunks_exact(count).map(|v| 1.0 / v.iter().sum::<f32>().max(1.0)).collect();
-                let visible = self.visible.contains(&0.0).then(|| Tensor::from_vec(self.visible, (images, count, 1), device));
+                let visible = self.visible.contains(&0.0).then(|| ops::from_host(self.visible, (images, count, 1), device));
                 PackedFeatures::Pictures {
                     of: self.pictures.into(),
                     visible: visible.transpose()?,
-                    shares: Tensor::from_vec(seen, (images, 1, 1), device)?,
+                    shares: ops::from_host(seen, (images, 1, 1), device)?,
                 }
             } else {
                 candle_core::bail!("a batch takes the features of all its images from one place")
             });
-            boxes = Some(Tensor::from_vec(self.boxes, (rows, 5), device)?);
+            boxes = Some(ops::from_host(self.boxes, (rows, 5), device)?);
         }
         Ok(PackedBatch {
             ids: self.ids.into(),

@@ -4,12 +4,13 @@ use anyhow::Result;
 use candle_core::Tensor;
 
 use super::draft::{Parts, Predictions};
+use super::masked_regions::{MaskedRegions, region_classification, region_regression};
 use super::tally::Tally;
 use super::{Source, matching_loss};
-use super::{detected_labels, grid_labels, region_classification, region_regression};
 use crate::model::{Dropout, EmbeddedImages, PackedBatch, Passed, Unimo};
 use crate::recipe::Recipe;
 use crate::tasks::task_loss;
+use crate::vision::Pictures;
 
 /// One forward pass of a step.
 pub(super) struct Chunk {
@@ -17,8 +18,10 @@ pub(super) struct Chunk {
     pub(super) parts: Parts,
     /// Means of the standardised features of pictures that are contrasted and nothing else, `[n, region_feature]`.
     pub(super) further_means: Option<Tensor>,
-    /// Records of its pictures where the backbone is trained.
-    pub(super) records: Vec<Vec<f32>>,
+    /// What its masked regions were.
+    pub(super) regions: Option<MaskedRegions>,
+    /// Its pictures where the backbone is trained.
+    pub(super) pictures: Option<Pictures>,
 }
 
 /// An objective's loss in one forward pass.
@@ -49,10 +52,8 @@ impl Encoded {
 
 impl Chunk {
     pub(super) fn forward(&self, model: &Unimo, source: &Source, dropout: Dropout) -> Result<Passed> {
-        let mut pictures = None;
-        if !self.records.is_empty() {
-            pictures = Some(source.vision.differentiable_regions(&self.records, model.device())?);
-        }
+        let regions = |pictures| source.vision.differentiable_regions(pictures);
+        let pictures = self.pictures.as_ref().map(regions).transpose()?;
         Ok(model.forward(&self.packed, pictures.as_ref(), dropout)?)
     }
 
@@ -110,18 +111,12 @@ impl Chunk {
             let loss = task_loss(&logits, task.spec.goal, &targets)?;
             put("task", w.task, targets.len(), loss);
         }
-        let regions = &parts.regions;
-        if !regions.rows.is_empty() {
-            let rows = model.rows(hidden, &regions.rows)?;
-            let loss = region_regression(model, &rows, &regions.features)?;
-            put("region_features", w.region_features, regions.rows.len(), loss);
-            if w.region_classes > 0.0 {
-                let labels = match model.config().detects() {
-                    true => detected_labels(&regions.probabilities, model.config().region_classes, model.device())?,
-                    false => grid_labels(source.vision.given()?, &regions.features, regions.rows.len(), model.device())?,
-                };
-                let loss = region_classification(model, &rows, &labels)?;
-                put("region_classes", w.region_classes, regions.rows.len(), loss);
+        if let Some(MaskedRegions { features, labels }) = &self.regions {
+            let rows = model.rows(hidden, &parts.regions.rows)?;
+            put("region_features", w.region_features, parts.regions.rows.len(), region_regression(model, &rows, features)?);
+            if let Some(labels) = labels {
+                let loss = region_classification(model, &rows, labels)?;
+                put("region_classes", w.region_classes, parts.regions.rows.len(), loss);
             }
         }
         Ok(terms)
@@ -162,17 +157,4 @@ pub(super) fn together(passes: &[Encoded]) -> Result<[Option<Tensor>; KINDS]> {
         }
     }
     Ok(whole)
-}
-
-/// Rows of one tensor and then those of another, where there are any.
-pub(super) fn joined(first: &Option<Tensor>, second: &Option<Tensor>) -> Result<Option<Tensor>> {
-    Ok(match (first, second) {
-        (Some(first), Some(second)) => Some(Tensor::cat(&[first, second], 0)?),
-        (one, other) => one.as_ref().or(other.as_ref()).cloned(),
-    })
-}
-
-/// Number of rows, none where there is no tensor.
-pub(super) fn rows(tensor: &Option<Tensor>) -> usize {
-    tensor.as_ref().map_or(0, |tensor| tensor.dims()[0])
 }

@@ -1,12 +1,15 @@
-//! In-batch contrast of separately encoded images and texts.
+//! Contrasts of images and texts.
 
-use candle_core::{D, Result, Tensor};
+use std::iter::repeat_n;
+use std::ops::Range;
+
+use candle_core::{D, DType, Device, Result, Tensor};
 
 use crate::ops;
 use crate::ops::reference::log_softmax;
 
 /// Added to a picture's share of its texts, so that its logarithm is finite.
-pub(crate) const LEAST_SHARE: f64 = 1e-12;
+const LEAST_SHARE: f64 = 1e-12;
 
 /// Mean of the image→text and text→image contrasts. `images` is `[n, embedding]`, `texts` `[m, embedding]`, unit length;
 /// `image_of_text[t]` is the row of the image that text `t` describes; `temperature` a scalar.
@@ -15,63 +18,91 @@ pub(crate) const LEAST_SHARE: f64 = 1e-12;
 /// other's negatives. Images without a text add no image→text term.
 ///
 /// # Errors
-/// Those of candle.
+/// No text, and those of candle.
 pub fn contrastive_loss(images: &Tensor, texts: &Tensor, image_of_text: &[usize], temperature: &Tensor) -> Result<Tensor> {
-    let (n, m) = (images.dim(0)?, texts.dim(0)?);
-    let similarity = images.matmul(&texts.t()?)?.broadcast_div(temperature)?;
-    let mut own = vec![0f32; n * m];
-    for (text, &image) in image_of_text.iter().enumerate() {
-        own[image * m + text] = 1.0;
+    let all = [0..images.dim(0)?, 0..texts.dim(0)?];
+    match contrastive_part(images, texts, image_of_text, temperature, &all)? {
+        Some(loss) => Ok(loss),
+        None => candle_core::bail!("contrastive_loss: there is no text"),
     }
-    let described = (0..n).filter(|i| image_of_text.contains(i)).map(|i| i as u32).collect();
-    let own = Tensor::from_vec(own, (n, m), images.device())?;
-
-    let p = log_softmax(&similarity)?.exp()?;
-    let of_image = ops::select_rows(&(p * &own)?.sum_keepdim(D::Minus1)?, &described)?;
-    let image_to_text = (of_image + LEAST_SHARE)?.log()?.mean_all()?.neg()?;
-    let log_p = log_softmax(&similarity.t()?.contiguous()?)?;
-    let text_to_image = (log_p * own.t()?)?.sum_all()?.neg()?.affine(1.0 / m as f64, 0.0)?;
-    (image_to_text + text_to_image)?.affine(0.5, 0.0)
 }
 
-/// Members of one pair's contrast: places in the vector of scores.
+/// The terms of [`contrastive_loss`] of some of the images and some of the texts; nothing where these have none.
+///
+/// # Errors
+/// Those of candle.
+pub(super) fn contrastive_part(
+    images: &Tensor,
+    texts: &Tensor,
+    image_of_text: &[usize],
+    temperature: &Tensor,
+    [own_images, own_texts]: &[Range<usize>; 2],
+) -> Result<Option<Tensor>> {
+    let (n, m) = (images.dim(0)?, texts.dim(0)?);
+    let mut is_described = vec![false; n];
+    image_of_text.iter().for_each(|&image| is_described[image] = true);
+    let half_of_mean = |count: usize| -0.5 / count as f64;
+    let mut terms = Vec::new();
+    // Rows of this part whose images are described.
+    let described: Vec<u32> =
+        own_images.clone().filter(|&image| is_described[image]).map(|image| (image - own_images.start) as u32).collect();
+    if !described.is_empty() {
+        let images = images.narrow(0, own_images.start, own_images.len())?;
+        let p = log_softmax(&images.matmul(&texts.t()?)?.broadcast_div(temperature)?)?.exp()?;
+        let own = same(&own_images.clone().collect::<Vec<_>>(), image_of_text, images.device())?;
+        let of_image = ops::select_rows(&(p * own)?.sum_keepdim(D::Minus1)?, &described.into())?;
+        let all = is_described.iter().filter(|described| **described).count();
+        terms.push((of_image + LEAST_SHARE)?.log()?.sum_all()?.affine(half_of_mean(all), 0.0)?);
+    }
+    if !own_texts.is_empty() {
+        let texts = texts.narrow(0, own_texts.start, own_texts.len())?;
+        let log_p = log_softmax(&texts.matmul(&images.t()?)?.broadcast_div(temperature)?)?;
+        let own = same(&image_of_text[own_texts.clone()], &(0..n).collect::<Vec<_>>(), images.device())?;
+        terms.push((log_p * own)?.sum_all()?.affine(half_of_mean(m), 0.0)?);
+    }
+    terms.into_iter().map(Ok).reduce(|sum, term| sum? + term?).transpose()
+}
+
+/// `[rows, columns]`: 1 where both have the same number, 0 elsewhere. Made on the device, of the numbers alone.
+pub(super) fn same(rows: &[usize], columns: &[usize], device: &Device) -> Result<Tensor> {
+    let numbers = |of: &[usize]| Tensor::from_vec(of.iter().map(|&number| number as u32).collect(), of.len(), device);
+    numbers(rows)?.unsqueeze(1)?.broadcast_eq(&numbers(columns)?.unsqueeze(0)?)?.to_dtype(DType::F32)
+}
+
+/// Members of one picture's contrast: places in the vector of scores.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Contrast {
     /// Scores of what belongs together.
     pub positives: Vec<usize>,
-    /// Scores of what does not.
-    pub negatives: Vec<usize>,
+    /// Scores of that, or logarithms of sums of their exponentials, and of what does not.
+    pub all: Vec<usize>,
 }
 
-/// Cross-modal contrastive loss over sets of unlike origin (arXiv 2012.15409, equation 1): the mean over `contrasts` of
-/// −ln( Σ₊ eˢ / (Σ₊ eˢ + Σ₋ eˢ) ), the sum over positives inside the logarithm. `scores` is `[n]`: similarities already divided
-/// by the temperature, of jointly or of separately encoded pairs.
+/// Cross-modal contrastive loss over sets of unlike origin (arXiv 2012.15409, equation 1): the sum over `contrasts` of
+/// −ln( Σ₊ eˢ / Σ eˢ ), the sum over positives inside the logarithm. `scores` is `[n]`: similarities already divided by the
+/// temperature, of jointly or of separately encoded pairs, and logarithms of sums of their exponentials.
 ///
 /// # Errors
-/// A contrast without a positive, a place outside the scores, and those of candle.
+/// No contrast, one without a positive, a place outside the scores, and those of candle.
 pub fn cross_modal_contrast(scores: &Tensor, contrasts: &[Contrast]) -> Result<Tensor> {
-    let count = scores.dim(0)?;
     if contrasts.is_empty() || contrasts.iter().any(|c| c.positives.is_empty()) {
         candle_core::bail!("cross_modal_contrast: a contrast has no positive");
     }
-    let width = contrasts.iter().map(|c| c.positives.len() + c.negatives.len()).max().unwrap_or(0);
-    // Rows of equal width; what is filled up counts nothing.
-    let (mut places, mut all, mut own) = (Vec::new(), Vec::new(), Vec::new());
-    for contrast in contrasts {
-        let members = contrast.positives.iter().chain(&contrast.negatives);
-        if let Some(bad) = members.clone().find(|&&place| place >= count) {
-            candle_core::bail!("cross_modal_contrast: place {bad} of {count} scores");
+    let column = scores.unsqueeze(1)?;
+    let sums = |of: fn(&Contrast) -> &Vec<usize>| {
+        // Rows of equal width; what is filled up counts nothing.
+        let width = contrasts.iter().map(|contrast| of(contrast).len()).max().unwrap_or(0);
+        let (mut places, mut mask) = (Vec::<u32>::new(), Vec::new());
+        for contrast in contrasts {
+            let members = of(contrast);
+            places.extend(members.iter().map(|&place| place as u32).chain(repeat_n(0, width - members.len())));
+            mask.extend(repeat_n(0f32, members.len()).chain(repeat_n(f32::NEG_INFINITY, width - members.len())));
         }
-        let filled = contrast.positives.len() + contrast.negatives.len();
-        places.extend(members.map(|&place| place as u32).chain(std::iter::repeat_n(0, width - filled)));
-        all.extend((0..width).map(|i| if i < filled { 0f32 } else { f32::NEG_INFINITY }));
-        own.extend((0..width).map(|i| if i < contrast.positives.len() { 0f32 } else { f32::NEG_INFINITY }));
-    }
-    let shape = (contrasts.len(), width);
-    let device = scores.device();
-    let rows = ops::select_rows(&scores.unsqueeze(1)?, &places.into())?.reshape(shape)?;
-    let sum = |mask: Vec<f32>| (&rows + Tensor::from_vec(mask, shape, device)?)?.log_sum_exp(D::Minus1);
-    (sum(all)? - sum(own)?)?.mean_all()
+        let shape = (contrasts.len(), width);
+        let rows = ops::select_rows(&column, &places.into())?.reshape(shape)?;
+        (rows + ops::from_host(mask, shape, scores.device())?)?.log_sum_exp(D::Minus1)
+    };
+    (sums(|contrast| &contrast.all)? - sums(|contrast| &contrast.positives)?)?.sum_all()
 }
 
 #[cfg(test)]
@@ -117,13 +148,13 @@ mod tests {
     fn cross_modal_contrast_agrees_with_the_formula() {
         let scores: Vec<f32> = (0..9).map(|i| (i as f32 * 1.3).sin() * 4.0).collect();
         let contrasts = [
-            Contrast { positives: vec![0, 3], negatives: vec![1, 2, 8] },
-            Contrast { positives: vec![4], negatives: vec![5, 6, 7, 0, 1] },
-            Contrast { positives: vec![2, 5, 8], negatives: vec![] },
+            Contrast { positives: vec![0, 3], all: vec![0, 3, 1, 2, 8] },
+            Contrast { positives: vec![4], all: vec![5, 6, 7, 4, 0, 1] },
+            Contrast { positives: vec![2, 5, 8], all: vec![2, 5, 8] },
         ];
         let formula = |scores: &[f64]| -> f64 {
             let sum = |places: &[usize]| places.iter().map(|&p| scores[p].exp()).sum::<f64>();
-            contrasts.iter().map(|c| -(sum(&c.positives) / (sum(&c.positives) + sum(&c.negatives))).ln()).sum::<f64>() / 3.0
+            contrasts.iter().map(|c| -(sum(&c.positives) / sum(&c.all)).ln()).sum::<f64>()
         };
         let wide: Vec<f64> = scores.iter().map(|&s| f64::from(s)).collect();
         let var = candle_core::Var::from_vec(scores, 9, &Device::Cpu).unwrap();
@@ -139,9 +170,9 @@ mod tests {
             let slope = (at(1e-5) - at(-1e-5)) / 2e-5;
             assert!((slope - f64::from(got)).abs() < 1e-5, "score {i}: {got} against {slope}");
         }
-        let empty = Contrast { positives: vec![], negatives: vec![1] };
+        let empty = Contrast { positives: vec![], all: vec![1] };
         assert!(cross_modal_contrast(var.as_tensor(), &[empty]).is_err());
-        let outside = Contrast { positives: vec![9], negatives: vec![] };
+        let outside = Contrast { positives: vec![9], all: vec![9] };
         assert!(cross_modal_contrast(var.as_tensor(), &[outside]).is_err());
     }
 }

@@ -375,6 +375,7 @@ impl Draft<'_> {
 mod tests {
     use candle_core::Device;
 
+    use super::super::masked_regions::MaskedRegions;
     use super::super::testing::six_scenes;
     use super::super::{Orders, StepBatch, Vocabulary};
     use super::*;
@@ -483,14 +484,18 @@ mod tests {
         let (mut hidden, mut rows) = (0, 0);
         for step in 0..20 {
             let batch = StepBatch::build(&model, &recipe, &source, &mut Orders::default(), step).unwrap();
-            let targets = &batch.chunks[0].parts.regions;
+            let chunk = &batch.chunks[0];
             rows += batch.rows();
-            for (n, row) in targets.rows.iter().enumerate() {
+            let Some(MaskedRegions { features, labels }) = &chunk.regions else { continue };
+            let (features, labels) = (features.to_vec2::<f32>().unwrap(), labels.as_ref().unwrap().to_vec2::<f32>().unwrap());
+            for (n, row) in chunk.parts.regions.rows.iter().enumerate() {
                 // Two pictures of six and four regions in either order, each behind its [IMG].
-                let region = targets.features[2 * n];
+                let region = features[n][0];
                 assert!([1.0, 6.0, 8.0].map(|first| first + region).contains(&(*row as f32)), "row {row}, region {region}");
-                assert_eq!(targets.features[2 * n + 1], 10.0 * region);
-                assert_eq!(targets.probabilities[3 * n..3 * n + 3], [region / 16.0, 0.25, 0.25]);
+                assert_eq!(features[n][1], 10.0 * region);
+                let expected = [region / 16.0, 0.25, 0.25].map(|p| p / (region / 16.0 + 0.5));
+                // Written as halves, and scaled in f32.
+                assert!(labels[n].iter().zip(expected).all(|(label, p)| (label - p).abs() < 1e-3), "{:?}", labels[n]);
                 hidden += 1;
             }
         }

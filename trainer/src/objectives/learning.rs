@@ -1,31 +1,71 @@
 //! What the passes of a step add up to: losses and gradients.
 
-use anyhow::{Context, Result};
+use anyhow::Result;
 use candle_core::backprop::GradStore;
 use candle_core::{Tensor, Var};
 
 use super::chunk::{Encoded, KINDS, Term};
+use super::tally::sum_losses;
 use crate::model::Unimo;
+use crate::parallel::Collective;
 use crate::vision::Vision;
 
 /// What a step taught.
 pub struct Learnt {
-    /// The weighted sum of the losses.
-    pub total: f64,
-    /// Every objective's unweighted loss, by name. Objectives without samples are absent.
-    pub losses: Vec<(&'static str, f64)>,
+    /// Losses.
+    pub losses: Losses,
     /// Gradients of the weighted sum.
     pub gradients: GradStore,
 }
 
+/// A step's losses, where they were computed: to read them means to wait for the device.
+pub struct Losses {
+    /// Objective, weight and share of each part of a loss.
+    of: Vec<(&'static str, f64, f64)>,
+    /// Values of these, `[parts]`; nothing where there are none.
+    values: Option<Tensor>,
+}
+
+impl Losses {
+    /// The weighted sum of the losses, and every objective's unweighted loss, by name, of all ranks together. Objectives without
+    /// samples are absent.
+    ///
+    /// # Errors
+    /// Those of candle; a rank that is gone.
+    pub fn read(&self, ranks: &dyn Collective) -> Result<(f64, Vec<(&'static str, f64)>)> {
+        if let Some(devices) = ranks.devices() {
+            devices.wait()?;
+        }
+        let values = self.values.as_ref().map(Tensor::to_vec1::<f32>).transpose()?.unwrap_or_default();
+        let (mut total, mut losses) = (0.0, Vec::<(&str, f64)>::new());
+        for (&(name, weight, share), value) in self.of.iter().zip(values) {
+            let value = f64::from(value) * share;
+            total += weight * value;
+            match losses.iter_mut().find(|(known, _)| *known == name) {
+                Some((_, so_far)) => *so_far += value,
+                None => losses.push((name, value)),
+            }
+        }
+        if ranks.ranks() == 1 {
+            return Ok((total, losses));
+        }
+        sum_losses(ranks, total, &losses)
+    }
+}
+
 /// Gradients by what passes encode, which these carry back pass by pass.
+#[derive(Default)]
 pub(super) struct Carrying {
-    pub(super) gradients: [Option<Tensor>; KINDS],
+    gradients: [Option<Tensor>; KINDS],
     /// Rows of each that are done.
-    pub(super) at: [usize; KINDS],
+    at: [usize; KINDS],
 }
 
 impl Carrying {
+    pub(super) fn of(gradients: [Option<Tensor>; KINDS]) -> Self {
+        Self { gradients, at: [0; KINDS] }
+    }
+
     /// What has these gradients by what the next pass has encoded.
     pub(super) fn next(&mut self, encoded: Encoded) -> Result<Option<Tensor>> {
         let mut carried: Option<Tensor> = None;
@@ -48,10 +88,8 @@ impl Carrying {
 pub(super) struct Learning {
     /// What is trained.
     pub(super) by: Vec<Var>,
-    /// Objective, weight, share and value of losses. Read at the end, all at once: to read one means to wait for the device.
+    /// Objective, weight, share and value of losses.
     terms: Vec<(&'static str, f64, f64, Tensor)>,
-    /// Objective, weight and value of those that are numbers already.
-    known: Vec<(&'static str, f64, f64)>,
     pub(super) gradients: Option<GradStore>,
 }
 
@@ -59,7 +97,7 @@ impl Learning {
     /// Nothing yet, of what is to change the weights of `model` and `vision` that are trained.
     pub(super) fn of(model: &Unimo, vision: &Vision) -> Self {
         let by = model.trained().map(|(_, var)| var).chain(vision.weights().values()).cloned().collect();
-        Self { by, terms: Vec::new(), known: Vec::new(), gradients: None }
+        Self { by, terms: Vec::new(), gradients: None }
     }
 
     /// Takes losses, and what is carried for the contrasts of all passes, and adds the gradients of their sum by what is trained,
@@ -93,33 +131,10 @@ impl Learning {
         Ok(())
     }
 
-    pub(super) fn note(&mut self, name: &'static str, weight: f64, value: f64) {
-        self.known.push((name, weight, value));
-    }
-
-    /// The weighted sum of the losses, and each objective's.
-    pub(super) fn losses(&self) -> Result<(f64, Vec<(&'static str, f64)>)> {
-        let mut values = self.known.clone();
-        if !self.terms.is_empty() {
-            let tensors = self.terms.iter().map(|(.., loss)| loss).collect::<Vec<_>>();
-            let read = Tensor::stack(&tensors, 0)?.to_vec1::<f32>()?;
-            let terms = self.terms.iter().zip(read);
-            values.extend(terms.map(|(&(name, weight, share, _), value)| (name, weight, f64::from(value) * share)));
-        }
-        let (mut total, mut losses) = (0.0, Vec::<(&str, f64)>::new());
-        for (name, weight, value) in values {
-            total += weight * value;
-            match losses.iter_mut().find(|(known, _)| *known == name) {
-                Some((_, so_far)) => *so_far += value,
-                None => losses.push((name, value)),
-            }
-        }
-        Ok((total, losses))
-    }
-
-    pub(super) fn finish(self) -> Result<Learnt> {
-        let (total, losses) = self.losses()?;
-        let gradients = self.gradients.context("the step has no objective")?;
-        Ok(Learnt { total, losses, gradients })
+    /// The losses so far.
+    pub(super) fn losses(&self) -> candle_core::Result<Losses> {
+        let values: Vec<_> = self.terms.iter().map(|(.., loss)| loss).collect();
+        let values = (!values.is_empty()).then(|| Tensor::stack(&values, 0)).transpose()?;
+        Ok(Losses { of: self.terms.iter().map(|&(name, weight, share, _)| (name, weight, share)).collect(), values })
     }
 }

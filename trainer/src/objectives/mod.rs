@@ -4,32 +4,29 @@
 //! passes, reads every objective's loss off the hidden states, and gives the gradients. Draws depend on the seed, the step and
 //! the sample's number alone: the same samples come out however many chunks a step is cut into.
 
-mod among;
 mod chunk;
+mod comparison;
 mod contrastive;
 mod draft;
 mod learning;
+mod masked_regions;
 mod masking;
 mod members;
 mod self_critical;
 mod step;
 mod tally;
 
-use candle_core::{D, Device, Tensor};
+use candle_core::Tensor;
 use rand::seq::SliceRandom;
 
-pub(crate) use contrastive::LEAST_SHARE;
 pub use contrastive::{Contrast, contrastive_loss, cross_modal_contrast};
-pub use learning::Learnt;
+pub use learning::{Learnt, Losses};
 pub use masking::{Fragments, MaskedText, Vocabulary, mask_detected, mask_regions, mask_text, take_fragments};
 pub use self_critical::Critic;
 pub use step::StepBatch;
 pub use tally::Tally;
 
-use crate::backbone::Backbone;
 use crate::corpus::Corpus;
-use crate::model::Unimo;
-use crate::ops::reference::log_softmax;
 use crate::seed;
 use crate::tasks::TaskData;
 use crate::tasks::generation::WritingData;
@@ -88,38 +85,6 @@ pub fn matching_loss(logits: &Tensor, labels: &[f32]) -> candle_core::Result<Ten
     (logits.relu()? - (logits * labels)? + softplus)?.mean_all()
 }
 
-/// Mean squared error of the masked regions' predicted features, standardised; `rows` is `[n, hidden]`, `features`
-/// `[n · region_feature]`.
-fn region_regression(model: &Unimo, rows: &Tensor, features: &[f32]) -> candle_core::Result<Tensor> {
-    let target = model.statistics().standardise(features);
-    let target = Tensor::from_vec(target, (rows.dim(0)?, model.config().region_feature), rows.device())?;
-    (model.region_features(rows)? - target)?.sqr()?.mean_all()
-}
-
-/// The backbone's class distribution at cells with these features, `[n, region_classes]`.
-fn grid_labels(backbone: &Backbone, features: &[f32], count: usize, device: &Device) -> anyhow::Result<Tensor> {
-    let logits = backbone.classify(features)?;
-    let classes = logits.len() / count.max(1);
-    Ok(log_softmax(&Tensor::from_vec(logits, (count, classes), device)?)?.exp()?.detach())
-}
-
-/// A detector's class distribution, `[n, region_classes]`: its probabilities, each region's scaled to a sum of 1.
-fn detected_labels(probabilities: &[f32], classes: usize, device: &Device) -> candle_core::Result<Tensor> {
-    let rows = probabilities.chunks_exact(classes);
-    let scaled = rows.flat_map(|row| {
-        let sum = row.iter().sum::<f32>().max(f32::MIN_POSITIVE);
-        row.iter().map(move |p| p / sum)
-    });
-    Tensor::from_vec(scaled.collect(), (probabilities.len() / classes, classes), device)
-}
-
-/// Cross-entropy of the masked regions with their soft labels `[n, region_classes]` (its gradient is that of the
-/// Kullback–Leibler divergence).
-fn region_classification(model: &Unimo, rows: &Tensor, labels: &Tensor) -> candle_core::Result<Tensor> {
-    let log_p = log_softmax(&model.region_logits(rows)?)?;
-    (labels * log_p)?.sum(D::Minus1)?.mean_all()?.neg()
-}
-
 /// A small corpus for the tests of this module.
 #[cfg(test)]
 mod testing {
@@ -153,16 +118,5 @@ mod testing {
         let mut corpus = Corpus::default();
         corpus.add_pairs(&[shards], &cache, &tokenizer, 48, &|_| ()).unwrap();
         (corpus, backbone, tokenizer)
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn a_detectors_soft_labels_add_up_to_one() {
-        let labels = detected_labels(&[0.2, 0.2, 0.0, 0.5], 2, &Device::Cpu).unwrap().to_vec2::<f32>().unwrap();
-        assert_eq!(labels, [[0.5, 0.5], [0.0, 1.0]]);
     }
 }

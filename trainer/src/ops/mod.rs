@@ -27,7 +27,7 @@ pub use linear::{linear, linear_gelu};
 pub use precision::{Precision, precision, set_precision};
 pub use rows::select_rows;
 
-use candle_core::{CpuStorage, Error, Layout, Result, Storage, Tensor};
+use candle_core::{CpuStorage, Device, Error, Layout, Result, Shape, Storage, Tensor};
 
 /// Gives what the kernels make where the device is theirs.
 macro_rules! on_cuda {
@@ -39,6 +39,18 @@ macro_rules! on_cuda {
     };
 }
 use on_cuda;
+
+/// Host values on a device, for constants of a step: what goes to a GPU goes in parts that no host waits for.
+///
+/// # Errors
+/// Another number of values than the shape has, and those of candle.
+pub fn from_host(values: Vec<f32>, shape: impl Into<Shape>, device: &Device) -> Result<Tensor> {
+    #[cfg(feature = "cuda")]
+    if let Device::Cuda(cuda) = device {
+        return cuda::from_host(&values, &shape.into(), cuda);
+    }
+    Tensor::from_vec(values, shape.into(), device)
+}
 
 /// Work per rayon task, in values: small enough to balance, large enough to amortise the hand-over.
 const TASK_VALUES: usize = 1 << 16;

@@ -7,12 +7,25 @@ use super::{Collective, CollectiveError};
 
 /// Sums over the ranks that do not leave the devices.
 pub trait DeviceSums: Send + Sync {
-    /// Replaces values by their sums over all ranks; returns when all is done. Every rank brings tensors of the same sizes in the same
-    /// order. They are contiguous f32, and nothing else holds their memory.
+    /// Starts to replace values by their sums over all ranks, once they are computed, and returns. Every rank brings tensors of the
+    /// same sizes in the same order. They are contiguous f32, nothing else holds their memory, and they are kept until
+    /// [`DeviceSums::join`].
+    ///
+    /// # Errors
+    /// What the devices' library says.
+    fn start(&self, values: &[Tensor]) -> Result<()>;
+
+    /// Has what the device is asked for from now on wait for all that was started. The host does not.
+    ///
+    /// # Errors
+    /// What the devices' library says.
+    fn join(&self) -> Result<()>;
+
+    /// Returns when all that was started is done.
     ///
     /// # Errors
     /// A rank that is gone; what the devices' library says.
-    fn sum(&self, values: &[Tensor]) -> Result<()>;
+    fn wait(&self) -> Result<()>;
 }
 
 /// The ranks of a job, with a way between their devices where there is one.
@@ -35,7 +48,7 @@ impl<'a> Connected<'a> {
     }
 
     #[cfg(test)]
-    pub(super) fn by(ranks: &'a dyn Collective, devices: Box<dyn DeviceSums>) -> Self {
+    pub(crate) fn by(ranks: &'a dyn Collective, devices: Box<dyn DeviceSums>) -> Self {
         Self { ranks, devices: Some(devices) }
     }
 }
@@ -156,6 +169,8 @@ mod found {
     use super::super::nccl::{self, Communicator, Nccl};
     use super::{Collective, DeviceSums, host};
 
+    const WAIT: sys::CUevent_wait_flags = sys::CUevent_wait_flags::CU_EVENT_WAIT_DEFAULT;
+
     /// How often a host asks whether its device has done what it was given.
     const LOOK: Duration = Duration::from_micros(50);
 
@@ -199,26 +214,39 @@ mod found {
     }
 
     impl DeviceSums for OnCuda {
-        fn sum(&self, values: &[Tensor]) -> Result<()> {
+        fn start(&self, values: &[Tensor]) -> Result<()> {
             let computing = self.device.cuda_stream();
             computing.context().bind_to_thread()?;
             let computed = computing.record_event(None)?;
-            let flags = sys::CUevent_wait_flags::CU_EVENT_WAIT_DEFAULT;
             // SAFETY: a stream and an event of this device's context.
-            unsafe { result::stream::wait_event(self.stream.0, computed.cu_event(), flags) }?;
+            unsafe { result::stream::wait_event(self.stream.0, computed.cu_event(), WAIT) }?;
             for tensor in values {
                 let (storage, layout) = tensor.storage_and_layout();
                 let (Storage::Cuda(storage), Some((start, end))) = (&*storage, layout.contiguous_offsets()) else {
-                    bail!("gradients that do not lie on the CUDA device in one piece");
+                    bail!("values that do not lie on the CUDA device in one piece");
                 };
                 let (pointer, _order) = f32::as_cuda_slice(storage)?.device_ptr(&computing);
-                // SAFETY: values of the tensor, which nothing else holds. They are computed when the stream comes to this, and stay
-                // until it has: this function waits for it.
+                // SAFETY: values of the tensor, which nothing else holds. They are computed when the stream comes to this, and the
+                // caller keeps them until what gives them back comes behind it on the stream that computes.
                 unsafe { self.communicator.sum(pointer + 4 * start as u64, end - start, self.stream.0.cast()) }?;
             }
-            // A rank that is gone would be waited for without end.
+            Ok(())
+        }
+
+        fn join(&self) -> Result<()> {
+            let computing = self.device.cuda_stream();
+            computing.context().bind_to_thread()?;
+            let summed = self.stream.record()?;
+            // SAFETY: a stream and an event of this device's context.
+            unsafe { result::stream::wait_event(computing.cu_stream(), summed.0, WAIT) }?;
+            Ok(())
+        }
+
+        fn wait(&self) -> Result<()> {
+            self.device.cuda_stream().context().bind_to_thread()?;
             let done = self.stream.record()?;
             let started = Instant::now();
+            // A rank that is gone would be waited for without end.
             while !done.is_complete()? {
                 if started.elapsed() > self.patience {
                     self.communicator.give_up();

@@ -27,13 +27,20 @@ pub fn all_reduce<'a>(
     variables: impl IntoIterator<Item = &'a Var>,
     gradients: &mut GradStore,
 ) -> Result<()> {
+    start(ranks, variables, gradients)?;
+    ranks.devices().map_or(Ok(()), DeviceSums::join)
+}
+
+/// As [`all_reduce`], but that sums between devices are only started: nothing may be made of them before
+/// [`join`](DeviceSums::join).
+fn start<'a>(ranks: &dyn Collective, variables: impl IntoIterator<Item = &'a Var>, gradients: &mut GradStore) -> Result<()> {
     let mut variables: Vec<&Var> = variables.into_iter().collect();
     let mut having: Vec<f32> = variables.iter().map(|var| f32::from(u8::from(gradients.get(var).is_some()))).collect();
     ranks.all_reduce(&mut having)?;
     let mut having = having.into_iter();
     variables.retain(|_| having.next().is_some_and(|ranks| ranks > 0.0));
     if let Some(devices) = ranks.devices() {
-        return sum_on_devices(devices, &variables, gradients);
+        return start_on_devices(devices, &variables, gradients);
     }
 
     let (mut of_bucket, mut bucket) = (Vec::new(), Vec::new());
@@ -72,7 +79,8 @@ pub fn all_reduce_while<T>(ranks: &dyn Collective, work: impl FnOnce(&Early) -> 
         let summing = scope.spawn(move || -> Result<GradStore> {
             let mut sums = GradStore::default();
             for (variables, mut gradients) in received {
-                all_reduce(ranks, &variables, &mut gradients)?;
+                start(ranks, &variables, &mut gradients)?;
+                // Each is given away once: nothing is added up here, before the sums are there.
                 sums.extend(gradients)?;
             }
             Ok(sums)
@@ -81,6 +89,7 @@ pub fn all_reduce_while<T>(ranks: &dyn Collective, work: impl FnOnce(&Early) -> 
         let done = work(&early);
         drop(early);
         let sums = summing.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic));
+        ranks.devices().map_or(Ok(()), DeviceSums::join)?;
         Ok((done?, sums?))
     })
 }
@@ -98,8 +107,8 @@ impl Early {
     }
 }
 
-/// As [`all_reduce`], of the variables that some rank has a gradient of.
-fn sum_on_devices(devices: &dyn DeviceSums, variables: &[&Var], gradients: &mut GradStore) -> Result<()> {
+/// As [`start`], of the variables that some rank has a gradient of.
+fn start_on_devices(devices: &dyn DeviceSums, variables: &[&Var], gradients: &mut GradStore) -> Result<()> {
     let (mut buckets, mut size) = (Vec::<(Tensor, Vec<&Var>)>::new(), 0);
     let (mut parts, mut of_bucket) = (Vec::new(), Vec::new());
     for (i, &var) in variables.iter().enumerate() {
@@ -122,7 +131,7 @@ fn sum_on_devices(devices: &dyn DeviceSums, variables: &[&Var], gradients: &mut 
             size = 0;
         }
     }
-    devices.sum(&buckets.iter().map(|(bucket, _)| bucket.clone()).collect::<Vec<_>>())?;
+    devices.start(&buckets.iter().map(|(bucket, _)| bucket.clone()).collect::<Vec<_>>())?;
     for (bucket, variables) in buckets {
         let mut at = 0;
         for var in variables {
@@ -138,9 +147,7 @@ mod tests {
     use candle_core::Device;
 
     use super::super::Connected;
-    use super::super::nccl::Communicator;
-    use super::super::nccl::testing::{OnHost, stand_in};
-    use super::super::testing::among;
+    use super::super::testing::{among, between_devices};
     use super::*;
 
     #[test]
@@ -150,7 +157,7 @@ mod tests {
 
     #[test]
     fn sums_between_devices_are_those_of_the_hosts() {
-        the_sums_are_right(&|ranks| Some(Box::new(OnHost(Communicator::join(stand_in(), ranks).unwrap()))));
+        the_sums_are_right(&|ranks| Some(between_devices(ranks)));
     }
 
     /// Gives a rank its way between devices.

@@ -1,16 +1,16 @@
 //! Data-parallel training: several processes, the *ranks*, share out every step (see `trainer/PARALLEL.md`).
 //!
 //! A launcher (torchrun, srun, mpirun) starts them and says by the environment which is which ([`Launch`]). They exchange what a
-//! step needs through a [`Collective`]: what the step holds, the embeddings that its contrasts compare ([`contrast`]), the
+//! step needs through a [`Collective`]: what the step holds, the embeddings that its contrasts compare ([`sums`]), the
 //! gradients ([`gradients`]). Every rank draws its own part of one plan, and makes the same update of the same weights.
 
-pub mod contrast;
 mod devices;
 pub mod gradients;
 mod launch;
 #[cfg(any(feature = "nccl", test))]
 mod nccl;
 mod rendezvous;
+pub mod sums;
 mod tcp;
 mod wire;
 
@@ -327,12 +327,19 @@ mod tests {
 
 /// Threads as ranks, for the tests of this module.
 #[cfg(test)]
-mod testing {
+pub(crate) mod testing {
     use std::net::TcpListener;
     use std::thread;
     use std::time::Duration;
 
-    use super::{Collective, CollectiveError, Launch, TcpRanks};
+    use super::nccl::Communicator;
+    use super::nccl::testing::{OnHost, stand_in};
+    use super::{Collective, CollectiveError, DeviceSums, Launch, TcpRanks};
+
+    /// A way between the ranks' devices, which are host memory.
+    pub fn between_devices(ranks: &dyn Collective) -> Box<dyn DeviceSums> {
+        Box::new(OnHost(Communicator::join(stand_in(), ranks).unwrap()))
+    }
 
     /// Launches of as many ranks on this host.
     pub fn launches(ranks: usize) -> Vec<Launch> {

@@ -193,7 +193,7 @@ pub(super) mod testing {
     pub struct OnHost(pub Communicator);
 
     impl DeviceSums for OnHost {
-        fn sum(&self, values: &[Tensor]) -> Result<()> {
+        fn start(&self, values: &[Tensor]) -> Result<()> {
             for tensor in values {
                 let (storage, layout) = tensor.storage_and_layout();
                 let (start, end) = layout.contiguous_offsets().unwrap();
@@ -201,6 +201,14 @@ pub(super) mod testing {
                 // SAFETY: values of that number, in memory that the tensor alone has.
                 unsafe { self.0.sum(values[start..].as_ptr() as u64, end - start, std::ptr::null_mut()) }?;
             }
+            Ok(())
+        }
+
+        fn join(&self) -> Result<()> {
+            Ok(())
+        }
+
+        fn wait(&self) -> Result<()> {
             Ok(())
         }
     }

@@ -297,7 +297,7 @@ pub fn task_loss(logits: &Tensor, goal: Goal, targets: &[&[(u32, f32)]]) -> cand
     for (row, target) in targets.iter().enumerate() {
         target.iter().for_each(|&(class, degree)| dense[row * classes + class as usize] = degree);
     }
-    let dense = Tensor::from_vec(dense, (n, classes), logits.device())?;
+    let dense = crate::ops::from_host(dense, (n, classes), logits.device())?;
     let rows = match goal {
         Goal::Class => (crate::ops::reference::log_softmax(logits)? * dense)?.sum(1)?.neg()?,
         Goal::Value => (logits - dense)?.sqr()?.sum(1)?,

@@ -1,6 +1,6 @@
 //! AdamW over all tensors at once: two kernels for the gradient's norm and one for the update, whatever the number of tensors.
 
-use candle_core::{CpuStorage, CudaStorage, Device, InplaceOp1, Layout, Result, Tensor, Var};
+use candle_core::{CpuStorage, CudaStorage, Device, InplaceOp1, Layout, Result, Shape, Tensor, Var};
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use super::machine::{Address, Grid, Kernel, Machine, arguments};
@@ -66,32 +66,29 @@ pub struct DeviceAdamW<'a> {
     pub tensors: Vec<Tuned<'a>>,
     /// Largest global norm of the gradient.
     pub clip_norm: f32,
-    /// Decays, eps and corrections; rate, decay and scale of the gradient are each tensor's own, or found on the device.
+    /// Number of updates so far, and room for two values more, `[3]`; counted on.
+    pub progress: &'a Tensor,
+    /// Decays and eps; rate, decay and scale of the gradient are each tensor's own, or found on the device, as corrections are.
     pub step: AdamWStep,
 }
 
 impl DeviceAdamW<'_> {
-    /// Updates the weights and moments, unless the gradient is not finite, and gives the gradient's global norm. That is the one
-    /// moment at which the host waits for the device.
+    /// Updates the weights and moments, unless the gradient is not finite, and gives the gradient's global norm, `[1]`. The host does
+    /// not wait.
     ///
     /// # Errors
     /// Tensors elsewhere than on `device`, and those of candle.
-    pub fn update(&self, device: &Device) -> Result<f64> {
+    pub fn update(&self, device: &Device) -> Result<Tensor> {
         match device {
             #[cfg(feature = "cuda")]
-            Device::Cuda(cuda) => {
-                let machine = super::nvidia::Nvidia::new(cuda);
-                let norm = self.launch(&machine)?;
-                let norm = cuda.clone_dtoh(&norm)?;
-                Ok(norm.first().map_or(f64::NAN, |norm| f64::from(*norm)))
-            }
+            Device::Cuda(cuda) => self.launch(&super::nvidia::Nvidia::new(cuda)),
             #[cfg(test)]
-            Device::Cpu => Ok(f64::from(self.launch(&super::emulation::Emulated::on_this_thread())?.to_vec(1)[0])),
+            Device::Cpu => self.launch(&super::emulation::Emulated::on_this_thread()),
             other => candle_core::bail!("adamw: no kernels for {other:?}"),
         }
     }
 
-    fn launch<M: Machine>(&self, machine: &M) -> Result<M::Values> {
+    fn launch<M: Machine>(&self, machine: &M) -> Result<Tensor> {
         let mut pieces = Vec::new();
         let mut count = 0;
         for tensor in &self.tensors {
@@ -110,16 +107,16 @@ impl DeviceAdamW<'_> {
         }
         let (table, sums, norm) = (machine.upload(&pieces)?, machine.allocate(count)?, machine.allocate(1)?);
         let (table_at, sums_at, norm_at) = (machine.words_at(&table), machine.at(&sums), machine.at(&norm));
+        let (progress_at, AdamWStep { beta1, beta2, eps, .. }) = (locate(self.progress)?, self.step);
         if count > 0 {
             machine.launch(Kernel("adamw", "square_sums"), Grid::reducing(count), arguments![table_at, sums_at])?;
         }
-        let arguments = arguments![sums_at, norm_at, count as u32];
+        let arguments = arguments![sums_at, norm_at, progress_at, count as u32, beta1, beta2];
         machine.launch(Kernel("adamw", "root_of_sum"), Grid::reducing(1), arguments)?;
         if count > 0 {
-            let AdamWStep { beta1, beta2, eps, correction1, correction2, .. } = self.step;
-            let arguments = arguments![table_at, norm_at, self.clip_norm, beta1, beta2, eps, correction1, correction2];
+            let arguments = arguments![table_at, norm_at, progress_at, self.clip_norm, beta1, beta2, eps];
             machine.launch(Kernel("adamw", "adamw"), Grid::reducing(count), arguments)?;
         }
-        Ok(norm)
+        machine.tensor(norm, &Shape::from(1))
     }
 }

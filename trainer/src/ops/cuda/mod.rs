@@ -32,6 +32,8 @@ pub use elementwise::{dropout_add, gelu, relu6};
 pub use layer_norm::layer_norm;
 pub use linear::{linear, linear_gelu};
 pub use machine::Element;
+#[cfg(feature = "cuda")]
+pub use nvidia::from_host;
 pub use rows::select_rows;
 
 use candle_core::{Device, Result};

@@ -2,7 +2,7 @@
 
 use candle_core::backend::BackendStorage;
 use candle_core::cuda_backend::cudarc::cublas::{result as cublas, sys};
-use candle_core::cuda_backend::cudarc::driver::{CudaSlice, DevicePtr, LaunchConfig, PushKernelArg};
+use candle_core::cuda_backend::cudarc::driver::{CudaSlice, DevicePtr, DeviceRepr, LaunchConfig, PushKernelArg};
 use candle_core::cuda_backend::{CudaDType, WrapErr};
 use candle_core::op::BackpropOp;
 use candle_core::{CudaDevice, CudaStorage, Error, Layout, Result, Shape, Storage, Tensor};
@@ -37,11 +37,34 @@ impl Nvidia {
         f32::wrap_cuda_slice(values, self.device.clone())
     }
 
+    /// A copy of host values, made without waiting for the device.
+    fn copied<T: DeviceRepr + 'static>(&self, values: &[T]) -> Result<CudaSlice<T>> {
+        /// 64 KB: what is copied from the host at one time without it waiting for the device ("Asynchronous Concurrent Execution" of
+        /// the CUDA C++ Programming Guide).
+        const AT_ONCE: usize = 64 << 10;
+        let count = AT_ONCE / size_of::<T>();
+        // SAFETY: any bits are values of the types that are copied, and all of them are written.
+        let mut memory = unsafe { self.device.alloc::<T>(values.len().max(1)) }?;
+        for (part, start) in values.chunks(count).zip((0..).step_by(count)) {
+            self.device.memcpy_htod(part, &mut memory.slice_mut(start..start + part.len()))?;
+        }
+        Ok(memory)
+    }
+
     fn address<T>(&self, slice: &CudaSlice<T>) -> Address {
         let stream = self.device.cuda_stream();
         let (pointer, _order) = slice.device_ptr(&stream);
         Address(pointer)
     }
+}
+
+/// Host values on a CUDA device (see [`from_host`](crate::ops::from_host)).
+pub fn from_host(values: &[f32], shape: &Shape, device: &CudaDevice) -> Result<Tensor> {
+    if values.len() != shape.elem_count() {
+        candle_core::bail!("{} values for {shape:?}", values.len());
+    }
+    let machine = Nvidia::new(device);
+    machine.tensor(machine.copied(values)?, shape)
 }
 
 /// What nvcc made of a file of `kernels/`.
@@ -83,15 +106,7 @@ impl Machine for Nvidia {
     }
 
     fn upload(&self, words: &[u32]) -> Result<CudaSlice<u32>> {
-        /// 64 KB: what is copied from the host at one time without it waiting for the device ("Asynchronous Concurrent Execution" of
-        /// the CUDA C++ Programming Guide).
-        const AT_ONCE: usize = (64 << 10) / 4;
-        // SAFETY: any bits are words, and all of them are written.
-        let mut memory = unsafe { self.device.alloc::<u32>(words.len().max(1)) }?;
-        for (part, start) in words.chunks(AT_ONCE).zip((0..).step_by(AT_ONCE)) {
-            self.device.memcpy_htod(part, &mut memory.slice_mut(start..start + part.len()))?;
-        }
-        Ok(memory)
+        self.copied(words)
     }
 
     fn at(&self, values: &CudaSlice<f32>) -> Address {

@@ -286,7 +286,7 @@ pub fn updates(device: &Device) -> Result<Vec<Outcome>> {
     for (step, scale) in [(1, 0.1), (2, 1.0), (3, 1.0)] {
         let loss = |var: &Var| (var.as_tensor() * var.as_tensor().sqr()?)?.sum_all()?.affine(scale, 0.0);
         let losses = vars.values().map(loss).collect::<candle_core::Result<Vec<_>>>()?;
-        let report = optimizer.step(&Tensor::stack(&losses, 0)?.sum_all()?.backward()?, 0.01)?;
+        let report = optimizer.step(&Tensor::stack(&losses, 0)?.sum_all()?.backward()?, 0.01)?.read()?;
         let gradients: Vec<Vec<f64>> = wide.iter().map(|[w, ..]| w.iter().map(|w| 3.0 * scale * w * w).collect()).collect();
         let norm = gradients.iter().flatten().map(|g| g * g).sum::<f64>().sqrt();
         outcomes.push(Outcome {
@@ -312,7 +312,7 @@ pub fn updates(device: &Device) -> Result<Vec<Outcome>> {
     outcomes.push(Outcome { name: "three AdamW updates".to_owned(), error: error(&weights()?, &expected), tolerance: 1e-5 });
     let before = weights()?;
     let infinite = (vars["b.bias"].as_tensor() * f64::INFINITY)?.sum_all()?;
-    let skipped = optimizer.step(&infinite.backward()?, 0.01)?.skipped && optimizer.updates() == 3;
+    let skipped = optimizer.step(&infinite.backward()?, 0.01)?.read()?.skipped && optimizer.updates()? == 3;
     let changed = weights()?.iter().zip(&before).filter(|(after, before)| after != before).count();
     outcomes.push(Outcome {
         name: "a gradient that is not finite changes nothing".to_owned(),

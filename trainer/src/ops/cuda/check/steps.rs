@@ -76,7 +76,7 @@ pub fn first_steps(device: &Device) -> Result<Steps> {
                 }
             }
         }
-        optimizer.step(&gradients, 1e-2)?;
+        optimizer.step(&gradients, 1e-2)?.read()?;
         steps.losses.push(f64::from(value));
     }
     Ok(steps)

@@ -20,20 +20,29 @@ extern "C" __global__ void square_sums(const Piece* pieces, float* sums) {
     if (threadIdx.x == 0) sums[blockIdx.x] = sum;
 }
 
-// norm[0] = √ Σ sums, in one block.
-extern "C" __global__ void root_of_sum(const float* sums, float* norm, uint32_t count) {
+// norm[0] = √ Σ sums, in one block. Where that is finite there is an update: `progress` holds how many there were, and what they make
+// of the moments' means, 1 / (1 − βᵗ).
+extern "C" __global__ void root_of_sum(
+    const float* sums, float* norm, float* progress, uint32_t count, float beta1, float beta2
+) {
     SHARED(float, partial);
     float sum = 0;
     for (uint32_t i = threadIdx.x; i < count; i += blockDim.x) sum += sums[i];
     sum = block_sum(sum, partial);
-    if (threadIdx.x == 0) norm[0] = sqrtf(sum);
+    if (threadIdx.x != 0) return;
+    norm[0] = sqrtf(sum);
+    if (!isfinite(norm[0])) return;
+    progress[0] += 1.0f;
+    progress[1] = (float)(1.0 / (1.0 - pow((double)beta1, (double)progress[0])));
+    progress[2] = (float)(1.0 / (1.0 - pow((double)beta2, (double)progress[0])));
 }
 
 // One update. A norm that is not finite changes nothing; one above `clip` scales the gradient down to it.
 extern "C" __global__ void adamw(
-    const Piece* pieces, const float* norm, float clip, float beta1, float beta2, float eps, float correction1, float correction2
+    const Piece* pieces, const float* norm, const float* progress, float clip, float beta1, float beta2, float eps
 ) {
     if (!isfinite(norm[0])) return;
+    float correction1 = progress[1], correction2 = progress[2];
     Piece piece = pieces[blockIdx.x];
     float scale = norm[0] > clip ? clip / norm[0] : 1.0f;
     for (uint32_t i = threadIdx.x; i < piece.count; i += blockDim.x) {
