@@ -157,6 +157,23 @@ fn depthwise_convolution() {
 }
 
 #[test]
+fn full_convolution() {
+    let (x, weight) = (var(1, &[2, 36, 3]), var(2, &[5, 27]));
+    let bias = |at: f32| Var::from_tensor(&(var(3, &[5]).as_tensor() + f64::from(at)).unwrap()).unwrap();
+    for stride in [1, 2] {
+        let f = |t: &[Tensor]| ops::convolution_relu6(&t[0], &t[1], &t[2], stride);
+        let g = |t: &[Tensor]| reference::convolution_relu6(&t[0], &t[1], &t[2], stride);
+        let small = Var::from_tensor(&(weight.as_tensor() * 0.1).unwrap()).unwrap();
+        check("convolution_relu6", &[x.clone(), small, bias(3.0)], f, Some(&g));
+        for at in [0.0, 6.0] {
+            check_composed("convolution_relu6 at its ends", &[x.clone(), weight.clone(), bias(at)], f, &g);
+        }
+    }
+    let depthwise = var(2, &[9, 3]);
+    assert!(ops::convolution_relu6(x.as_tensor(), depthwise.as_tensor(), bias(0.0).as_tensor(), 1).is_err());
+}
+
+#[test]
 fn relu6() {
     let inputs = [Var::from_tensor(&((var(1, &[9, 17]).as_tensor() * 5.0).unwrap() + 3.0).unwrap()).unwrap()];
     check_composed("relu6", &inputs, |t| ops::relu6(&t[0]), &|t| reference::relu6(&t[0]));

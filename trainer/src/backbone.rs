@@ -17,7 +17,7 @@ use safetensors::SafeTensors;
 use safetensors::tensor::{Dtype, TensorView};
 use sha2::{Digest, Sha256};
 
-use crate::ops::kernels::{Matrix, Plane, Product, depthwise_relu6, sgemm};
+use crate::ops::kernels::{Matrix, Plane, Product, depthwise_relu6, patches, sgemm};
 
 /// Side of the input image in pixels.
 pub const INPUT: usize = 224;
@@ -62,20 +62,30 @@ pub struct Convolution {
     pub bias: Vec<f32>,
 }
 
+/// What `trained_blocks` is where the whole network is trained: its blocks, and the first convolution as one of them.
+pub const WHOLE: usize = BLOCKS.len() + 1;
+
+/// Channels and side of what enters the part of the network that is trained, which is not nothing: the blocks from some on, or the
+/// pixels.
+#[must_use]
+pub fn entering_trained(trained_blocks: usize) -> (usize, usize) {
+    BLOCKS.len().checked_sub(trained_blocks).map_or((3, INPUT), entering)
+}
+
 /// Channels and side of what enters block `block`; of the last block's result for 17.
 #[must_use]
 pub fn entering(block: usize) -> (usize, usize) {
     BLOCKS[..block].iter().fold((32, INPUT / 2), |(_, side), &(out, _, stride)| (out, side / stride))
 }
 
-/// Values of a picture's record in a feature cache: the region features where no block is trained, else what enters the first
-/// trained block, and the colours.
+/// Values of a picture's record in a feature cache: the region features where no block is trained, else what enters the trained part,
+/// and the colours.
 #[must_use]
 pub fn record_values(trained_blocks: usize) -> usize {
     if trained_blocks == 0 {
         return GRID * GRID * FEATURES;
     }
-    let (channels, side) = entering(BLOCKS.len() - trained_blocks);
+    let (channels, side) = entering_trained(trained_blocks);
     side * side * channels + GRID * GRID * COLOURS
 }
 
@@ -142,14 +152,18 @@ impl Backbone {
     /// SHA-256 of the layers that [`Backbone::record`] uses.
     #[must_use]
     pub fn record_hash(&self, trained_blocks: usize) -> [u8; 32] {
-        let last =
-            if trained_blocks == 0 { "head".to_owned() } else { format!("block{}.project", BLOCKS.len() - trained_blocks - 1) };
         let mut hash = Sha256::new();
+        let last = match WHOLE - trained_blocks {
+            // The pixels themselves.
+            0 => return hash.finalize().into(),
+            1 => "stem".to_owned(),
+            WHOLE => "head".to_owned(),
+            first => format!("block{}.project", first - 2),
+        };
         for (name, _) in layer_shapes() {
             let layer = self.layer(&name);
             layer.weight.iter().chain(&layer.bias).for_each(|v| hash.update(v.to_le_bytes()));
-            // With all 17 blocks trained, the stem alone is used.
-            if name == last || trained_blocks == BLOCKS.len() {
+            if name == last {
                 break;
             }
         }
@@ -173,10 +187,12 @@ impl Backbone {
         if pixels.len() != 3 * INPUT * INPUT {
             bail!("the backbone takes 3×{INPUT}×{INPUT} values, not {}", pixels.len());
         }
-        let Some(first) = BLOCKS.len().checked_sub(trained_blocks) else {
-            bail!("the backbone has {} blocks to train, not {trained_blocks}", BLOCKS.len());
+        let by_pixel = by_pixel(pixels);
+        let mut record = match BLOCKS.len().checked_sub(trained_blocks) {
+            Some(first) => self.blocks(0..first, self.stem(&by_pixel)),
+            None if trained_blocks == WHOLE => by_pixel,
+            None => bail!("the backbone has {WHOLE} blocks to train, its first convolution among them, not {trained_blocks}"),
         };
-        let mut record = self.blocks(0..first, self.stem(pixels));
         record.extend(quarter_colours(pixels));
         Ok(if trained_blocks == 0 { self.head(&record) } else { record })
     }
@@ -192,7 +208,10 @@ impl Backbone {
             return record.to_vec();
         }
         let (activations, colours) = record.split_at(record.len() - GRID * GRID * COLOURS);
-        let mut last = self.blocks(BLOCKS.len() - trained_blocks..BLOCKS.len(), activations.to_vec());
+        let mut last = match BLOCKS.len().checked_sub(trained_blocks) {
+            Some(first) => self.blocks(first..BLOCKS.len(), activations.to_vec()),
+            None => self.blocks(0..BLOCKS.len(), self.stem(activations)),
+        };
         last.extend(colours);
         self.head(&last)
     }
@@ -227,22 +246,12 @@ impl Backbone {
         x.chunks_exact(CHANNELS).zip(colours.chunks_exact(COLOURS)).flat_map(|(x, c)| x.iter().chain(c)).copied().collect()
     }
 
+    /// The first convolution over `[224², 3]`.
     fn stem(&self, pixels: &[f32]) -> Vec<f32> {
-        let (side, plane) = (INPUT / 2, INPUT * INPUT);
-        // Stride 2 pads one pixel at bottom and right only.
-        let mut patches = vec![0f32; side * side * 27];
-        for (i, patch) in patches.chunks_exact_mut(27).enumerate() {
-            let (row, column) = (i / side * 2, i % side * 2);
-            for k in 0..9 {
-                let (r, c) = (row + k / 3, column + k % 3);
-                if r < INPUT && c < INPUT {
-                    for channel in 0..3 {
-                        patch[k * 3 + channel] = pixels[channel * plane + r * INPUT + c];
-                    }
-                }
-            }
-        }
-        self.pointwise("stem", &patches, 27, true)
+        let plane = Plane { side: INPUT, stride: 2, channels: 3 };
+        let mut seen = vec![0f32; 9 * plane.outputs()];
+        patches(pixels, plane, &mut seen);
+        self.pointwise("stem", &seen, 27, true)
     }
 
     /// `x · weightᵀ + bias` for every pixel, then ReLU6 where asked.
@@ -324,6 +333,12 @@ impl Backbone {
         let channels: Vec<f32> = features.chunks_exact(FEATURES).flat_map(|f| &f[..CHANNELS]).copied().collect();
         Ok(self.pointwise("classifier", &channels, CHANNELS, false))
     }
+}
+
+/// `[3, 224, 224]` → `[224², 3]`.
+fn by_pixel(planes: &[f32]) -> Vec<f32> {
+    let pixels = planes.len() / 3;
+    (0..planes.len()).map(|i| planes[i % 3 * pixels + i / 3]).collect()
 }
 
 /// Mean colours of each cell's quarters, `[49, 12]`: upper left, upper right, lower left, lower right, each red, green, blue.
@@ -420,12 +435,12 @@ mod tests {
         let backbone = Backbone::from_bytes(&random_file(3).unwrap()).unwrap();
         let whole = backbone.forward(&pixels()).unwrap();
         assert_eq!(whole.len(), GRID * GRID * FEATURES);
-        for trained in [0, 1, 4, 9, 17] {
+        for trained in [0, 1, 4, 9, 17, WHOLE] {
             let record = backbone.record(&pixels(), trained).unwrap();
             assert_eq!(record.len(), record_values(trained));
             assert_eq!(backbone.regions(&record, trained), whole, "{trained} blocks");
         }
-        assert!(backbone.record(&pixels(), 18).is_err());
+        assert!(backbone.record(&pixels(), WHOLE + 1).is_err());
     }
 
     #[test]
@@ -435,7 +450,7 @@ mod tests {
         let mut changed = other.layer("block13.expand").clone();
         changed.bias[0] += 1.0;
         other.set_layer("block13.expand", changed);
-        for trained in 0..=17 {
+        for trained in 0..=WHOLE {
             assert_eq!(backbone.record_hash(trained) == other.record_hash(trained), trained >= 4, "{trained} blocks");
         }
     }

@@ -3,7 +3,7 @@
 use anyhow::{Context, Result, bail};
 use serde::{Deserialize, Serialize};
 
-use crate::backbone::BLOCKS;
+use crate::backbone::WHOLE;
 use crate::optimizer::OptimizerConfig;
 
 /// A whole recipe.
@@ -22,7 +22,8 @@ pub struct Recipe {
     /// one, as they are.
     #[serde(default = "default_views")]
     pub views: usize,
-    /// Last residual blocks of the backbone that are trained with the model, its head with them; 0 leaves the backbone as it is.
+    /// Last residual blocks of the backbone that are trained with the model, its head with them; 0 leaves the backbone as it is, 18
+    /// trains its first convolution too.
     #[serde(default)]
     pub trained_blocks: usize,
     /// Share of the activations dropped while training, instead of the model's own.
@@ -247,8 +248,8 @@ impl Recipe {
                 bail!("{name} {share} is not in [0, 1)");
             }
         }
-        if recipe.trained_blocks > BLOCKS.len() {
-            bail!("the backbone has {} blocks to train, not {}", BLOCKS.len(), recipe.trained_blocks);
+        if recipe.trained_blocks > WHOLE {
+            bail!("the backbone has {WHOLE} blocks to train, its first convolution among them, not {}", recipe.trained_blocks);
         }
         if recipe.trained_blocks > 0 && (b.masked_pairs > 0 || b.images_alone > 0) {
             bail!(
@@ -345,7 +346,7 @@ mod tests {
             ("dropout = 1.0", "", "dropout 1"),
             ("feature_dropout = -0.1", "", "feature_dropout -0.1"),
             ("ends_at = 11", "", "ends_at 11"),
-            ("trained_blocks = 18", "", "17 blocks"),
+            ("trained_blocks = 19", "", "18 blocks"),
             ("trained_blocks = 2", "masked_pairs = 1", "stays as it is"),
             ("trained_blocks = 2", "contrast_pairs = 8", "they need trained_blocks 0"),
             ("trained_blocks = 2\ntrained = ['embed.']", "", "it needs trained_blocks 0"),

@@ -3,7 +3,8 @@
 //! blocks.
 //!
 //! The first blocks see general edges and textures and cost most of the time; the last ones are the largest and decide what is
-//! told apart. Training those alone needs no pixels: a cache keeps what enters the first of them.
+//! told apart. Training those alone needs no pixels: a cache keeps what enters the first of them. Where all are trained, the first
+//! convolution too, it keeps the pixels.
 
 use std::collections::BTreeMap;
 use std::path::Path;
@@ -12,7 +13,7 @@ use anyhow::{Context, Result};
 use candle_core::{Device, Tensor, Var};
 use rayon::prelude::*;
 
-use crate::backbone::{BLOCKS, Backbone, CHANNELS, COLOURS, Convolution, FEATURES, GRID, entering};
+use crate::backbone::{BLOCKS, Backbone, CHANNELS, COLOURS, Convolution, FEATURES, GRID, WHOLE, entering, entering_trained};
 use crate::model::ModelConfig;
 use crate::ops;
 use crate::regions::Record;
@@ -28,7 +29,8 @@ pub struct Vision {
 }
 
 impl Vision {
-    /// Trains the last `trained_blocks` inverted residual blocks and the head behind them; 0 trains nothing.
+    /// Trains the last `trained_blocks` inverted residual blocks and the head behind them; 0 trains nothing, 18 ([`WHOLE`]) all of them
+    /// and the first convolution.
     ///
     /// # Errors
     /// Those of candle.
@@ -79,8 +81,8 @@ impl Vision {
         if self.trained_blocks == 0 {
             return 0.0;
         }
-        let first = BLOCKS.len() - self.trained_blocks;
-        let mut sum = 0;
+        let (first, stem) = (BLOCKS.len().saturating_sub(self.trained_blocks), entering(0));
+        let mut sum = if self.trained_blocks == WHOLE { stem.1 * stem.1 * stem.0 * 27 } else { 0 };
         for (i, &(out, expansion, stride)) in BLOCKS.iter().enumerate().skip(first) {
             let (channels, side) = entering(i);
             let (inner, before, after) = (channels * expansion, side * side, (side / stride) * (side / stride));
@@ -133,7 +135,7 @@ impl Vision {
     /// # Panics
     /// When no block is trained, or a record has another length than such records have.
     pub fn place(&self, records: &[&[f32]], device: &Device) -> Result<Pictures> {
-        let (channels, side) = entering(BLOCKS.len() - self.trained_blocks);
+        let (channels, side) = entering_trained(self.trained_blocks);
         let cut = side * side * channels;
         let activations = records.iter().flat_map(|r| &r[..cut]).copied().collect();
         let colours = records.iter().flat_map(|r| &r[cut..]).copied().collect();
@@ -148,9 +150,13 @@ impl Vision {
     /// # Errors
     /// Those of candle.
     pub fn differentiable_regions(&self, pictures: &Pictures) -> Result<Tensor> {
-        let first = BLOCKS.len() - self.trained_blocks;
+        let first = BLOCKS.len().saturating_sub(self.trained_blocks);
         let (mut channels, _) = entering(first);
         let mut x = pictures.activations.clone();
+        if self.trained_blocks == WHOLE {
+            let (weight, bias) = self.layer("stem");
+            x = ops::convolution_relu6(&x, weight, bias, 2)?;
+        }
         for (i, &(out, expansion, stride)) in BLOCKS.iter().enumerate().skip(first) {
             let part = |kind: &str| format!("block{i}.{kind}");
             let mut y = x.clone();
@@ -181,7 +187,7 @@ impl Vision {
 
 /// Pictures of a pass with a trained backbone (see [`Vision::place`]).
 pub struct Pictures {
-    /// What enters the first trained block, `[pictures, pixels, channels]`.
+    /// What enters the part that is trained, `[pictures, pixels, channels]`.
     activations: Tensor,
     /// Mean colours of the cells' quarters, `[pictures, 49, 12]`.
     colours: Tensor,
@@ -204,9 +210,9 @@ fn trained_layers(blocks: usize) -> Vec<String> {
         let parts: &[&str] = if expansion > 1 { &["expand", "depthwise", "project"] } else { &["depthwise", "project"] };
         parts.iter().map(move |part| format!("block{i}.{part}"))
     };
-    let mut layers: Vec<String> = BLOCKS.iter().enumerate().skip(BLOCKS.len() - blocks).flat_map(of_block).collect();
-    layers.push("head".to_owned());
-    layers
+    let of_blocks = BLOCKS.iter().enumerate().skip(BLOCKS.len().saturating_sub(blocks)).flat_map(of_block);
+    let stem = (blocks == WHOLE).then(|| "stem".to_owned());
+    stem.into_iter().chain(of_blocks).chain(["head".to_owned()]).collect()
 }
 
 #[cfg(test)]
@@ -237,7 +243,7 @@ mod tests {
     #[test]
     fn training_and_inference_see_the_same_regions_and_every_trained_weight_has_a_gradient() {
         let backbone = Backbone::from_bytes(&random_file(3).unwrap()).unwrap();
-        for blocks in [1, 4, 17] {
+        for blocks in [1, 4, 17, WHOLE] {
             let vision = Vision::new(backbone.clone(), blocks, &Device::Cpu).unwrap();
             let records = records(&backbone, blocks);
             let trained = differentiable(&vision, &records).to_vec3::<f32>().unwrap();
@@ -258,10 +264,13 @@ mod tests {
     #[test]
     fn multiplications_are_those_of_the_network() {
         // MobileNetV2 1.0 has 300 million (Sandler et al., arXiv 1801.04381, table 4), the stem's 10.8 million and the
-        // classifier's 1.3 million among them, which are not trained here.
-        let vision = Vision::new(Backbone::from_bytes(&random_file(3).unwrap()).unwrap(), 17, &Device::Cpu).unwrap();
-        let millions = vision.multiplications() / 1e6 + 10.8 + 1.3;
-        assert!((millions - 300.0).abs() < 2.0, "{millions}");
+        // classifier's 1.3 million among them, which is not trained here.
+        let millions = |blocks: usize| {
+            let backbone = Backbone::from_bytes(&random_file(3).unwrap()).unwrap();
+            Vision::new(backbone, blocks, &Device::Cpu).unwrap().multiplications() / 1e6
+        };
+        assert!((millions(WHOLE) + 1.3 - 300.0).abs() < 2.0, "{}", millions(WHOLE));
+        assert!((millions(WHOLE) - millions(17) - 10.8).abs() < 0.1, "{}", millions(17));
     }
 
     #[test]

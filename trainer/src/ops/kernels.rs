@@ -10,7 +10,9 @@ use unimo::lanes::{LANES, exp};
 
 use super::precision::{Precision, precision};
 
-pub use convolution::{DepthwiseGradient, Plane, depthwise_relu6, depthwise_relu6_backward, relu6, relu6_backward};
+pub use convolution::{
+    DepthwiseGradient, Plane, depthwise_relu6, depthwise_relu6_backward, patches, patches_backward, relu6, relu6_backward,
+};
 
 /// The error function with absolute error below 2e-7 (Abramowitz & Stegun 7.1.26).
 #[inline(always)]

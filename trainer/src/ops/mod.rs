@@ -19,7 +19,7 @@ pub mod reference;
 mod rows;
 
 pub use attention::{AttentionGroup, AttentionPlan, QueryBlock, attention};
-pub use convolution::{depthwise_relu6, pointwise_relu6};
+pub use convolution::{convolution_relu6, depthwise_relu6, pointwise_relu6};
 pub use cross_entropy::tied_cross_entropy;
 pub use elementwise::{dropout_add, dropout_add_layer_norm, gelu, layer_norm, relu6};
 pub use gradients::gradients;

@@ -102,17 +102,32 @@ pub fn relu6(x: &Tensor) -> Result<Tensor> {
     x.relu()? - (x - 6.0)?.relu()?
 }
 
+/// See [`convolution_relu6`](super::convolution_relu6).
+///
+/// # Errors
+/// Shapes that do not fit.
+pub fn convolution_relu6(x: &Tensor, weight: &Tensor, bias: &Tensor, stride: usize) -> Result<Tensor> {
+    let (out, channels) = (bias.dim(0)?, x.dim(2)?);
+    let kernel = weight.reshape((out, 9, channels))?.transpose(1, 2)?.contiguous()?.reshape((out, channels, 3, 3))?;
+    convolution(x, &kernel, bias, stride, 1)
+}
+
 /// See [`depthwise_relu6`](super::depthwise_relu6).
 ///
 /// # Errors
 /// Shapes that do not fit.
 pub fn depthwise_relu6(x: &Tensor, weight: &Tensor, bias: &Tensor, stride: usize) -> Result<Tensor> {
+    let channels = x.dim(2)?;
+    convolution(x, &weight.t()?.reshape((channels, 1, 3, 3))?, bias, stride, channels)
+}
+
+/// ReLU6 of a 3×3 convolution of `[images, side², channels]` by `[out, channels / groups, 3, 3]`.
+fn convolution(x: &Tensor, kernel: &Tensor, bias: &Tensor, stride: usize, groups: usize) -> Result<Tensor> {
     let (images, pixels, channels) = x.dims3()?;
     let side = pixels.isqrt();
     let before = if stride == 1 { 1 } else { 0 };
     let planes = x.transpose(1, 2)?.reshape((images, channels, side, side))?;
     let padded = planes.pad_with_zeros(2, before, 1)?.pad_with_zeros(3, before, 1)?;
-    let kernel = weight.t()?.reshape((channels, 1, 3, 3))?;
-    let y = padded.conv2d(&kernel, 0, stride, 1, channels)?.broadcast_add(&bias.reshape((1, channels, 1, 1))?)?;
+    let y = padded.conv2d(kernel, 0, stride, 1, groups)?.broadcast_add(&bias.reshape((1, bias.dim(0)?, 1, 1))?)?;
     relu6(&y.flatten_from(2)?.transpose(1, 2)?)
 }

@@ -1,4 +1,4 @@
-//! Depthwise convolution with ReLU6, forward and backward.
+//! Depthwise convolution with ReLU6, and what other convolutions see, forward and backward.
 
 use candle_core::{Result, Shape, Tensor};
 
@@ -14,10 +14,8 @@ struct Depthwise {
     plane: Plane,
 }
 
-impl Depthwise {
-    fn words(&self) -> (u32, u32, u32) {
-        (self.plane.side as u32, self.plane.stride as u32, self.plane.channels as u32)
-    }
+fn words(plane: Plane) -> (u32, u32, u32) {
+    (plane.side as u32, plane.stride as u32, plane.channels as u32)
 }
 
 impl Operator for Depthwise {
@@ -26,14 +24,14 @@ impl Operator for Depthwise {
     fn forward<M: Machine>(&self, machine: &M, inputs: &[Input]) -> Result<(M::Values, Shape)> {
         let images = inputs[0].count() / self.plane.inputs();
         let count = images * self.plane.outputs();
-        let (y, (side, stride, channels)) = (machine.allocate(count)?, self.words());
+        let (y, (side, stride, channels)) = (machine.allocate(count)?, words(self.plane));
         let arguments = arguments![inputs[0].at, inputs[1].at, inputs[2].at, machine.at(&y), count, side, stride, channels];
         machine.launch(Kernel("convolution", "depthwise_relu6"), Grid::each(count), arguments)?;
         Ok((y, Shape::from((images, self.plane.outputs() / self.plane.channels, self.plane.channels))))
     }
 
     fn backward<M: Machine>(&self, machine: &M, pass: &Pass) -> Result<Vec<Option<M::Values>>> {
-        let ((x, weight), (side, stride, channels)) = ((&pass.inputs[0], &pass.inputs[1]), self.words());
+        let ((x, weight), (side, stride, channels)) = ((&pass.inputs[0], &pass.inputs[1]), words(self.plane));
         let (images, count) = (x.count() / self.plane.inputs(), pass.result.count());
         let gradient = machine.allocate(count)?;
         let by_result = machine.at(&gradient);
@@ -66,4 +64,34 @@ impl Operator for Depthwise {
 /// See [`depthwise_relu6`](crate::ops::depthwise_relu6), which has checked the shapes.
 pub fn depthwise_relu6(x: &Tensor, weight: &Tensor, bias: &Tensor, plane: Plane) -> Result<Tensor> {
     x.contiguous()?.apply_op3(weight, bias, OnMachine::of(Depthwise { plane }))
+}
+
+struct Patches {
+    plane: Plane,
+}
+
+impl Operator for Patches {
+    const NAME: &'static str = "patches";
+
+    fn forward<M: Machine>(&self, machine: &M, inputs: &[Input]) -> Result<(M::Values, Shape)> {
+        let images = inputs[0].count() / self.plane.inputs();
+        let count = images * 9 * self.plane.outputs();
+        let (y, (side, stride, channels)) = (machine.allocate(count)?, words(self.plane));
+        let arguments = arguments![inputs[0].at, machine.at(&y), count, side, stride, channels];
+        machine.launch(Kernel("convolution", "patches"), Grid::each(count), arguments)?;
+        Ok((y, Shape::from((images, self.plane.outputs() / self.plane.channels, 9 * self.plane.channels))))
+    }
+
+    fn backward<M: Machine>(&self, machine: &M, pass: &Pass) -> Result<Vec<Option<M::Values>>> {
+        let x = &pass.inputs[0];
+        let (dx, (side, stride, channels)) = (x.alike(machine)?, words(self.plane));
+        let arguments = arguments![pass.gradient.at, machine.at(&dx), x.count(), side, stride, channels];
+        machine.launch(Kernel("convolution", "patches_backward"), Grid::each(x.count()), arguments)?;
+        Ok(vec![Some(dx)])
+    }
+}
+
+/// What a 3×3 convolution sees for each of its results: `[images, side², channels]` → `[images, (side / stride)², 9 · channels]`.
+pub fn patches(x: &Tensor, plane: Plane) -> Result<Tensor> {
+    x.contiguous()?.apply_op1(OnMachine::of(Patches { plane }))
 }

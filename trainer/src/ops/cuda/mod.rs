@@ -26,7 +26,7 @@ mod rows;
 
 pub use adamw::{DeviceAdamW, Tuned};
 pub use attention::attention;
-pub use convolution::depthwise_relu6;
+pub use convolution::{depthwise_relu6, patches};
 pub use cross_entropy::{tied_cross_entropy, tied_cross_entropy_in_chunks};
 pub use elementwise::{dropout_add, gelu, relu6};
 pub use layer_norm::layer_norm;

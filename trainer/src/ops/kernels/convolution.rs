@@ -1,10 +1,10 @@
-//! Slice kernels of the convolutional backbone.
+//! Slice kernels of the convolutional backbone, on images `[side², channels]`.
 
 use multiversion::multiversion;
 
 use super::add_assign;
 
-/// A square of pixels, row-major, each `channels` values, as a 3×3 depthwise convolution reads it.
+/// A square of pixels, row-major, each `channels` values, as a 3×3 convolution reads it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Plane {
     /// Pixels along a side.
@@ -22,7 +22,7 @@ impl Plane {
         self.side * self.side * self.channels
     }
 
-    /// Values of the result.
+    /// Values of the result of a depthwise convolution.
     #[must_use]
     pub fn outputs(&self) -> usize {
         let side = self.side / self.stride;
@@ -86,6 +86,31 @@ pub fn depthwise_relu6_backward(of: DepthwiseGradient, plane: Plane, dx: &mut [f
             for c in 0..channels {
                 dx[c] += gradient[c] * weight[c];
                 dweight[c] += gradient[c] * x[c];
+            }
+        }
+    }
+}
+
+/// What a 3×3 convolution sees for each of its results, `[(side / stride)², 9 · channels]` (kernel position first); padding is 0.
+pub fn patches(x: &[f32], plane: Plane, y: &mut [f32]) {
+    let channels = plane.channels;
+    for (i, y) in y.chunks_exact_mut(9 * channels).enumerate() {
+        for (k, y) in y.chunks_exact_mut(channels).enumerate() {
+            match plane.seen(i, k) {
+                Some(at) => y.copy_from_slice(&x[at..at + channels]),
+                None => y.fill(0.0),
+            }
+        }
+    }
+}
+
+/// Backward of [`patches`]: adds to `dx`.
+pub fn patches_backward(dy: &[f32], plane: Plane, dx: &mut [f32]) {
+    let channels = plane.channels;
+    for (i, dy) in dy.chunks_exact(9 * channels).enumerate() {
+        for (k, dy) in dy.chunks_exact(channels).enumerate() {
+            if let Some(at) = plane.seen(i, k) {
+                add_assign(&mut dx[at..at + channels], dy);
             }
         }
     }

@@ -253,7 +253,17 @@ fn convolutions() -> Vec<Case<'static>> {
             tolerance: F32,
         }
     };
-    vec![of(1), of(2)]
+    let full = |stride: usize| {
+        let plane = Plane { side: 6, stride, channels: 3 };
+        Case {
+            name: format!("3×3 convolution with ReLU6, stride {stride}"),
+            inputs: vec![input(25, &[4, 36, 3], 2.0), input(26, &[10, 27], 1.0), input(27, &[10], 1.0)],
+            run: Box::new(move |t| ops::convolution_relu6(&t[0], &t[1], &t[2], stride)),
+            formula: Box::new(move |v| formulas::convolution_relu6(&v[0], &v[1], &v[2], plane)),
+            tolerance: F32,
+        }
+    };
+    vec![of(1), of(2), full(1), full(2)]
 }
 
 /// Draws are the CPU's, bit by bit.

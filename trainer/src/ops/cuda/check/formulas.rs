@@ -95,6 +95,29 @@ pub fn relu6(x: &[f64]) -> Vec<f64> {
     x.iter().map(|x| x.clamp(0.0, 6.0)).collect()
 }
 
+pub fn convolution_relu6(x: &[f64], weight: &[f64], bias: &[f64], plane: Plane) -> Vec<f64> {
+    let Plane { side, stride, channels } = plane;
+    let (out, before) = (side / stride, if stride == 1 { 1 } else { 0 });
+    let mut y = Vec::new();
+    for image in x.chunks_exact(plane.inputs()) {
+        for pixel in 0..out * out {
+            for (weight, bias) in weight.chunks_exact(9 * channels).zip(bias) {
+                let mut sum = *bias;
+                for (i, weight) in weight.iter().enumerate() {
+                    let (k, channel) = (i / channels, i % channels);
+                    let row = (pixel / out * stride + k / 3).wrapping_sub(before);
+                    let column = (pixel % out * stride + k % 3).wrapping_sub(before);
+                    if row < side && column < side {
+                        sum += image[(row * side + column) * channels + channel] * weight;
+                    }
+                }
+                y.push(sum);
+            }
+        }
+    }
+    relu6(&y)
+}
+
 pub fn depthwise_relu6(x: &[f64], weight: &[f64], bias: &[f64], plane: Plane) -> Vec<f64> {
     let Plane { side, stride, channels } = plane;
     let (out, before) = (side / stride, if stride == 1 { 1 } else { 0 });

@@ -168,6 +168,8 @@ const Kernel kernels[] = {
     KERNEL(depthwise_relu6),
     KERNEL(depthwise_relu6_input_backward),
     KERNEL(depthwise_relu6_weight_backward),
+    KERNEL(patches),
+    KERNEL(patches_backward),
     KERNEL(dropout_add),
     KERNEL(fill_rows),
     KERNEL(fill_rows_bf16),
