@@ -93,10 +93,14 @@ pub struct TrainingJob {
 }
 
 impl TrainingJob {
-    /// One beside the CPU's own work; a GPU leaves the CPU idle, and would wait for one.
+    /// One beside the CPU's own work; a GPU leaves the CPU idle, and would wait for one. None where captions are drawn from the model
+    /// as the step before has left it.
     fn drawing_threads(&self) -> usize {
         /// More than these are left for other ranks.
         const MOST: usize = 8;
+        if self.recipe.batch.sampled_captions > 0 {
+            return 0;
+        }
         match (self.drawing_threads, &self.device) {
             (0, Device::Cpu) => 1,
             (0, _) => thread::available_parallelism().map_or(1, |cores| cores.get() / 2).clamp(1, MOST),
@@ -275,10 +279,11 @@ impl Loop<'_> {
         Ok((batch, started.elapsed().as_secs_f64()))
     }
 
-    /// Hands on the batches of steps in order, with what each took. Threads of their own draw and pack
-    /// them, in turns, ahead of the one that is learnt from, unless captions are drawn from the model as the step before has left it.
+    /// Hands on the batches of steps in order, with what each took. Threads of their own draw and pack them, in turns, ahead of the one
+    /// that is learnt from; where there are none, this one does.
     fn each_batch(&self, steps: Range<u64>, mut hand_on: impl FnMut(u64, StepBatch, DataSeconds) -> Result<()>) -> Result<()> {
-        if self.job.recipe.batch.sampled_captions > 0 {
+        let threads = self.job.drawing_threads();
+        if threads == 0 {
             let mut orders = Orders::default();
             for step in steps {
                 let (batch, drawn) = self.batch(step, &mut orders)?;
@@ -287,7 +292,6 @@ impl Loop<'_> {
             return Ok(());
         }
         thread::scope(|scope| {
-            let threads = self.job.drawing_threads();
             let spawn = |first: usize| {
                 let (sender, receiver) = mpsc::sync_channel(BATCHES_AHEAD);
                 let own = steps.clone().skip(first).step_by(threads);

@@ -28,6 +28,8 @@ pub struct Rehearsal {
     pub waited: f64,
     /// Seconds that drawing and packing the data took, beside the step before.
     pub drawn: f64,
+    /// Threads that did so, each batches of its own.
+    pub drawing_threads: usize,
     /// Seconds of the same with nothing beside it.
     pub drawn_alone: f64,
     /// Processor seconds of a step, all threads together, where the system tells.
@@ -78,6 +80,7 @@ pub fn rehearse_among(ranks: &dyn Collective, job: &TrainingJob) -> Result<Rehea
             seconds: median("seconds"),
             waited: median("waited"),
             drawn: median("drawn"),
+            drawing_threads: job.drawing_threads(),
             drawn_alone,
             cpu_seconds: first.zip(last).map(|(first, last)| (last - first) / (spent.len() - 1) as f64),
             peak_memory: peak_memory(),
@@ -121,6 +124,9 @@ impl fmt::Display for Rehearsal {
         }
         write!(f, "\ntime         {:.2} s a step, {:.3} of them waiting for data", self.seconds, self.waited)?;
         write!(f, " that took {:.3} s to be drawn", self.drawn)?;
+        if self.drawing_threads > 1 {
+            write!(f, " by each of {} threads", self.drawing_threads)?;
+        }
         if let Some(seconds) = self.cpu_seconds {
             write!(f, "; {seconds:.2} processor seconds")?;
         }
