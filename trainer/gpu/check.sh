@@ -6,7 +6,8 @@
 #
 # Prints a line for every kernel, then trains a small model for twenty steps on the device and on the CPU, and, where Python has
 # PyTorch, compares the speed of both. Exits with 0 if everything is right, 1 if not. `check.sh rehearse PROGRAM` does on the CPU
-# what can be done there, to see that the script itself works.
+# what can be done there, to see that the script itself works. `check.sh stand-in PROGRAM` does the whole with a driver and cuBLAS that
+# run on the processor (stand-in/driver.cpp; a C++ compiler is needed, six minutes).
 set -euo pipefail
 here=$(cd "$(dirname "$0")" && pwd)
 
@@ -140,9 +141,27 @@ rehearse() {
     exit "$failed"
 }
 
+# Checks and trainings with the stand-in for the driver.
+stand_in() {
+    local program=$1 work name
+    work=$(mktemp -d)
+    trap 'rm -rf "$work"' EXIT
+    # Fibers leave functions by longjmp, which fortified builds take for a mistake.
+    "${CXX:-c++}" -std=c++17 -O2 -ffp-contract=off -fno-strict-aliasing -U_FORTIFY_SOURCE -DUNIMO_EMULATED -shared -fPIC -pthread \
+        -o "$work/libcuda.so.1" "$here/stand-in/driver.cpp"
+    for name in cudart.so.1{2,3} cublasLt.so.1{2,3} cublas.so.1{2,3} curand.so.10 nvrtc.so.1{2,3}; do
+        ln -s libcuda.so.1 "$work/lib$name"
+    done
+    export LD_LIBRARY_PATH=$work STAND_IN_REPORT=1
+    step "kernels against f64, steps against the CPU's" "$program" gpu check
+    step "training on the stand-in and on the CPU" train_both "$program" "$work" cpu cuda
+    exit "$failed"
+}
+
 case ${1:-} in
+    stand-in) stand_in "$(realpath "${2:?which program}")" ;;
     rehearse) rehearse "$(realpath "${2:?which program}")" ;;
     pack) pack "${2:?which program}" "${3:?into which folder}" ;;
     '') run ;;
-    *) echo "usage: check.sh pack PROGRAM FOLDER, check.sh rehearse PROGRAM, or check.sh" >&2; exit 2 ;;
+    *) echo "usage: check.sh pack PROGRAM FOLDER, check.sh rehearse PROGRAM, check.sh stand-in PROGRAM, or check.sh" >&2; exit 2 ;;
 esac

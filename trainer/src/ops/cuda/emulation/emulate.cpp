@@ -24,6 +24,8 @@ namespace {
 
 constexpr unsigned MOST_THREADS = 1024;
 constexpr size_t STACK_BYTES = 64 << 10, SHARED_BYTES = 160 << 10;
+// Words behind a block's shared memory that it may not write.
+constexpr size_t GUARD = 1 << 10;
 constexpr float UNWRITTEN = std::numeric_limits<float>::quiet_NaN();
 
 enum class At { running, warp_barrier, block_barrier, end };
@@ -41,7 +43,7 @@ jmp_buf scheduler;
 unsigned running;
 Index block, block_threads, grid;
 uint32_t words[MOST_THREADS];
-alignas(32) unsigned char dynamic[SHARED_BYTES];
+alignas(32) unsigned char dynamic[SHARED_BYTES + GUARD * sizeof(float)];
 std::string failure;
 
 using Entry = void (*)(void**);
@@ -80,7 +82,8 @@ void resume(unsigned thread) {
 // Threads run in an order of the caller's choice: what depends on it lacks a barrier.
 bool run_block(unsigned threads, unsigned shared_bytes, unsigned order) {
     float* shared = reinterpret_cast<float*>(dynamic);
-    std::fill(shared, shared + SHARED_BYTES / sizeof(float), UNWRITTEN);
+    size_t own = (shared_bytes + 3) / 4;
+    std::fill(shared, shared + own + GUARD, UNWRITTEN);
     auto pick = [&](unsigned i) { return order == 0 ? i : order == 1 ? threads - 1 - i : (i * 17 + order) % threads; };
     std::vector<bool> ready(threads, true);
     for (unsigned left = threads; left > 0;) {
@@ -115,7 +118,7 @@ bool run_block(unsigned threads, unsigned shared_bytes, unsigned order) {
             if (fibers[thread].at == At::block_barrier) ready[thread] = true;
         }
     }
-    for (size_t i = (shared_bytes + 3) / 4; i < SHARED_BYTES / sizeof(float); i++) {
+    for (size_t i = own; i < own + GUARD; i++) {
         if (std::memcmp(shared + i, &UNWRITTEN, sizeof UNWRITTEN) != 0) {
             failure = "a block writes beyond the shared memory that it was given";
             return false;

@@ -1,0 +1,300 @@
+// A stand-in for NVIDIA's driver, cuBLAS and cuRAND, as far as training calls them: device memory is memory of the host, and kernels
+// run on the processor. Ours run as they are, threads as fibers (src/ops/cuda/emulation), candle's are written again in candle.h.
+// So a build with the feature `cuda` trains from end to end without a device, and what surrounds the kernels is seen to work: calls,
+// arguments, sizes, who owns which memory for how long. Nothing is to be read from its times.
+//
+// Stricter than a device where that tells of a mistake: memory that was allocated or given back holds NaNs, copies have to lie within
+// one allocation, nothing is given back twice. What would make the host wait for a device is counted, and told at the end where
+// STAND_IN_REPORT is set.
+#include <cstdint>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <map>
+#include <mutex>
+#include <string>
+
+#include "../../src/ops/cuda/emulation/emulate.cpp"
+
+#include "candle.h"
+
+namespace {
+
+constexpr int SUCCESS = 0, INVALID_VALUE = 1, NOT_FOUND = 500, LAUNCH_FAILED = 719;
+// What a copy from the host's ordinary memory may be at most, if the host is not to wait.
+constexpr size_t UNAWAITED_BYTES = 64 << 10;
+
+std::recursive_mutex lock;
+using Locked = std::lock_guard<std::recursive_mutex>;
+
+struct Counts {
+    unsigned long launches, products, copies_to, largest_to, long_copies_to, copies_from, waits, allocations;
+} counts;
+
+std::map<uint64_t, size_t> allocated;
+size_t in_use;
+
+int fail(int code, const std::string& why) {
+    std::fprintf(stderr, "stand-in: %s\n", why.c_str());
+    return code;
+}
+
+void report() {
+    if (!std::getenv("STAND_IN_REPORT")) return;
+    std::fprintf(
+        stderr,
+        "stand-in: %lu kernels, %lu products, %lu allocations; %lu copies to the device (largest %lu bytes, %lu that a host may wait "
+        "for), %lu from it, %lu other waits\n",
+        counts.launches, counts.products, counts.allocations, counts.copies_to, counts.largest_to, counts.long_copies_to,
+        counts.copies_from, counts.waits
+    );
+}
+
+// Whether a range lies in one allocation.
+bool owned(uint64_t address, size_t bytes) {
+    auto after = allocated.upper_bound(address);
+    if (after == allocated.begin()) return false;
+    auto [start, size] = *std::prev(after);
+    return address + bytes <= start + size;
+}
+
+int allocate(uint64_t* address, size_t bytes) {
+    Locked locked(lock);
+    if (bytes == 0) return fail(INVALID_VALUE, "an allocation of nothing");
+    void* memory = nullptr;
+    if (posix_memalign(&memory, 256, bytes)) return 2;
+    std::memset(memory, 0xff, bytes);
+    *address = reinterpret_cast<uint64_t>(memory);
+    allocated[*address] = bytes;
+    in_use += bytes;
+    counts.allocations++;
+    return SUCCESS;
+}
+
+int give_back(uint64_t address) {
+    Locked locked(lock);
+    auto found = allocated.find(address);
+    if (found == allocated.end()) return fail(INVALID_VALUE, "what is given back was not allocated");
+    std::memset(reinterpret_cast<void*>(address), 0xff, found->second);
+    in_use -= found->second;
+    allocated.erase(found);
+    std::free(reinterpret_cast<void*>(address));
+    return SUCCESS;
+}
+
+struct Found {
+    const emulation::Kernel* ours;
+    const candle::Kernel* candles;
+};
+
+// Matrices column by column, as BLAS has them.
+struct Gemm {
+    bool transposed[2];
+    size_t m, n, k, ld[3];
+    const void *a, *b;
+    void* c;
+    bool bf16[2];
+    float alpha, beta;
+};
+
+float read(const void* values, bool bf16, size_t at) {
+    if (!bf16) return static_cast<const float*>(values)[at];
+    return __bfloat162float(static_cast<const __nv_bfloat16*>(values)[at]);
+}
+
+void multiply(const Gemm& of) {
+    for (size_t column = 0; column < of.n; column++) {
+        for (size_t row = 0; row < of.m; row++) {
+            float sum = 0;
+            for (size_t i = 0; i < of.k; i++) {
+                size_t a = of.transposed[0] ? i + row * of.ld[0] : row + i * of.ld[0];
+                size_t b = of.transposed[1] ? column + i * of.ld[1] : i + column * of.ld[1];
+                sum += read(of.a, of.bf16[0], a) * read(of.b, of.bf16[0], b);
+            }
+            size_t at = row + column * of.ld[2];
+            // Zero times what is in memory that nothing was written to is no number; BLAS does not read it then.
+            float value = of.alpha * sum + (of.beta == 0 ? 0 : of.beta * read(of.c, of.bf16[1], at));
+            if (of.bf16[1]) {
+                static_cast<__nv_bfloat16*>(of.c)[at] = __float2bfloat16(value);
+            } else {
+                static_cast<float*>(of.c)[at] = value;
+            }
+        }
+    }
+}
+
+constexpr int F32 = 0, BF16 = 14;
+
+int multiply_batch(
+    const int* transposed, const int* sizes, const float* scales, const void* a, int type_a, int lda, long long stride_a, const void* b,
+    int type_b, int ldb, long long stride_b, void* c, int type_c, int ldc, long long stride_c, int batch
+) {
+    Locked locked(lock);
+    if (type_a != type_b || (type_a != F32 && type_a != BF16) || (type_c != F32 && type_c != BF16)) {
+        return fail(15, "products of these types are not made here");
+    }
+    counts.products++;
+    auto place = [](auto* values, int type, long long at) {
+        using Byte = std::conditional_t<std::is_const_v<std::remove_pointer_t<decltype(values)>>, const char, char>;
+        return static_cast<Byte*>(values) + at * (type == BF16 ? 2 : 4);
+    };
+    for (int i = 0; i < batch; i++) {
+        multiply({{transposed[0] != 0, transposed[1] != 0},
+                  size_t(sizes[0]),
+                  size_t(sizes[1]),
+                  size_t(sizes[2]),
+                  {size_t(lda), size_t(ldb), size_t(ldc)},
+                  place(a, type_a, i * stride_a),
+                  place(b, type_b, i * stride_b),
+                  place(c, type_c, i * stride_c),
+                  {type_a == BF16, type_c == BF16},
+                  scales[0],
+                  scales[1]});
+    }
+    return SUCCESS;
+}
+
+}  // namespace
+
+extern "C" {
+
+// The driver.
+int cuInit(unsigned) {
+    static bool once = (std::atexit(report), true);
+    (void)once;
+    return SUCCESS;
+}
+int cuDriverGetVersion(int* version) { return *version = 13000, SUCCESS; }
+int cuDeviceGetCount(int* count) { return *count = 1, SUCCESS; }
+int cuDeviceGet(int* device, int ordinal) { return *device = ordinal, ordinal == 0 ? SUCCESS : 101; }
+int cuDeviceGetName(char* name, int length, int) { return std::snprintf(name, size_t(length), "stand-in"), SUCCESS; }
+int cuDeviceGetUuid_v2(char* uuid, int) { return std::memset(uuid, 7, 16), SUCCESS; }
+int cuDeviceGetUuid(char* uuid, int device) { return cuDeviceGetUuid_v2(uuid, device); }
+int cuDeviceTotalMem_v2(size_t* bytes, int) { return *bytes = size_t(16) << 30, SUCCESS; }
+int cuMemGetInfo_v2(size_t* left, size_t* all) {
+    Locked locked(lock);
+    *all = size_t(16) << 30;
+    *left = *all - in_use;
+    return SUCCESS;
+}
+int cuDeviceGetAttribute(int* value, int attribute, int) {
+    constexpr int MULTIPROCESSORS = 16, MAJOR = 75, MINOR = 76;
+    *value = attribute == MULTIPROCESSORS ? 4 : attribute == MAJOR ? 8 : attribute == MINOR ? 0 : 1;
+    return SUCCESS;
+}
+int cuDevicePrimaryCtxRetain(void** context, int) { return *context = &counts, SUCCESS; }
+int cuDevicePrimaryCtxRelease_v2(int) { return SUCCESS; }
+int cuDeviceGetDefaultMemPool(void** pool, int) { return *pool = &allocated, SUCCESS; }
+int cuMemPoolSetAttribute(void*, int, void*) { return SUCCESS; }
+thread_local void* current;
+int cuCtxSetCurrent(void* context) { return current = context, SUCCESS; }
+int cuCtxGetCurrent(void** context) { return *context = current, SUCCESS; }
+int cuCtxSynchronize() { return counts.waits++, SUCCESS; }
+int cuGetErrorName(int, const char** name) { return *name = "an error of the stand-in", SUCCESS; }
+int cuGetErrorString(int, const char** text) { return *text = "see above", SUCCESS; }
+
+int cuStreamCreate(void** stream, unsigned) { return *stream = new char, SUCCESS; }
+int cuStreamDestroy_v2(void* stream) { return delete static_cast<char*>(stream), SUCCESS; }
+int cuStreamIsCapturing(void*, int* status) { return *status = 0, SUCCESS; }
+int cuStreamSynchronize(void*) { return counts.waits++, SUCCESS; }
+int cuStreamWaitEvent(void*, void*, unsigned) { return SUCCESS; }
+int cuEventCreate(void** event, unsigned) { return *event = new char, SUCCESS; }
+int cuEventDestroy_v2(void* event) { return delete static_cast<char*>(event), SUCCESS; }
+int cuEventRecord(void*, void*) { return SUCCESS; }
+int cuEventQuery(void*) { return SUCCESS; }
+int cuEventSynchronize(void*) { return counts.waits++, SUCCESS; }
+
+// cudarc's empty slices ask for nothing.
+int cuMemAllocAsync(uint64_t* address, size_t bytes, void*) { return bytes == 0 ? (*address = 0, SUCCESS) : allocate(address, bytes); }
+int cuMemAlloc_v2(uint64_t* address, size_t bytes) { return counts.waits++, allocate(address, bytes); }
+int cuMemFreeAsync(uint64_t address, void*) { return address == 0 ? SUCCESS : give_back(address); }
+int cuMemFree_v2(uint64_t address) { return counts.waits++, give_back(address); }
+int cuMemcpyHtoDAsync_v2(uint64_t to, const void* from, size_t bytes, void*) {
+    Locked locked(lock);
+    if (bytes > 0 && !owned(to, bytes)) return fail(INVALID_VALUE, "a copy to the device leaves its allocation");
+    std::memcpy(reinterpret_cast<void*>(to), from, bytes);
+    counts.copies_to++;
+    counts.long_copies_to += bytes > UNAWAITED_BYTES;
+    counts.largest_to = std::max(counts.largest_to, (unsigned long)bytes);
+    return SUCCESS;
+}
+int cuMemcpyDtoHAsync_v2(void* to, uint64_t from, size_t bytes, void*) {
+    Locked locked(lock);
+    if (!owned(from, bytes)) return fail(INVALID_VALUE, "a copy from the device leaves its allocation");
+    std::memcpy(to, reinterpret_cast<void*>(from), bytes);
+    counts.copies_from++;
+    return SUCCESS;
+}
+int cuMemcpyDtoDAsync_v2(uint64_t to, uint64_t from, size_t bytes, void*) {
+    Locked locked(lock);
+    if (!owned(to, bytes) || !owned(from, bytes)) return fail(INVALID_VALUE, "a copy on the device leaves its allocation");
+    std::memmove(reinterpret_cast<void*>(to), reinterpret_cast<void*>(from), bytes);
+    return SUCCESS;
+}
+int cuMemsetD8Async(uint64_t to, unsigned char value, size_t bytes, void*) {
+    Locked locked(lock);
+    if (!owned(to, bytes)) return fail(INVALID_VALUE, "memory that is filled leaves its allocation");
+    std::memset(reinterpret_cast<void*>(to), value, bytes);
+    return SUCCESS;
+}
+
+int cuModuleLoadData(void** module, const void*) { return *module = &counts, SUCCESS; }
+int cuModuleUnload(void*) { return SUCCESS; }
+int cuModuleGetFunction(void** function, void*, const char* name) {
+    Found found = {nullptr, candle::find(name)};
+    for (const emulation::Kernel& kernel : emulation::kernels) {
+        if (std::string(kernel.name) == name) found.ours = &kernel;
+    }
+    if (!found.ours && !found.candles) return fail(NOT_FOUND, std::string("there is no kernel ") + name);
+    *function = new Found(found);
+    return SUCCESS;
+}
+int cuFuncSetAttribute(void*, int, int) { return SUCCESS; }
+int cuLaunchKernel(
+    void* function, unsigned x, unsigned y, unsigned z, unsigned threads, unsigned threads_y, unsigned threads_z, unsigned shared, void*,
+    void** values, void**
+) {
+    Locked locked(lock);
+    counts.launches++;
+    const Found& found = *static_cast<Found*>(function);
+    if (x == 0 || y == 0 || z == 0 || threads == 0) return fail(INVALID_VALUE, "a grid of nothing");
+    if (found.candles) return found.candles->run(values), SUCCESS;
+    unsigned blocks[3] = {x, y, z};
+    if (threads_y != 1 || threads_z != 1) return fail(INVALID_VALUE, "our kernels have threads along x alone");
+    if (emulation_launch(found.ours->name, blocks, threads, shared, values, found.ours->parameters, 0)) {
+        return fail(LAUNCH_FAILED, std::string(found.ours->name) + ": " + emulation_failure());
+    }
+    return SUCCESS;
+}
+
+// cuBLAS.
+int cublasCreate_v2(void** handle) { return *handle = &counts, SUCCESS; }
+int cublasDestroy_v2(void*) { return SUCCESS; }
+int cublasSetStream_v2(void*, void*) { return SUCCESS; }
+int cublasGemmEx(
+    void*, int transpose_a, int transpose_b, int m, int n, int k, const void* alpha, const void* a, int type_a, int lda, const void* b,
+    int type_b, int ldb, const void* beta, void* c, int type_c, int ldc, int, int
+) {
+    int transposed[] = {transpose_a, transpose_b}, sizes[] = {m, n, k};
+    float scales[] = {*static_cast<const float*>(alpha), *static_cast<const float*>(beta)};
+    return multiply_batch(transposed, sizes, scales, a, type_a, lda, 0, b, type_b, ldb, 0, c, type_c, ldc, 0, 1);
+}
+int cublasGemmStridedBatchedEx(
+    void*, int transpose_a, int transpose_b, int m, int n, int k, const void* alpha, const void* a, int type_a, int lda,
+    long long stride_a, const void* b, int type_b, int ldb, long long stride_b, const void* beta, void* c, int type_c, int ldc,
+    long long stride_c, int batch, int, int
+) {
+    int transposed[] = {transpose_a, transpose_b}, sizes[] = {m, n, k};
+    float scales[] = {*static_cast<const float*>(alpha), *static_cast<const float*>(beta)};
+    return multiply_batch(
+        transposed, sizes, scales, a, type_a, lda, stride_a, b, type_b, ldb, stride_b, c, type_c, ldc, stride_c, batch
+    );
+}
+
+// cuRAND, which candle opens and training does not use.
+int curandCreateGenerator(void** generator, int) { return *generator = &counts, SUCCESS; }
+int curandDestroyGenerator(void*) { return SUCCESS; }
+int curandSetStream(void*, void*) { return SUCCESS; }
+int curandSetPseudoRandomGeneratorSeed(void*, unsigned long long) { return SUCCESS; }
+
+}  // extern "C"
