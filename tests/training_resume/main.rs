@@ -180,6 +180,10 @@ fn a_resumed_run_has_the_curve_of_an_uninterrupted_one() {
     training::run(&TrainingJob { resume: true, ..cut.clone() }).unwrap();
     assert_eq!(curve(&cut.run), expected);
 
+    let unsaved = job(folder.path(), "unsaved");
+    let told = training::run(&TrainingJob { stop_after: Some(1), ..unsaved }).unwrap_err().to_string();
+    assert_eq!(told, "the run ends after step 1, before its first checkpoint: there is one every 2 steps");
+
     // A run that ends early is the whole one's beginning, with a checkpoint where it ends.
     let mut early = job(folder.path(), "early");
     early.recipe.ends_at = Some(5);

@@ -141,6 +141,24 @@ rehearse() {
     exit "$failed"
 }
 
+# Of two and of four steps, neither with a checkpoint: two more make six more copies from the device (losses, norm and temperature, at
+# the end of each), no other wait, and no upload that a host may wait for.
+waits_at_the_end_alone() {
+    local work=$1 steps
+    for steps in 2 4; do
+        # It ends without a checkpoint, and says so.
+        train --out "$work/of-$steps" --device cuda --stop-after $steps 2>"$work/of-$steps.txt" || true
+    done
+    python3 - "$work"/of-{2,4}.txt <<'PYTHON'
+import re, sys
+told = r"(\d+) that a host may wait for\), (\d+) from it, (\d+) other waits"
+two, four = ([int(n) for n in re.search(told, open(path).read()).groups()] for path in sys.argv[1:])
+more = [b - a for a, b in zip(two, four)]
+print(f"two steps: {more[0]} uploads above 64 KB, {more[1]} copies from the device, {more[2]} other waits")
+sys.exit(more != [0, 6, 0])
+PYTHON
+}
+
 # Checks and trainings with the stand-in for the driver.
 stand_in() {
     local program=$1 work name
@@ -155,6 +173,7 @@ stand_in() {
     export LD_LIBRARY_PATH=$work STAND_IN_REPORT=1
     step "kernels against f64, steps against the CPU's" "$program" gpu check
     step "training on the stand-in and on the CPU" train_both "$program" "$work" cpu cuda
+    step "where the host waits" waits_at_the_end_alone "$work"
     exit "$failed"
 }
 

@@ -207,7 +207,10 @@ fn train(job: &TrainingJob, checkpoints: &Path, resumed: Option<&PathBuf>, ready
     if !writes {
         last = checkpoint::list(checkpoints)?.pop().or(last);
     }
-    last.context("no step was run")
+    let every = job.recipe.checkpoint_every;
+    last.with_context(|| {
+        format!("the run ends after step {last_step}, before its first checkpoint: there is one every {every} steps")
+    })
 }
 
 /// Scores on the development data of each kind that there is: an entry for the log, and a line for people.

@@ -12,6 +12,7 @@ mod learning;
 mod masked_regions;
 mod masking;
 mod members;
+mod passes;
 mod self_critical;
 mod step;
 mod tally;

@@ -1,24 +1,17 @@
-//! A step: its samples, drawn and packed into one or several chunks, and what they teach together.
+//! A step: its samples, drawn and packed into one or several chunks.
 
 use std::collections::HashSet;
 
-use anyhow::{Context, Result, bail};
-use candle_core::backprop::GradStore;
-use candle_core::{Tensor, Var};
+use anyhow::{Result, bail};
 use rand::Rng;
 
-use super::chunk::{Chunk, Encoded, KINDS, together};
-use super::comparison::Comparison;
+use super::chunk::Chunk;
 use super::draft::{Draft, Parts, Picture};
-use super::learning::{Carrying, Learning, Learnt};
 use super::masked_regions::MaskedRegions;
-use super::members::Members;
-use super::tally::{CONTRAST, Tally};
 use super::{Orders, Source, shuffled};
-use crate::model::{Dropout, Packer, Passed, Unimo};
+use crate::model::{Packer, Unimo};
 use crate::ops;
-use crate::parallel::gradients::{self, Early};
-use crate::parallel::{Collective, Passes, share};
+use crate::parallel::{Passes, share};
 use crate::recipe::Recipe;
 use crate::regions::alike;
 use crate::seed;
@@ -215,190 +208,9 @@ impl StepBatch {
         2.0 * (products + encoded + recomputed)
     }
 
-    /// The step's losses and their gradients.
-    ///
-    /// With several chunks, memory holds the activations of one: embeddings are computed first and without activations kept, the
-    /// contrasts' gradients by them are taken, and then each chunk is run again and carries its part of those gradients back
-    /// together with its own losses (Gao et al., arXiv 2101.06983). The result is that of one large pass.
-    ///
-    /// With several ranks, each does this with its own passes, and losses and gradients are those of all together. `whole` is the
-    /// tally of the whole step. The sums of gradients over the ranks begin while the last pass goes back.
-    ///
-    /// On a GPU no host waits for it here, or for another one, where these reach each other: losses are read later.
-    ///
-    /// # Errors
-    /// Those of candle; a rank that is gone.
-    pub fn learn(
-        &self,
-        model: &Unimo,
-        recipe: &Recipe,
-        source: &Source,
-        dropout: Dropout,
-        whole: &Tally,
-        ranks: &dyn Collective,
-    ) -> Result<Learnt> {
-        let mut learnt = Learning::of(model, source.vision);
-        let of_chunk = |i: usize| match self.passes.count {
-            1 => dropout,
-            _ => Dropout { seed: seed::mix(dropout.seed, (self.passes.own.start + i) as u64), ..dropout },
-        };
-        let encode = |i: usize, chunk: &Chunk| -> Result<(Passed, Encoded)> {
-            let passed = chunk.forward(model, source, of_chunk(i))?;
-            let encoded = if contrasted(recipe, whole) { chunk.encode(&passed, model, recipe)? } else { Encoded::default() };
-            Ok((passed, encoded))
-        };
-        let (mut carrying, mut kept) = (Carrying::default(), None);
-        if contrasted(recipe, whole) {
-            let mut first = Vec::new();
-            for (i, chunk) in self.chunks.iter().enumerate() {
-                let pass = encode(i, chunk)?;
-                first.push(pass.1.detached());
-                // The only pass need not be run again.
-                kept = (self.chunks.len() == 1).then_some(pass);
-            }
-            carrying = Carrying::of(self.compare(&first, model, recipe, ranks, &mut learnt)?);
-        }
-        let mut layers = LayersLeft::of(model);
-        let mut learn_passes = |early: Option<&Early>| -> Result<()> {
-            for (i, chunk) in self.chunks.iter().enumerate() {
-                let (passed, encoded) = kept.take().map_or_else(|| encode(i, chunk), Ok)?;
-                let terms = chunk.local_terms(&passed.hidden, model, recipe, source, whole)?;
-                let carried = carrying.next(encoded)?;
-                // The last pass completes a layer's gradients.
-                let (Some(early), true) = (early, i + 1 == self.chunks.len()) else {
-                    learnt.add(terms, carried, |loss, by| passed.backward(model, &chunk.packed, loss, by))?;
-                    continue;
-                };
-                let mut so_far = learnt.gradients.take();
-                learnt.add(terms, carried, |loss, by| {
-                    passed.backward_by_layer(model, &chunk.packed, loss, by, &mut |layer, all| {
-                        layers.give_away_from(layer, [Some(&mut *all), so_far.as_mut()], early)
-                    })
-                })?;
-                if let Some(so_far) = so_far {
-                    learnt.add_gradients(so_far)?;
-                }
-            }
-            // Layers that the last pass did not come to.
-            let left = early.map(|early| layers.give_away_from(0, [learnt.gradients.as_mut(), None], early));
-            Ok(left.transpose().map(|_| ())?)
-        };
-        if ranks.ranks() == 1 {
-            learn_passes(None)?;
-            let losses = learnt.losses()?;
-            return Ok(Learnt { losses, gradients: learnt.gradients.context("the step has no objective")? });
-        }
-        let ((), mut summed) = gradients::all_reduce_while(ranks, |early| learn_passes(Some(early)))?;
-        let losses = learnt.losses()?;
-        // A rank may have nothing to learn from in a step: its gradients are zeros.
-        let mut rest = match learnt.gradients {
-            Some(gradients) => gradients,
-            None => ops::gradients(model.temperature()?.affine(0.0, 0.0)?, &learnt.by)?,
-        };
-        gradients::all_reduce(ranks, layers.rest(model).chain(source.vision.weights().values()), &mut rest)?;
-        summed.extend(rest)?;
-        Ok(Learnt { losses, gradients: summed })
-    }
-
     /// Whether anything is compared over chunks.
     fn contrasted(&self) -> bool {
         self.chunks.iter().any(|chunk| !chunk.parts.text_rows.is_empty() || chunk.further_means.is_some())
-    }
-
-    /// Compares what this rank's passes have encoded with each other and with what those of other ranks have; the gradients by it.
-    fn compare(
-        &self,
-        passes: &[Encoded],
-        model: &Unimo,
-        recipe: &Recipe,
-        ranks: &dyn Collective,
-        learnt: &mut Learning,
-    ) -> Result<[Option<Tensor>; KINDS]> {
-        let members = self.members(recipe);
-        let own = Encoded { tensors: together(passes)? };
-        let comparison = Comparison::among(ranks, own, &members, model.config().embedding, model.device())?;
-        let mut by_leaf = GradStore::default();
-        let terms = comparison.terms(&recipe.weights, &model.temperature()?)?;
-        learnt.add(terms, None, |loss, by| {
-            let mut all = ops::gradients(loss, by.iter().chain(comparison.leaves()))?;
-            for leaf in comparison.leaves() {
-                if let Some(gradient) = all.remove(leaf) {
-                    by_leaf.insert(leaf, gradient);
-                }
-            }
-            Ok(all)
-        })?;
-        comparison.own_gradients(ranks, &mut by_leaf)
-    }
-
-    /// Whose samples this rank's passes encode for the contrasts.
-    fn members(&self, recipe: &Recipe) -> Members {
-        let described = || self.chunks.iter().map(|chunk| &chunk.parts).filter(|parts| !parts.text_rows.is_empty());
-        let all = |of: fn(&Parts) -> &Vec<usize>| described().flat_map(of).copied().collect();
-        let crossed = recipe.weights.cross_modal > 0.0;
-        let first = self.passes.own_share(recipe.batch.images).start;
-        Members {
-            images: first..first + described().map(|parts| parts.image_rows.len()).sum::<usize>(),
-            image_of_text: all(|p| &p.image_of_text),
-            retrieved_image_of: all(|p| &p.retrieved_image_of),
-            retrieved_text_of: all(|p| &p.retrieved_text_of),
-            joint_image_of: if crossed { all(|p| &p.match_image_of) } else { Vec::new() },
-            joint_labels: described().filter(|_| crossed).flat_map(|parts| &parts.match_labels).copied().collect(),
-            further: self.chunks.iter().map(|chunk| chunk.parts.further_text_rows.len()).sum(),
-        }
-    }
-}
-
-/// Whether a step compares anything.
-fn contrasted(recipe: &Recipe, whole: &Tally) -> bool {
-    whole.samples(CONTRAST) > 0.0 && recipe.weights.contrast + recipe.weights.cross_modal > 0.0
-}
-
-/// What the names of the layers' weights begin with.
-const LAYERS: &str = "layers.";
-
-/// The trained weights of each layer whose gradients are not yet given away to be summed.
-struct LayersLeft(Vec<Vec<Var>>);
-
-impl LayersLeft {
-    fn of(model: &Unimo) -> Self {
-        let of = |layer: usize| {
-            let begin = format!("{LAYERS}{layer}.");
-            model.trained().filter(|(name, _)| name.starts_with(&begin)).map(|(_, var)| var.clone()).collect()
-        };
-        Self((0..model.config().layers).map(of).collect())
-    }
-
-    /// Has the gradients of layers from `first` on summed, the last one's first, those that are in either store together.
-    fn give_away_from(
-        &mut self,
-        first: usize,
-        mut stores: [Option<&mut GradStore>; 2],
-        early: &Early,
-    ) -> candle_core::Result<()> {
-        while self.0.len() > first {
-            let layer = self.0.pop().unwrap_or_default();
-            if layer.is_empty() {
-                continue;
-            }
-            let mut gradients = GradStore::default();
-            for store in stores.iter_mut().flatten() {
-                let mut own = GradStore::default();
-                for var in &layer {
-                    if let Some(gradient) = store.remove(var) {
-                        own.insert(var, gradient);
-                    }
-                }
-                gradients.extend(own)?;
-            }
-            early.all_reduce(layer, gradients);
-        }
-        Ok(())
-    }
-
-    /// What is in no layer.
-    fn rest<'a>(&self, model: &'a Unimo) -> impl Iterator<Item = &'a Var> {
-        model.weights().iter().filter(|(name, _)| !name.starts_with(LAYERS)).map(|(_, var)| var)
     }
 }
 
@@ -450,11 +262,14 @@ fn sample(model: &Unimo, recipe: &Recipe, source: &Source, pictures: &[Picture],
 mod tests {
     use candle_core::Device;
 
-    use super::super::Vocabulary;
-    use super::super::tally::CROSS_MODAL;
+    use super::super::chunk::Encoded;
+    use super::super::comparison::Comparison;
+    use super::super::members::Members;
+    use super::super::tally::{CONTRAST, CROSS_MODAL};
     use super::super::testing::six_scenes;
+    use super::super::{Tally, Vocabulary};
     use super::*;
-    use crate::model::{ImageEmbedding, ModelConfig, RegionStatistics};
+    use crate::model::{Dropout, ImageEmbedding, ModelConfig, RegionStatistics};
     use crate::parallel::Alone;
 
     fn recipe(batch: &str) -> Recipe {
