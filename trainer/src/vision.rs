@@ -10,12 +10,16 @@ use std::collections::BTreeMap;
 use std::path::Path;
 
 use anyhow::{Context, Result};
+use candle_core::backprop::GradStore;
 use candle_core::{Device, Tensor, Var};
 use rayon::prelude::*;
 
 use crate::backbone::{BLOCKS, Backbone, CHANNELS, COLOURS, Convolution, FEATURES, GRID, WHOLE, entering, entering_trained};
 use crate::model::ModelConfig;
 use crate::ops;
+#[cfg(any(feature = "cuda", test))]
+use crate::ops::cuda::network::{Forward, Runs};
+use crate::ops::network::{Block, Kind, Layer, Network};
 use crate::regions::Record;
 
 /// Prefix of the names under which the optimiser knows the backbone's weights.
@@ -26,6 +30,8 @@ pub struct Vision {
     backbone: Option<Backbone>,
     trained_blocks: usize,
     weights: BTreeMap<String, Var>,
+    #[cfg(any(feature = "cuda", test))]
+    runs: Runs,
 }
 
 impl Vision {
@@ -43,13 +49,21 @@ impl Vision {
             weights.insert(format!("{PREFIX}{name}.weight"), Var::from_slice(weight, shape, device)?);
             weights.insert(format!("{PREFIX}{name}.bias"), Var::from_slice(bias, bias.len(), device)?);
         }
-        Ok(Self { backbone: Some(backbone), trained_blocks, weights })
+        let mut vision = Self::detected();
+        (vision.backbone, vision.trained_blocks, vision.weights) = (Some(backbone), trained_blocks, weights);
+        Ok(vision)
     }
 
     /// For regions that were detected elsewhere.
     #[must_use]
     pub fn detected() -> Self {
-        Self { backbone: None, trained_blocks: 0, weights: BTreeMap::new() }
+        Self {
+            backbone: None,
+            trained_blocks: 0,
+            weights: BTreeMap::new(),
+            #[cfg(any(feature = "cuda", test))]
+            runs: Runs::default(),
+        }
     }
 
     /// That of a checkpoint with this model, nothing of it trained.
@@ -145,44 +159,56 @@ impl Vision {
         })
     }
 
-    /// Region features `[pictures, 49, 1292]`, through which gradients reach the trained weights.
+    /// Region features `[pictures, 49, 1292]`, and how gradients by them are taken back to the trained weights.
     ///
     /// # Errors
     /// Those of candle.
-    pub fn differentiable_regions(&self, pictures: &Pictures) -> Result<Tensor> {
-        let first = BLOCKS.len().saturating_sub(self.trained_blocks);
-        let (mut channels, _) = entering(first);
-        let mut x = pictures.activations.clone();
-        if self.trained_blocks == WHOLE {
-            let (weight, bias) = self.layer("stem");
-            x = ops::convolution_relu6(&x, weight, bias, 2)?;
+    pub fn see(&self, pictures: &Pictures) -> Result<Seen> {
+        #[cfg(any(feature = "cuda", test))]
+        if ops::cuda::works_on(pictures.colours.device()) {
+            let (features, forward) = self.runs.forward(&self.network()?, &pictures.activations)?;
+            let regions = Var::from_tensor(&with_colours(&features, pictures)?)?;
+            return Ok(Seen { regions: regions.as_tensor().clone(), cut: Some((regions, forward)) });
         }
-        for (i, &(out, expansion, stride)) in BLOCKS.iter().enumerate().skip(first) {
-            let part = |kind: &str| format!("block{i}.{kind}");
-            let mut y = x.clone();
-            if expansion > 1 {
-                let (weight, bias) = self.layer(&part("expand"));
-                y = ops::pointwise_relu6(&y, weight, bias)?;
-            }
-            let (weight, bias) = self.layer(&part("depthwise"));
-            y = ops::depthwise_relu6(&y, weight, bias, stride)?;
-            let (weight, bias) = self.layer(&part("project"));
-            y = ops::linear(&y, weight, bias)?;
-            x = if stride == 1 && channels == out { (y + x)? } else { y };
-            channels = out;
-        }
-        let (weight, bias) = self.layer("head");
-        let features = ops::pointwise_relu6(&x, weight, bias)?;
-        debug_assert_eq!(features.dims(), [pictures.count(), GRID * GRID, CHANNELS]);
-        let regions = Tensor::cat(&[&features, &pictures.colours], 2)?;
-        debug_assert_eq!(regions.dims()[2], FEATURES);
-        Ok(regions)
+        let features = self.network()?.run(&pictures.activations)?;
+        Ok(Seen::tracked(with_colours(&features, pictures)?))
     }
 
-    fn layer(&self, name: &str) -> (&Tensor, &Tensor) {
-        let weight = |kind: &str| self.weights[&format!("{PREFIX}{name}.{kind}")].as_tensor();
-        (weight("weight"), weight("bias"))
+    /// In how many ways passes through the part that is trained are recorded.
+    #[cfg(test)]
+    pub fn recorded(&self) -> usize {
+        self.runs.recorded()
     }
+
+    /// The part that is trained.
+    fn network(&self) -> candle_core::Result<Network> {
+        let layer = |name: &str, kind: Kind| {
+            let tensor = |of: &str| self.weights[&format!("{PREFIX}{name}.{of}")].as_tensor().clone();
+            Layer { kind, weight: tensor("weight"), bias: tensor("bias") }
+        };
+        let alone = |name: &str, kind: Kind| Block { layers: vec![layer(name, kind)], residual: false };
+        let (mut blocks, first) = (Vec::new(), BLOCKS.len().saturating_sub(self.trained_blocks));
+        if self.trained_blocks == WHOLE {
+            blocks.push(alone("stem", Kind::Convolution { stride: 2 }));
+        }
+        let (mut channels, _) = entering(first);
+        for (i, &(out, expansion, stride)) in BLOCKS.iter().enumerate().skip(first) {
+            let part = |name: &str, kind: Kind| layer(&format!("block{i}.{name}"), kind);
+            let expand = (expansion > 1).then(|| part("expand", Kind::Pointwise { activated: true }));
+            let others = [part("depthwise", Kind::Depthwise { stride }), part("project", Kind::Pointwise { activated: false })];
+            blocks.push(Block { layers: expand.into_iter().chain(others).collect(), residual: stride == 1 && channels == out });
+            channels = out;
+        }
+        blocks.push(alone("head", Kind::Pointwise { activated: true }));
+        Network::new(blocks)
+    }
+}
+
+fn with_colours(features: &Tensor, pictures: &Pictures) -> Result<Tensor> {
+    debug_assert_eq!(features.dims(), [pictures.count(), GRID * GRID, CHANNELS]);
+    let regions = Tensor::cat(&[features, &pictures.colours], 2)?;
+    debug_assert_eq!(regions.dims()[2], FEATURES);
+    Ok(regions)
 }
 
 /// Pictures of a pass with a trained backbone (see [`Vision::place`]).
@@ -198,6 +224,56 @@ impl Pictures {
     #[must_use]
     pub fn count(&self) -> usize {
         self.colours.dims()[0]
+    }
+}
+
+/// Region features that were computed for a pass.
+pub struct Seen {
+    /// `[pictures, 49, 1292]`
+    pub regions: Tensor,
+    /// Where candle's way back ends, and what goes on from there on the kernels for CUDA devices.
+    #[cfg(any(feature = "cuda", test))]
+    cut: Option<(Var, Forward)>,
+}
+
+impl Seen {
+    /// Features through which candle takes gradients back to the trained weights.
+    fn tracked(regions: Tensor) -> Self {
+        Self {
+            regions,
+            #[cfg(any(feature = "cuda", test))]
+            cut: None,
+        }
+    }
+
+    /// What candle is to take gradients by beside weights.
+    #[must_use]
+    pub fn leaf(&self) -> Option<&Var> {
+        #[cfg(any(feature = "cuda", test))]
+        return self.cut.as_ref().map(|(leaf, _)| leaf);
+        #[cfg(not(any(feature = "cuda", test)))]
+        None
+    }
+
+    /// Takes the gradient by [`Self::leaf`], if there is one, on to the trained weights of `vision`, which has seen `pictures`.
+    ///
+    /// # Errors
+    /// Those of candle.
+    pub fn backward(&self, vision: &Vision, pictures: &Pictures, all: &mut GradStore) -> candle_core::Result<()> {
+        #[cfg(any(feature = "cuda", test))]
+        if let Some((leaf, forward)) = &self.cut
+            && let Some(gradient) = all.remove(leaf)
+        {
+            let by_features = gradient.narrow(2, 0, CHANNELS)?;
+            let network = vision.network()?;
+            let by_weights = vision.runs.backward(&network, &pictures.activations, forward, &by_features)?;
+            for (weight, gradient) in network.weights().zip(by_weights) {
+                all.insert(weight, gradient);
+            }
+        }
+        #[cfg(not(any(feature = "cuda", test)))]
+        let _ = (vision, pictures, all);
+        Ok(())
     }
 }
 
@@ -232,7 +308,7 @@ mod tests {
 
     fn differentiable(vision: &Vision, records: &[Vec<f32>]) -> Tensor {
         let records: Vec<&[f32]> = records.iter().map(Vec::as_slice).collect();
-        vision.differentiable_regions(&vision.place(&records, &Device::Cpu).unwrap()).unwrap()
+        vision.see(&vision.place(&records, &Device::Cpu).unwrap()).unwrap().regions
     }
 
     fn gradients(vision: &Vision, records: &[Vec<f32>]) -> candle_core::backprop::GradStore {

@@ -4,15 +4,17 @@
 // arguments, sizes, who owns which memory for how long. Nothing is to be read from its times.
 //
 // Stricter than a device where that tells of a mistake: memory that was allocated or given back holds NaNs, copies have to lie within
-// one allocation, nothing is given back twice. What would make the host wait for a device is counted, and told at the end where
-// STAND_IN_REPORT is set.
+// one allocation, nothing is given back twice, and graphs hold kernels and products alone, whose workspace is the caller's. What would
+// make the host wait for a device is counted, and told at the end where STAND_IN_REPORT is set.
 #include <cstdint>
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
+#include <functional>
 #include <map>
 #include <mutex>
 #include <string>
+#include <vector>
 
 #include "../../src/ops/cuda/emulation/emulate.cpp"
 
@@ -20,7 +22,7 @@
 
 namespace {
 
-constexpr int SUCCESS = 0, INVALID_VALUE = 1, NOT_FOUND = 500, LAUNCH_FAILED = 719;
+constexpr int SUCCESS = 0, INVALID_VALUE = 1, NOT_FOUND = 500, LAUNCH_FAILED = 719, CAPTURE_UNSUPPORTED = 900;
 // What a copy from the host's ordinary memory may be at most, if the host is not to wait.
 constexpr size_t UNAWAITED_BYTES = 64 << 10;
 
@@ -28,7 +30,7 @@ std::recursive_mutex lock;
 using Locked = std::lock_guard<std::recursive_mutex>;
 
 struct Counts {
-    unsigned long launches, products, copies_to, largest_to, long_copies_to, copies_from, waits, allocations;
+    unsigned long launches, products, graphs, of_graphs, copies_to, largest_to, long_copies_to, copies_from, waits, allocations;
 } counts;
 
 std::map<uint64_t, size_t> allocated;
@@ -43,10 +45,10 @@ void report() {
     if (!std::getenv("STAND_IN_REPORT")) return;
     std::fprintf(
         stderr,
-        "stand-in: %lu kernels, %lu products, %lu allocations; %lu copies to the device (largest %lu bytes, %lu that a host may wait "
-        "for), %lu from it, %lu other waits\n",
-        counts.launches, counts.products, counts.allocations, counts.copies_to, counts.largest_to, counts.long_copies_to,
-        counts.copies_from, counts.waits
+        "stand-in: %lu kernels, %lu products, %lu graphs (of %lu of both), %lu allocations; %lu copies to the device (largest %lu "
+        "bytes, %lu that a host may wait for), %lu from it, %lu other waits\n",
+        counts.launches, counts.products, counts.graphs, counts.of_graphs, counts.allocations, counts.copies_to, counts.largest_to,
+        counts.long_copies_to, counts.copies_from, counts.waits
     );
 }
 
@@ -81,6 +83,34 @@ int give_back(uint64_t address) {
     std::free(reinterpret_cast<void*>(address));
     return SUCCESS;
 }
+
+// What a stream was asked for while it was captured.
+using Graph = std::vector<std::function<int()>>;
+
+struct Stream {
+    Graph* captured = nullptr;
+};
+
+bool captures(void* stream) { return stream && static_cast<Stream*>(stream)->captured; }
+
+// Does what a stream is asked for, or has it captured.
+int ask(void* stream, unsigned long& count, std::function<int()> call) {
+    if (captures(stream)) return static_cast<Stream*>(stream)->captured->push_back(std::move(call)), SUCCESS;
+    count++;
+    return call();
+}
+
+// What is neither kernel nor product is not captured here.
+int refuse_if_captured(void* stream, const char* what) {
+    return captures(stream) ? fail(CAPTURE_UNSUPPORTED, std::string(what) + " on a stream that is captured") : SUCCESS;
+}
+
+struct Blas {
+    void* stream = nullptr;
+    // The caller's.
+    void* workspace = nullptr;
+    size_t bytes = 0;
+};
 
 struct Found {
     const emulation::Kernel* ours;
@@ -126,32 +156,41 @@ void multiply(const Gemm& of) {
 constexpr int F32 = 0, BF16 = 14;
 
 int multiply_batch(
-    const int* transposed, const int* sizes, const float* scales, const void* a, int type_a, int lda, long long stride_a, const void* b,
+    void* handle, const int* transposed, const int* sizes, const float* scales, const void* a, int type_a, int lda, long long stride_a, const void* b,
     int type_b, int ldb, long long stride_b, void* c, int type_c, int ldc, long long stride_c, int batch
 ) {
     Locked locked(lock);
     if (type_a != type_b || (type_a != F32 && type_a != BF16) || (type_c != F32 && type_c != BF16)) {
         return fail(15, "products of these types are not made here");
     }
-    counts.products++;
     auto place = [](auto* values, int type, long long at) {
         using Byte = std::conditional_t<std::is_const_v<std::remove_pointer_t<decltype(values)>>, const char, char>;
         return static_cast<Byte*>(values) + at * (type == BF16 ? 2 : 4);
     };
+    std::vector<Gemm> all;
     for (int i = 0; i < batch; i++) {
-        multiply({{transposed[0] != 0, transposed[1] != 0},
-                  size_t(sizes[0]),
-                  size_t(sizes[1]),
-                  size_t(sizes[2]),
-                  {size_t(lda), size_t(ldb), size_t(ldc)},
-                  place(a, type_a, i * stride_a),
-                  place(b, type_b, i * stride_b),
-                  place(c, type_c, i * stride_c),
-                  {type_a == BF16, type_c == BF16},
-                  scales[0],
-                  scales[1]});
+        all.push_back({{transposed[0] != 0, transposed[1] != 0},
+                       size_t(sizes[0]),
+                       size_t(sizes[1]),
+                       size_t(sizes[2]),
+                       {size_t(lda), size_t(ldb), size_t(ldc)},
+                       place(a, type_a, i * stride_a),
+                       place(b, type_b, i * stride_b),
+                       place(c, type_c, i * stride_c),
+                       {type_a == BF16, type_c == BF16},
+                       scales[0],
+                       scales[1]});
     }
-    return SUCCESS;
+    Blas blas = *static_cast<Blas*>(handle);
+    if (captures(blas.stream) && !blas.workspace) return fail(14, "cuBLAS would allocate its workspace within a graph");
+    return ask(blas.stream, counts.products, [all, blas] {
+        uint64_t workspace = reinterpret_cast<uint64_t>(blas.workspace);
+        if (workspace && !owned(workspace, blas.bytes)) return fail(INVALID_VALUE, "cuBLAS's workspace is not allocated");
+        // Whatever it has there.
+        if (workspace) std::memset(blas.workspace, 0xff, std::min<size_t>(blas.bytes, 1 << 12));
+        for (const Gemm& of : all) multiply(of);
+        return SUCCESS;
+    });
 }
 
 }  // namespace
@@ -193,10 +232,35 @@ int cuCtxSynchronize() { return counts.waits++, SUCCESS; }
 int cuGetErrorName(int, const char** name) { return *name = "an error of the stand-in", SUCCESS; }
 int cuGetErrorString(int, const char** text) { return *text = "see above", SUCCESS; }
 
-int cuStreamCreate(void** stream, unsigned) { return *stream = new char, SUCCESS; }
-int cuStreamDestroy_v2(void* stream) { return delete static_cast<char*>(stream), SUCCESS; }
-int cuStreamIsCapturing(void*, int* status) { return *status = 0, SUCCESS; }
-int cuStreamSynchronize(void*) { return counts.waits++, SUCCESS; }
+int cuStreamCreate(void** stream, unsigned) { return *stream = new Stream, SUCCESS; }
+int cuStreamDestroy_v2(void* stream) { return delete static_cast<Stream*>(stream), SUCCESS; }
+int cuStreamIsCapturing(void* stream, int* status) { return *status = captures(stream), SUCCESS; }
+int cuStreamSynchronize(void* stream) { return counts.waits++, refuse_if_captured(stream, "a wait"); }
+int cuStreamBeginCapture_v2(void* stream, int) {
+    Locked locked(lock);
+    if (!stream || captures(stream)) return fail(CAPTURE_UNSUPPORTED, "this stream cannot be captured");
+    return static_cast<Stream*>(stream)->captured = new Graph, SUCCESS;
+}
+int cuStreamEndCapture(void* stream, void** graph) {
+    Locked locked(lock);
+    if (!captures(stream)) return fail(INVALID_VALUE, "this stream is not captured");
+    return *graph = std::exchange(static_cast<Stream*>(stream)->captured, nullptr), SUCCESS;
+}
+int cuGraphInstantiateWithFlags(void** executable, void* graph, unsigned long long) {
+    return *executable = new Graph(*static_cast<Graph*>(graph)), SUCCESS;
+}
+int cuGraphDestroy(void* graph) { return delete static_cast<Graph*>(graph), SUCCESS; }
+int cuGraphExecDestroy(void* executable) { return delete static_cast<Graph*>(executable), SUCCESS; }
+int cuGraphLaunch(void* executable, void* stream) {
+    Locked locked(lock);
+    if (int refused = refuse_if_captured(stream, "a graph")) return refused;
+    counts.graphs++;
+    for (const auto& call : *static_cast<Graph*>(executable)) {
+        counts.of_graphs++;
+        if (int failed = call()) return failed;
+    }
+    return SUCCESS;
+}
 int cuStreamWaitEvent(void*, void*, unsigned) { return SUCCESS; }
 int cuEventCreate(void** event, unsigned) { return *event = new char, SUCCESS; }
 int cuEventDestroy_v2(void* event) { return delete static_cast<char*>(event), SUCCESS; }
@@ -205,12 +269,19 @@ int cuEventQuery(void*) { return SUCCESS; }
 int cuEventSynchronize(void*) { return counts.waits++, SUCCESS; }
 
 // cudarc's empty slices ask for nothing.
-int cuMemAllocAsync(uint64_t* address, size_t bytes, void*) { return bytes == 0 ? (*address = 0, SUCCESS) : allocate(address, bytes); }
+int cuMemAllocAsync(uint64_t* address, size_t bytes, void* stream) {
+    if (int refused = refuse_if_captured(stream, "an allocation")) return refused;
+    return bytes == 0 ? (*address = 0, SUCCESS) : allocate(address, bytes);
+}
 int cuMemAlloc_v2(uint64_t* address, size_t bytes) { return counts.waits++, allocate(address, bytes); }
-int cuMemFreeAsync(uint64_t address, void*) { return address == 0 ? SUCCESS : give_back(address); }
+int cuMemFreeAsync(uint64_t address, void* stream) {
+    if (int refused = refuse_if_captured(stream, "memory given back")) return refused;
+    return address == 0 ? SUCCESS : give_back(address);
+}
 int cuMemFree_v2(uint64_t address) { return counts.waits++, give_back(address); }
-int cuMemcpyHtoDAsync_v2(uint64_t to, const void* from, size_t bytes, void*) {
+int cuMemcpyHtoDAsync_v2(uint64_t to, const void* from, size_t bytes, void* stream) {
     Locked locked(lock);
+    if (int refused = refuse_if_captured(stream, "a copy to the device")) return refused;
     if (bytes > 0 && !owned(to, bytes)) return fail(INVALID_VALUE, "a copy to the device leaves its allocation");
     std::memcpy(reinterpret_cast<void*>(to), from, bytes);
     counts.copies_to++;
@@ -218,21 +289,24 @@ int cuMemcpyHtoDAsync_v2(uint64_t to, const void* from, size_t bytes, void*) {
     counts.largest_to = std::max(counts.largest_to, (unsigned long)bytes);
     return SUCCESS;
 }
-int cuMemcpyDtoHAsync_v2(void* to, uint64_t from, size_t bytes, void*) {
+int cuMemcpyDtoHAsync_v2(void* to, uint64_t from, size_t bytes, void* stream) {
     Locked locked(lock);
+    if (int refused = refuse_if_captured(stream, "a copy from the device")) return refused;
     if (!owned(from, bytes)) return fail(INVALID_VALUE, "a copy from the device leaves its allocation");
     std::memcpy(to, reinterpret_cast<void*>(from), bytes);
     counts.copies_from++;
     return SUCCESS;
 }
-int cuMemcpyDtoDAsync_v2(uint64_t to, uint64_t from, size_t bytes, void*) {
+int cuMemcpyDtoDAsync_v2(uint64_t to, uint64_t from, size_t bytes, void* stream) {
     Locked locked(lock);
+    if (int refused = refuse_if_captured(stream, "a copy on the device")) return refused;
     if (!owned(to, bytes) || !owned(from, bytes)) return fail(INVALID_VALUE, "a copy on the device leaves its allocation");
     std::memmove(reinterpret_cast<void*>(to), reinterpret_cast<void*>(from), bytes);
     return SUCCESS;
 }
-int cuMemsetD8Async(uint64_t to, unsigned char value, size_t bytes, void*) {
+int cuMemsetD8Async(uint64_t to, unsigned char value, size_t bytes, void* stream) {
     Locked locked(lock);
+    if (int refused = refuse_if_captured(stream, "memory that is filled")) return refused;
     if (!owned(to, bytes)) return fail(INVALID_VALUE, "memory that is filled leaves its allocation");
     std::memset(reinterpret_cast<void*>(to), value, bytes);
     return SUCCESS;
@@ -251,43 +325,59 @@ int cuModuleGetFunction(void** function, void*, const char* name) {
 }
 int cuFuncSetAttribute(void*, int, int) { return SUCCESS; }
 int cuLaunchKernel(
-    void* function, unsigned x, unsigned y, unsigned z, unsigned threads, unsigned threads_y, unsigned threads_z, unsigned shared, void*,
-    void** values, void**
+    void* function, unsigned x, unsigned y, unsigned z, unsigned threads, unsigned threads_y, unsigned threads_z, unsigned shared,
+    void* stream, void** values, void**
 ) {
     Locked locked(lock);
-    counts.launches++;
     const Found& found = *static_cast<Found*>(function);
     if (x == 0 || y == 0 || z == 0 || threads == 0) return fail(INVALID_VALUE, "a grid of nothing");
-    if (found.candles) return found.candles->run(values), SUCCESS;
-    unsigned blocks[3] = {x, y, z};
-    if (threads_y != 1 || threads_z != 1) return fail(INVALID_VALUE, "our kernels have threads along x alone");
-    if (emulation_launch(found.ours->name, blocks, threads, shared, values, found.ours->parameters, 0)) {
-        return fail(LAUNCH_FAILED, std::string(found.ours->name) + ": " + emulation_failure());
+    if (found.candles) {
+        counts.launches++;
+        if (int refused = refuse_if_captured(stream, "a kernel of candle's")) return refused;
+        return found.candles->run(values), SUCCESS;
     }
-    return SUCCESS;
+    if (threads_y != 1 || threads_z != 1) return fail(INVALID_VALUE, "our kernels have threads along x alone");
+    // Copies of the arguments, for whenever the kernel runs.
+    const emulation::Kernel& kernel = *found.ours;
+    std::vector<uint64_t> arguments(kernel.parameters.size());
+    for (size_t i = 0; i < arguments.size(); i++) std::memcpy(&arguments[i], values[i], kernel.parameters[i]);
+    return ask(stream, counts.launches, [=, &kernel] {
+        std::vector<void*> places;
+        for (const uint64_t& argument : arguments) places.push_back(const_cast<uint64_t*>(&argument));
+        unsigned blocks[3] = {x, y, z};
+        if (emulation_launch(kernel.name, blocks, threads, shared, places.data(), unsigned(places.size()), 0)) {
+            return fail(LAUNCH_FAILED, std::string(kernel.name) + ": " + emulation_failure());
+        }
+        return SUCCESS;
+    });
 }
 
 // cuBLAS.
-int cublasCreate_v2(void** handle) { return *handle = &counts, SUCCESS; }
-int cublasDestroy_v2(void*) { return SUCCESS; }
-int cublasSetStream_v2(void*, void*) { return SUCCESS; }
+int cublasCreate_v2(void** handle) { return *handle = new Blas, SUCCESS; }
+int cublasDestroy_v2(void* handle) { return delete static_cast<Blas*>(handle), SUCCESS; }
+// Its workspace is cuBLAS's own again.
+int cublasSetStream_v2(void* handle, void* stream) { return *static_cast<Blas*>(handle) = {stream}, SUCCESS; }
+int cublasSetWorkspace_v2(void* handle, void* workspace, size_t bytes) {
+    Blas& blas = *static_cast<Blas*>(handle);
+    return blas = {blas.stream, workspace, bytes}, SUCCESS;
+}
 int cublasGemmEx(
-    void*, int transpose_a, int transpose_b, int m, int n, int k, const void* alpha, const void* a, int type_a, int lda, const void* b,
+    void* handle, int transpose_a, int transpose_b, int m, int n, int k, const void* alpha, const void* a, int type_a, int lda, const void* b,
     int type_b, int ldb, const void* beta, void* c, int type_c, int ldc, int, int
 ) {
     int transposed[] = {transpose_a, transpose_b}, sizes[] = {m, n, k};
     float scales[] = {*static_cast<const float*>(alpha), *static_cast<const float*>(beta)};
-    return multiply_batch(transposed, sizes, scales, a, type_a, lda, 0, b, type_b, ldb, 0, c, type_c, ldc, 0, 1);
+    return multiply_batch(handle, transposed, sizes, scales, a, type_a, lda, 0, b, type_b, ldb, 0, c, type_c, ldc, 0, 1);
 }
 int cublasGemmStridedBatchedEx(
-    void*, int transpose_a, int transpose_b, int m, int n, int k, const void* alpha, const void* a, int type_a, int lda,
+    void* handle, int transpose_a, int transpose_b, int m, int n, int k, const void* alpha, const void* a, int type_a, int lda,
     long long stride_a, const void* b, int type_b, int ldb, long long stride_b, const void* beta, void* c, int type_c, int ldc,
     long long stride_c, int batch, int, int
 ) {
     int transposed[] = {transpose_a, transpose_b}, sizes[] = {m, n, k};
     float scales[] = {*static_cast<const float*>(alpha), *static_cast<const float*>(beta)};
     return multiply_batch(
-        transposed, sizes, scales, a, type_a, lda, stride_a, b, type_b, ldb, stride_b, c, type_c, ldc, stride_c, batch
+        handle, transposed, sizes, scales, a, type_a, lda, stride_a, b, type_b, ldb, stride_b, c, type_c, ldc, stride_c, batch
     );
 }
 

@@ -1,7 +1,8 @@
 //! A forward pass of a step: its packed rows, and the losses and encodings that are read off them.
 
 use anyhow::Result;
-use candle_core::Tensor;
+use candle_core::backprop::GradStore;
+use candle_core::{Tensor, Var};
 
 use super::draft::{Parts, Predictions};
 use super::masked_regions::{MaskedRegions, region_classification, region_regression};
@@ -10,7 +11,7 @@ use super::{Source, matching_loss};
 use crate::model::{Dropout, EmbeddedImages, PackedBatch, Passed, Unimo};
 use crate::recipe::Recipe;
 use crate::tasks::task_loss;
-use crate::vision::Pictures;
+use crate::vision::{Pictures, Seen, Vision};
 
 /// One forward pass of a step.
 pub(super) struct Chunk {
@@ -22,6 +23,14 @@ pub(super) struct Chunk {
     pub(super) regions: Option<MaskedRegions>,
     /// Its pictures where the backbone is trained.
     pub(super) pictures: Option<Pictures>,
+}
+
+/// What a forward pass of a chunk left.
+pub(super) struct Forward {
+    /// Of the model.
+    pub(super) passed: Passed,
+    /// Of a backbone that is trained.
+    seen: Option<Seen>,
 }
 
 /// An objective's loss in one forward pass.
@@ -51,10 +60,29 @@ impl Encoded {
 }
 
 impl Chunk {
-    pub(super) fn forward(&self, model: &Unimo, source: &Source, dropout: Dropout) -> Result<Passed> {
-        let regions = |pictures| source.vision.differentiable_regions(pictures);
-        let pictures = self.pictures.as_ref().map(regions).transpose()?;
-        Ok(model.forward(&self.packed, pictures.as_ref(), dropout)?)
+    pub(super) fn forward(&self, model: &Unimo, source: &Source, dropout: Dropout) -> Result<Forward> {
+        let seen = self.pictures.as_ref().map(|pictures| source.vision.see(pictures)).transpose()?;
+        let passed = model.forward(&self.packed, seen.as_ref().map(|seen| &seen.regions), dropout)?;
+        Ok(Forward { passed, seen })
+    }
+
+    /// Gradients by variables of `loss`, a scalar that was computed of this chunk's forward pass. `complete` is as
+    /// [`Passed::backward_by_layer`] has it.
+    pub(super) fn backward(
+        &self,
+        Forward { passed, seen }: Forward,
+        (model, vision): (&Unimo, &Vision),
+        loss: Tensor,
+        by: &[Var],
+        complete: &mut dyn FnMut(usize, &mut GradStore) -> candle_core::Result<()>,
+    ) -> candle_core::Result<GradStore> {
+        let leaf = seen.as_ref().and_then(Seen::leaf).cloned();
+        let by: Vec<Var> = by.iter().cloned().chain(leaf).collect();
+        let mut all = passed.backward_by_layer(model, &self.packed, loss, &by, complete)?;
+        if let (Some(seen), Some(pictures)) = (&seen, &self.pictures) {
+            seen.backward(vision, pictures, &mut all)?;
+        }
+        Ok(all)
     }
 
     fn match_logits(&self, hidden: &Tensor, model: &Unimo) -> Result<Option<Tensor>> {

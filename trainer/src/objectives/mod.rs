@@ -98,8 +98,8 @@ mod testing {
     use crate::shards::read_shards;
     use crate::tokenizer_training;
 
-    /// Six scenes, each in a plain and a mirrored view.
-    pub fn six_scenes(folder: &std::path::Path) -> (Corpus, Backbone, Tokenizer) {
+    /// Six scenes, each in a plain and a mirrored view, for a backbone of which so many blocks are trained.
+    pub fn six_scenes(folder: &std::path::Path, trained_blocks: usize) -> (Corpus, Backbone, Tokenizer) {
         let file = |name: &str| folder.join(name);
         let shards = file("scenes");
         write_corpus(&shards, &CorpusOptions { seed: 5, count: 6, ..Default::default() }).unwrap();
@@ -115,7 +115,7 @@ mod testing {
         let tokenizer = Tokenizer::from_file(&file("tokenizer.json")).unwrap();
         std::fs::write(file("backbone"), backbone::random_file(1).unwrap()).unwrap();
         let backbone = Backbone::load(&file("backbone")).unwrap();
-        let cache = FeatureCache { folder: &file("features"), backbone: &backbone, trained_blocks: 0, views: 2 };
+        let cache = FeatureCache { folder: &file("features"), backbone: &backbone, trained_blocks, views: 2 };
         let mut corpus = Corpus::default();
         corpus.add_pairs(&[shards], &cache, &tokenizer, 48, &|_| ()).unwrap();
         (corpus, backbone, tokenizer)

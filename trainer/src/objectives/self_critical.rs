@@ -75,7 +75,7 @@ mod tests {
     #[test]
     fn every_sampled_token_carries_the_advantage_of_its_caption() {
         let folder = tempfile::tempdir().unwrap();
-        let (corpus, backbone, tokenizer) = six_scenes(folder.path());
+        let (corpus, backbone, tokenizer) = six_scenes(folder.path(), 0);
         let config = ModelConfig { vocabulary: tokenizer.vocabulary_size(), ..ModelConfig::named("pico").unwrap() };
         let model = Unimo::new(config, 1, &Device::Cpu).unwrap();
         // A model that prefers the tokens of captions: draws of an untrained one would earn nothing.
@@ -125,7 +125,7 @@ mod tests {
     #[test]
     fn mirrored_views_are_judged_by_mirrored_captions() {
         let folder = tempfile::tempdir().unwrap();
-        let (corpus, _, tokenizer) = six_scenes(folder.path());
+        let (corpus, _, tokenizer) = six_scenes(folder.path(), 0);
         let critic = Critic::new(&corpus, &tokenizer);
         let sided = |p: &crate::corpus::Pair| p.captions_for(0) != p.captions_for(1);
         let pair = corpus.pairs.iter().position(sided).expect("one scene speaks of left or right");

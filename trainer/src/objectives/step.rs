@@ -306,7 +306,7 @@ mod tests {
     #[test]
     fn further_pairs_are_known_by_their_mean_and_are_in_the_contrast_alone() {
         let folder = tempfile::tempdir().unwrap();
-        let (corpus, backbone, tokenizer) = six_scenes(folder.path());
+        let (corpus, backbone, tokenizer) = six_scenes(folder.path(), 0);
         let image_embedding = ImageEmbedding::Pooled;
         let config =
             ModelConfig { vocabulary: tokenizer.vocabulary_size(), image_embedding, ..ModelConfig::named("pico").unwrap() };
@@ -368,7 +368,7 @@ mod tests {
             assert!(views.contains(mean), "another picture than {pair}");
         }
 
-        let passed = chunk.forward(&model, &source, Dropout::OFF).unwrap();
+        let passed = chunk.forward(&model, &source, Dropout::OFF).unwrap().passed;
         let encoded = chunk.encode(&passed, &model, &recipe).unwrap();
         let of = |kind: usize| -> Vec<Vec<f64>> {
             let rows = encoded.tensors[kind].as_ref().unwrap().to_vec2::<f32>().unwrap();

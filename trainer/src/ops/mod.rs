@@ -14,6 +14,7 @@ mod elementwise;
 mod gradients;
 pub mod kernels;
 mod linear;
+pub mod network;
 mod precision;
 pub mod reference;
 mod rows;

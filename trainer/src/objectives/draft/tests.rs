@@ -16,7 +16,7 @@ use crate::vision::Vision;
 #[test]
 fn rewritten_captions_are_false_and_paraphrases_true_of_their_picture() {
     let folder = tempfile::tempdir().unwrap();
-    let (mut corpus, backbone, tokenizer) = six_scenes(folder.path());
+    let (mut corpus, backbone, tokenizer) = six_scenes(folder.path(), 0);
     let (shards, paraphrases) = (folder.path().join("scenes"), folder.path().join("paraphrases.jsonl"));
     let mut lines = String::new();
     read_shards(std::slice::from_ref(&shards), |sample| {
@@ -81,7 +81,7 @@ fn rewritten_captions_are_false_and_paraphrases_true_of_their_picture() {
 #[test]
 fn what_is_asked_of_a_hidden_detected_region_is_what_it_holds() {
     let folder = tempfile::tempdir().unwrap();
-    let (mut corpus, _, tokenizer) = six_scenes(folder.path());
+    let (mut corpus, _, tokenizer) = six_scenes(folder.path(), 0);
     let size = "name = 'd'\nhidden = 8\nlayers = 1\nheads = 2\nfeed_forward = 8\nvocabulary = 400\npositions = 64\nembedding = 8\n\
                 region_feature = 2\nregion_classes = 3\ndetected_regions = 6\ndropout = 0.0\n";
     let config = ModelConfig { vocabulary: tokenizer.vocabulary_size(), ..ModelConfig::from_toml(size).unwrap() };

@@ -3,6 +3,7 @@
 
 mod cases;
 mod formulas;
+pub(super) mod networks;
 mod steps;
 
 use std::fmt;
@@ -128,7 +129,7 @@ pub fn operators(device: &Device, mut tell: impl FnMut(&Outcome)) -> Result<Vec<
     for case in cases::all() {
         outcomes.extend(case.check(device)?.into_iter().inspect(&mut tell));
     }
-    for made in [cases::draws(device)?, cases::updates(device)?] {
+    for made in [cases::draws(device)?, cases::updates(device)?, networks::recorded_passes(device)?] {
         outcomes.extend(made.into_iter().inspect(&mut tell));
     }
     Ok(outcomes)

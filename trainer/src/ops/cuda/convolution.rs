@@ -4,14 +4,15 @@ use candle_core::{Result, Shape, Tensor};
 
 use super::machine::{Element, Grid, Kernel, Machine, arguments};
 use super::operator::{Input, OnMachine, Operator, Pass};
-use super::{column_sums, fill_rows};
+use super::{column_sums, copy};
 use crate::ops::kernels::Plane;
 
 /// Images whose gradients by the weights a thread adds up.
 const IMAGES_EACH: usize = 4;
 
-struct Depthwise {
-    plane: Plane,
+/// ReLU6 of a depthwise convolution.
+pub(super) struct Depthwise {
+    pub(super) plane: Plane,
 }
 
 fn words(plane: Plane) -> (u32, u32, u32) {
@@ -53,7 +54,7 @@ impl Operator for Depthwise {
         let both = column_sums(machine, machine.at(&partial), Element::F32, blocks, values)?;
         let part = |first: usize, count: usize| -> Result<M::Values> {
             let values = machine.allocate(count)?;
-            fill_rows(machine, machine.at(&both).after(first), machine.at(&values), Element::F32, 1, count)?;
+            copy(machine, machine.at(&both).after(first), machine.at(&values), count)?;
             Ok(values)
         };
         let split = 9 * self.plane.channels;
@@ -66,8 +67,9 @@ pub fn depthwise_relu6(x: &Tensor, weight: &Tensor, bias: &Tensor, plane: Plane)
     x.contiguous()?.apply_op3(weight, bias, OnMachine::of(Depthwise { plane }))
 }
 
-struct Patches {
-    plane: Plane,
+/// What a 3×3 convolution sees for each of its results.
+pub(super) struct Patches {
+    pub(super) plane: Plane,
 }
 
 impl Operator for Patches {

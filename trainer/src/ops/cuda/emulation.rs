@@ -5,7 +5,7 @@ use std::cell::Cell;
 use std::ffi::{CStr, CString, c_char, c_int, c_void};
 use std::path::Path;
 use std::process::Command;
-use std::sync::{Mutex, OnceLock};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock};
 
 use candle_core::{CpuStorage, Device, Error, Layout, Result, Shape, Storage, Tensor};
 use libloading::Library;
@@ -13,6 +13,7 @@ use libloading::Library;
 use super::Precision;
 use super::machine::{Address, Argument, Element, Grid, Kernel, Machine, Product};
 use super::operator::Input;
+use super::recording::Records;
 use crate::ops::f32_slice;
 
 thread_local! {
@@ -139,16 +140,30 @@ impl Drop for Values {
     }
 }
 
+/// What was asked of the machine.
+pub enum Call {
+    /// A kernel.
+    Kernel(Kernel, Grid, Vec<Argument>),
+    /// A matrix product.
+    Product(Product),
+}
+
 /// The emulated device.
 #[derive(Clone)]
 pub struct Emulated {
     order: u32,
+    /// What is recorded, of a machine and its clones, while it is.
+    recorded: Arc<Mutex<Option<Vec<Call>>>>,
 }
 
 impl Emulated {
     /// With the order of threads that this thread has asked for.
     pub fn on_this_thread() -> Self {
-        Self { order: ORDER.get().unwrap_or(0) }
+        Self { order: ORDER.get().unwrap_or(0), recorded: Arc::default() }
+    }
+
+    fn recorded(&self) -> MutexGuard<'_, Option<Vec<Call>>> {
+        self.recorded.lock().unwrap_or_else(|poisoned| poisoned.into_inner())
     }
 
     /// Where a CPU tensor lies.
@@ -183,6 +198,7 @@ impl Machine for Emulated {
     }
 
     fn upload(&self, words: &[u32]) -> Result<Values> {
+        assert!(self.recorded().is_none(), "an upload would be done once and not recorded");
         let mut memory = Values::new(words.len(), 0);
         memory.words_mut()[GUARD..GUARD + words.len()].copy_from_slice(words);
         Ok(memory)
@@ -196,7 +212,12 @@ impl Machine for Emulated {
         words.address()
     }
 
-    fn launch(&self, Kernel(file, name): Kernel, grid: Grid, arguments: &[Argument]) -> Result<()> {
+    fn launch(&self, kernel: Kernel, grid: Grid, arguments: &[Argument]) -> Result<()> {
+        if let Some(recorded) = &mut *self.recorded() {
+            recorded.push(Call::Kernel(kernel, grid, arguments.to_vec()));
+            return Ok(());
+        }
+        let Kernel(file, name) = kernel;
         let mut pointers: Vec<*mut c_void> = arguments
             .iter()
             .map(|argument| match argument {
@@ -230,6 +251,10 @@ impl Machine for Emulated {
     }
 
     fn multiply(&self, product: &Product) -> Result<()> {
+        if let Some(recorded) = &mut *self.recorded() {
+            recorded.push(Call::Product(*product));
+            return Ok(());
+        }
         let call = product.column_major();
         let ([rows, columns, inner], [first, second, stride]) = (call.sizes, call.strides);
         let value = |element: Element, address: Address, i: usize| -> f64 {
@@ -265,5 +290,28 @@ impl Machine for Emulated {
             }
         }
         Ok(())
+    }
+}
+
+impl Records for Emulated {
+    type Recording = Vec<Call>;
+
+    fn apart(&self) -> Result<Self> {
+        Ok(Self { order: self.order, recorded: Arc::default() })
+    }
+
+    fn record<T>(&self, work: impl FnOnce() -> Result<T>) -> Result<(T, Vec<Call>)> {
+        let before = self.recorded().replace(Vec::new());
+        assert!(before.is_none(), "a recording inside another");
+        let made = work();
+        let calls = self.recorded().take().unwrap_or_default();
+        Ok((made?, calls))
+    }
+
+    fn replay(&self, calls: &Vec<Call>) -> Result<()> {
+        calls.iter().try_for_each(|call| match call {
+            Call::Kernel(kernel, grid, arguments) => self.launch(*kernel, *grid, arguments),
+            Call::Product(product) => self.multiply(product),
+        })
     }
 }

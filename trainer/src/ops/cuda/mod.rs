@@ -19,9 +19,11 @@ pub mod layers;
 pub mod libraries;
 mod linear;
 mod machine;
+pub mod network;
 #[cfg(feature = "cuda")]
 mod nvidia;
 mod operator;
+mod recording;
 mod rows;
 
 pub use adamw::{DeviceAdamW, Tuned};
@@ -92,6 +94,11 @@ fn fill_rows<M: Machine>(machine: &M, row: Address, to: Address, element: Elemen
     let (grid, each) = Grid::columns(rows, width);
     let arguments = arguments![row, to, rows as u32, width as u32, each as u32];
     machine.launch(Kernel::on(element, "elementwise", ["fill_rows", "fill_rows_bf16"]), grid, arguments)
+}
+
+/// Copies f32 values.
+fn copy<M: Machine>(machine: &M, from: Address, to: Address, count: usize) -> Result<()> {
+    fill_rows(machine, from, to, Element::F32, 1, count)
 }
 
 /// f32 values as bf16.

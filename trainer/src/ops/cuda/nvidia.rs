@@ -1,8 +1,14 @@
 //! The kernels on a CUDA device: on candle's stream, so in order with candle's own.
 
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+
 use candle_core::backend::BackendStorage;
-use candle_core::cuda_backend::cudarc::cublas::{result as cublas, sys};
-use candle_core::cuda_backend::cudarc::driver::{CudaSlice, DevicePtr, DeviceRepr, LaunchConfig, PushKernelArg};
+use candle_core::cuda_backend::cudarc::cublas::{CudaBlas, result as cublas, sys};
+use candle_core::cuda_backend::cudarc::driver::sys::{CUgraphInstantiate_flags, CUstreamCaptureMode};
+use candle_core::cuda_backend::cudarc::driver::{
+    CudaGraph, CudaSlice, CudaStream, DevicePtr, DeviceRepr, DriverError, LaunchConfig, PushKernelArg, result as driver,
+};
 use candle_core::cuda_backend::{CudaDType, WrapErr};
 use candle_core::op::BackpropOp;
 use candle_core::{CudaDevice, CudaStorage, Error, Layout, Result, Shape, Storage, Tensor};
@@ -10,16 +16,66 @@ use candle_core::{CudaDevice, CudaStorage, Error, Layout, Result, Shape, Storage
 use super::Precision;
 use super::machine::{Address, Argument, Element, Grid, Kernel, Machine, Product};
 use super::operator::Input;
+use super::recording::Records;
 
 /// A CUDA device.
 #[derive(Clone)]
 pub struct Nvidia {
     device: CudaDevice,
+    /// How work is recorded, on a machine for such.
+    apart: Option<Arc<Apart>>,
 }
+
+/// Of a machine whose work is recorded: other threads upload on candle's stream meanwhile, and that is none of the recording's business.
+struct Apart {
+    stream: Arc<CudaStream>,
+    blas: CudaBlas,
+    /// cuBLAS's, whose own would be allocated by the recording.
+    workspace: CudaSlice<u8>,
+    recording: AtomicBool,
+}
+
+/// Bytes of cuBLAS's workspace: what its documents recommend for Hopper, and more than for others ("cublasSetWorkspace").
+const WORKSPACE: usize = 32 << 20;
+
+impl Apart {
+    /// What kernels are launched on: this one's own stream while it records.
+    fn stream(&self, device: &CudaDevice) -> Arc<CudaStream> {
+        match self.recording.load(Ordering::Relaxed) {
+            true => Arc::clone(&self.stream),
+            false => device.cuda_stream(),
+        }
+    }
+
+    /// Has products asked for where kernels are.
+    fn direct(&self, device: &CudaDevice) -> Result<()> {
+        let stream = self.stream(device);
+        let (workspace, _order) = self.workspace.device_ptr(&stream);
+        // SAFETY: handle and stream are alive, and so is the workspace, which is this handle's alone. A change of stream makes cuBLAS
+        // forget its workspace.
+        unsafe {
+            cublas::set_stream(*self.blas.handle(), stream.cu_stream().cast()).map_err(of_blas)?;
+            sys::cublasSetWorkspace_v2(*self.blas.handle(), workspace as *mut _, WORKSPACE).result().map_err(of_blas)
+        }
+    }
+}
+
+fn of_blas(error: cublas::CublasError) -> Error {
+    Error::Msg(format!("cuBLAS: {error}"))
+}
+
+/// A graph, and what it was recorded with.
+pub struct Recording {
+    graph: CudaGraph,
+    _apart: Arc<Apart>,
+}
+
+// SAFETY: a graph is used by one thread at a time, whoever that is: whoever launches it owns the recording or has locked it.
+unsafe impl Send for Recording {}
 
 impl Nvidia {
     pub fn new(device: &CudaDevice) -> Self {
-        Self { device: device.clone() }
+        Self { device: device.clone(), apart: None }
     }
 
     pub fn input(&self, operator: &'static str, storage: &CudaStorage, layout: &Layout) -> Result<Input> {
@@ -119,7 +175,8 @@ impl Machine for Nvidia {
 
     fn launch(&self, Kernel(file, name): Kernel, grid: Grid, arguments: &[Argument]) -> Result<()> {
         let function = self.device.get_or_load_custom_func(name, file, ptx(file)?)?;
-        let mut call = function.builder();
+        let stream = self.apart.as_ref().map_or_else(|| self.device.cuda_stream(), |apart| apart.stream(&self.device));
+        let mut call = stream.launch_builder(&function);
         for argument in arguments {
             match argument {
                 Argument::Address(Address(pointer)) => call.arg(pointer),
@@ -159,11 +216,12 @@ impl Machine for Nvidia {
         };
         let (alpha, beta) = (1f32, if product.accumulate { 1f32 } else { 0f32 });
         let blas = self.device.cublas_handle();
+        let handle = self.apart.as_ref().map_or_else(|| *blas.handle(), |apart| *apart.blas.handle());
         // SAFETY: sizes and strides describe matrices inside the caller's memory; the scalars live until the call returns, and
         // cuBLAS reads them on the host before that.
         unsafe {
             cublas::gemm_ex(
-                *blas.handle(),
+                handle,
                 transpose_first,
                 transpose_second,
                 rows,
@@ -185,5 +243,50 @@ impl Machine for Nvidia {
             )
         }
         .map_err(|error| Error::Msg(format!("matrix product of {:?}: {error}", call.sizes)))
+    }
+}
+
+impl Records for Nvidia {
+    type Recording = Recording;
+
+    fn apart(&self) -> Result<Self> {
+        let stream = self.device.cuda_stream();
+        let own = stream.context().new_stream().w()?;
+        let blas = CudaBlas::new(Arc::clone(&stream)).map_err(of_blas)?;
+        // SAFETY: cuBLAS reads nothing there that it has not written.
+        let workspace = unsafe { self.device.alloc::<u8>(WORKSPACE) }?;
+        let apart = Apart { stream: own, blas, workspace, recording: AtomicBool::new(false) };
+        apart.direct(&self.device)?;
+        Ok(Self { device: self.device.clone(), apart: Some(Arc::new(apart)) })
+    }
+
+    fn record<T>(&self, work: impl FnOnce() -> Result<T>) -> Result<(T, Recording)> {
+        let Some(apart) = &self.apart else { candle_core::bail!("this machine's work is not recorded") };
+        let captured = || {
+            apart.direct(&self.device)?;
+            // Other threads go on as they like, and this one allocates on candle's stream.
+            apart.stream.begin_capture(CUstreamCaptureMode::CU_STREAM_CAPTURE_MODE_RELAXED).w()?;
+            let made = work();
+            // Ended whatever has happened, and of what has happened the first mistake is told.
+            let graph = apart.stream.end_capture(CUgraphInstantiate_flags(0));
+            let made = made?;
+            let Some(graph) = graph.w()? else { candle_core::bail!("the driver gave no graph") };
+            Ok((made, Recording { graph, _apart: Arc::clone(apart) }))
+        };
+        apart.recording.store(true, Ordering::Relaxed);
+        let recorded = captured();
+        apart.recording.store(false, Ordering::Relaxed);
+        apart.direct(&self.device)?;
+        recorded
+    }
+
+    fn replay(&self, recording: &Recording) -> Result<()> {
+        let stream = self.device.cuda_stream();
+        let launch = || -> std::result::Result<(), DriverError> {
+            stream.context().bind_to_thread()?;
+            // SAFETY: graph and stream are alive; what the graph works on belongs to whoever has recorded it.
+            unsafe { driver::graph::launch(recording.graph.cu_graph_exec(), stream.cu_stream()) }
+        };
+        launch().w()
     }
 }

@@ -13,6 +13,7 @@ use super::nvidia::Nvidia;
 use super::{rounded, widened};
 
 /// A contiguous array where the machine has it.
+#[derive(Clone)]
 pub struct Input {
     /// First value.
     pub at: Address,

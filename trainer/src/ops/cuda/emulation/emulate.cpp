@@ -137,15 +137,16 @@ void call(void (*kernel)(Parameters...), void** values) {
     call(kernel, values, std::index_sequence_for<Parameters...>());
 }
 
+// Bytes of each parameter.
 template <typename... Parameters>
-constexpr unsigned parameters(void (*)(Parameters...)) {
-    return sizeof...(Parameters);
+std::vector<size_t> parameters(void (*)(Parameters...)) {
+    return {sizeof(Parameters)...};
 }
 
 struct Kernel {
     const char* name;
     Entry entry;
-    unsigned parameters;
+    std::vector<size_t> parameters;
 };
 
 #define KERNEL(name) Kernel{#name, [](void** values) { call(name, values); }, parameters(name)}
@@ -176,6 +177,7 @@ const Kernel kernels[] = {
     KERNEL(dropout_add),
     KERNEL(fill_rows),
     KERNEL(fill_rows_bf16),
+    KERNEL(gather_pieces),
     KERNEL(gelu),
     KERNEL(gelu_backward),
     KERNEL(gelu_backward_bf16),
@@ -230,8 +232,8 @@ extern "C" int emulation_launch(
     }
     for (const Kernel& kernel : kernels) {
         if (std::string(kernel.name) != name) continue;
-        if (kernel.parameters != count) {
-            failure = std::to_string(count) + " arguments for " + std::to_string(kernel.parameters) + " parameters";
+        if (kernel.parameters.size() != count) {
+            failure = std::to_string(count) + " arguments for " + std::to_string(kernel.parameters.size()) + " parameters";
             return 1;
         }
         entry = kernel.entry;

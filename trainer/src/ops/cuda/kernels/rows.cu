@@ -50,6 +50,17 @@ extern "C" __global__ void column_sums_bf16(const bf16* values, float* sums, uin
     sum_columns(values, sums, Columns(rows, width, rows_each));
 }
 
+// A piece of an array that goes to `to[at]` and on: blockIdx.x is its number.
+struct Copied {
+    const float* from;
+    uint32_t at, count;
+};
+
+extern "C" __global__ void gather_pieces(const Copied* pieces, float* to) {
+    Copied piece = pieces[blockIdx.x];
+    for (uint32_t i = threadIdx.x; i < piece.count; i += blockDim.x) to[piece.at + i] = piece.from[i];
+}
+
 // result[0] = factor · Σ values, in one block.
 extern "C" __global__ void total(const float* values, float* result, uint32_t count, float factor) {
     SHARED(float, partial);

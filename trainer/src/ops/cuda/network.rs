@@ -1,0 +1,464 @@
+//! A network of convolutions whose layers are all trained, forward and backward, without candle between its operators. Its shapes
+//! repeat from step to step, and so do all the places of its memory: from the second pass on, the host asks for a recording of it, which
+//! on a CUDA device is one graph each way.
+
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Mutex, MutexGuard};
+
+use candle_core::{Result, Shape, Tensor};
+
+use super::convolution::{Depthwise, Patches};
+use super::linear::Linear;
+use super::machine::{Address, Element, Grid, Kernel, Machine, THREADS, arguments};
+use super::operator::{Input, Operator, Pass, on_machine};
+use super::recording::{Lent, Records, Reserved};
+use super::{Precision, copy, dropout};
+use crate::ops::kernels::Plane;
+use crate::ops::network::{Block, Kind, Layer, Network};
+use crate::ops::precision;
+
+/// In messages.
+const NAME: &str = "network";
+
+/// What a layer was given and what it made of that.
+struct Made<M: Machine> {
+    given: Input,
+    /// What a 3×3 convolution saw.
+    patches: Option<(M::Values, Input)>,
+    result: Input,
+    /// Holds the result.
+    _memory: M::Values,
+}
+
+/// Gradients by weight and bias of every layer, and the numbers of their values.
+type Gradients<M> = Vec<(<M as Machine>::Values, usize)>;
+
+fn array<M: Machine>(machine: &M, values: &M::Values, shape: Shape) -> Input {
+    Input { at: machine.at(values), shape, element: Element::F32, wanted: true }
+}
+
+/// A network on a machine.
+struct OnMachine<'a, M: Machine> {
+    machine: &'a M,
+    network: &'a Network,
+    precision: Precision,
+}
+
+impl<M: Machine> OnMachine<'_, M> {
+    /// A layer's weights, after what it is given.
+    fn inputs(&self, given: Input, layer: &Layer) -> Result<[Input; 3]> {
+        let weight = |tensor: &Tensor| Ok::<_, candle_core::Error>(Input { wanted: true, ..self.machine.place(NAME, tensor)? });
+        Ok([given, weight(&layer.weight)?, weight(&layer.bias)?])
+    }
+
+    fn linear(&self) -> Linear {
+        Linear { precision: self.precision }
+    }
+
+    /// What every layer makes of `x`, `[images, side², channels]`. What a residual block's last one makes, the sum is then.
+    fn forward(&self, x: &Input) -> Result<Vec<Made<M>>> {
+        let mut x = Input { wanted: false, ..x.clone() };
+        let mut all = Vec::new();
+        for Block { layers, residual } in self.network.blocks() {
+            let entered = x.clone();
+            for layer in layers {
+                let made = self.layer(layer, x)?;
+                x = made.result.clone();
+                all.push(made);
+            }
+            if *residual {
+                let (limit, scale) = dropout(1.0);
+                let arguments = arguments![entered.at, x.at, x.at, x.count(), 0u32, limit, scale];
+                self.machine.launch(Kernel("elementwise", "dropout_add"), Grid::each(x.count()), arguments)?;
+            }
+        }
+        Ok(all)
+    }
+
+    fn layer(&self, layer: &Layer, given: Input) -> Result<Made<M>> {
+        let machine = self.machine;
+        let mut patches = None;
+        let (values, shape) = match layer.kind {
+            Kind::Pointwise { .. } => self.linear().forward(machine, &self.inputs(given.clone(), layer)?)?,
+            Kind::Depthwise { stride } => {
+                let of = Depthwise { plane: plane(&given, stride)? };
+                of.forward(machine, &self.inputs(given.clone(), layer)?)?
+            }
+            Kind::Convolution { stride } => {
+                let of = Patches { plane: plane(&given, stride)? };
+                let (values, shape) = of.forward(machine, std::slice::from_ref(&given))?;
+                let seen = Input { wanted: given.wanted, ..array(machine, &values, shape) };
+                patches = Some((values, seen.clone()));
+                self.linear().forward(machine, &self.inputs(seen, layer)?)?
+            }
+        };
+        let result = array(machine, &values, shape);
+        if in_place(layer.kind) {
+            let arguments = arguments![result.at, result.at, result.count()];
+            machine.launch(Kernel("elementwise", "relu6"), Grid::each(result.count()), arguments)?;
+        }
+        Ok(Made { given, patches, result, _memory: values })
+    }
+
+    /// Gradients by the weights, of what [`Self::forward`] made and the gradient by the last layer's result, whose memory is written to.
+    fn backward(&self, mut made: Vec<Made<M>>, by_result: &Input) -> Result<Gradients<M>> {
+        let mut by_weights = Vec::new();
+        let (mut gradient, mut memory) = (by_result.clone(), None);
+        for Block { layers, residual } in self.network.blocks().iter().rev() {
+            // By the sum, and so by what the block was given beside what goes through its layers.
+            let mut by_sum = None;
+            if *residual && memory.is_none() {
+                let own = self.machine.allocate(gradient.count())?;
+                copy(self.machine, gradient.at, self.machine.at(&own), gradient.count())?;
+                gradient.at = self.machine.at(&own);
+                memory = Some(own);
+            }
+            for (number, layer) in layers.iter().enumerate().rev() {
+                let Some(made) = made.pop() else { candle_core::bail!("{NAME}: fewer results than layers") };
+                if in_place(layer.kind) {
+                    let arguments = arguments![made.result.at, gradient.at, gradient.at, gradient.count()];
+                    self.machine.launch(Kernel("elementwise", "relu6_backward"), Grid::each(gradient.count()), arguments)?;
+                }
+                let onto = if number == 0 { by_sum.take() } else { None };
+                let given = made.given.clone();
+                let [by_given, by_weight, by_bias] = self.gradients(layer, made, &gradient, onto)?;
+                for (values, of) in [(by_bias, &layer.bias), (by_weight, &layer.weight)] {
+                    let Some(values) = values else { candle_core::bail!("{NAME}: a weight without a gradient") };
+                    by_weights.push((values, of.elem_count()));
+                }
+                let Some(by_given) = by_given else {
+                    by_weights.reverse();
+                    return Ok(by_weights);
+                };
+                gradient = Input { at: self.machine.at(&by_given), ..given };
+                let left = memory.replace(by_given);
+                if *residual && number + 1 == layers.len() {
+                    by_sum = left;
+                }
+            }
+        }
+        candle_core::bail!("{NAME}: something before it is trained")
+    }
+
+    /// By what the layer was given, added to `onto` if there is something; by its weight; by its bias.
+    fn gradients(&self, layer: &Layer, made: Made<M>, by: &Input, onto: Option<M::Values>) -> Result<[Option<M::Values>; 3]> {
+        let machine = self.machine;
+        let Made { given, patches, result, _memory } = made;
+        let found = match (layer.kind, patches) {
+            (Kind::Depthwise { stride }, _) => {
+                let of = Depthwise { plane: plane(&given, stride)? };
+                let inputs = self.inputs(given, layer)?;
+                of.backward(machine, &Pass { inputs: &inputs, result: &result, gradient: by })?
+            }
+            (Kind::Convolution { stride }, Some((_seen, patches))) => {
+                let mut found = self.linear().gradients(machine, &self.inputs(patches.clone(), layer)?, by, None)?;
+                if let Some(by_patches) = found[0].take() {
+                    let gradient = array(machine, &by_patches, patches.shape);
+                    let of = Patches { plane: plane(&given, stride)? };
+                    let inputs = [given];
+                    found[0] =
+                        of.backward(machine, &Pass { inputs: &inputs, result: &result, gradient: &gradient })?.swap_remove(0);
+                }
+                found
+            }
+            _ => self.linear().gradients(machine, &self.inputs(given, layer)?, by, onto)?,
+        };
+        found.try_into().map_err(|_| candle_core::Error::Msg(format!("{NAME}: a layer has another number of gradients")))
+    }
+}
+
+/// Whether ReLU6 follows the layer's operator, and overwrites what that gave.
+fn in_place(kind: Kind) -> bool {
+    matches!(kind, Kind::Pointwise { activated: true } | Kind::Convolution { .. })
+}
+
+fn plane(given: &Input, stride: usize) -> Result<Plane> {
+    let (_, pixels, channels) = given.shape.dims3()?;
+    let plane = Plane { side: pixels.isqrt(), stride, channels };
+    if plane.side * plane.side != pixels || !(stride == 1 || (stride == 2 && plane.side.is_multiple_of(2))) {
+        candle_core::bail!("{NAME}: no square images, or no stride of theirs: {:?}, {stride}", given.shape);
+    }
+    Ok(plane)
+}
+
+/// Gathers gradients: of each piece, where it lies, where it goes to, and how long it is. Returns words for the kernel, the number of
+/// pieces, where each gradient begins, and how many values there are in all.
+fn pieces(gradients: &[(Address, usize)]) -> (Vec<u32>, usize, Vec<usize>, usize) {
+    /// Values of a piece, what one block copies.
+    const PIECE: usize = 1 << 12;
+    let (mut words, mut count, mut starts, mut at) = (Vec::new(), 0, Vec::new(), 0usize);
+    for &(from, values) in gradients {
+        starts.push(at);
+        for start in (0..values).step_by(PIECE) {
+            let Address(address) = from.after(start);
+            let piece = [address as u32, (address >> 32) as u32, (at + start) as u32, PIECE.min(values - start) as u32];
+            words.extend(piece);
+            count += 1;
+        }
+        // Each begins in a place of sixteen bytes.
+        at += values.next_multiple_of(4);
+    }
+    (words, count, starts, at)
+}
+
+/// A pass through a network, to be taken back.
+#[derive(Debug)]
+pub struct Forward {
+    number: u64,
+}
+
+/// What may differ from one use of a network to another.
+#[derive(Clone, PartialEq)]
+struct Use {
+    shape: Shape,
+    precision: Precision,
+    /// Where the weights lie.
+    weights: Vec<u64>,
+}
+
+/// Passes through one network in one way.
+trait Passes: Send {
+    fn used_as(&self) -> &Use;
+    /// The last pass whose results are still there.
+    fn last(&self) -> Option<u64>;
+    fn is_recorded(&self) -> bool;
+    fn forward(&mut self, network: &Network, x: &Tensor) -> Result<(Tensor, u64)>;
+    fn backward(&mut self, network: &Network, by_result: &Tensor) -> Result<Vec<Tensor>>;
+}
+
+enum Stage<M: Records> {
+    /// What is done for the first time is not recorded: it may never be done again, and a device loads kernels when they are first used.
+    First,
+    /// It was done both ways.
+    Done,
+    Recorded(Box<Recorded<M>>),
+    /// The machine could not record.
+    Unrecorded,
+}
+
+struct Recorded<M: Records> {
+    forward: M::Recording,
+    backward: M::Recording,
+    result: Input,
+    gathering: Gathering<M>,
+    /// Hold what the recordings work on.
+    _gradients: Gradients<Reserved<M>>,
+}
+
+/// How gradients become tensors.
+struct Gathering<M: Machine> {
+    table: M::Words,
+    count: usize,
+    starts: Vec<usize>,
+    values: usize,
+}
+
+struct OneUse<M: Records> {
+    machine: M,
+    reserved: Reserved<M>,
+    used_as: Use,
+    input: Lent<M>,
+    by_result: Option<Lent<M>>,
+    made: Vec<Made<Reserved<M>>>,
+    stage: Stage<M>,
+    last: Option<u64>,
+}
+
+impl<M: Records> OneUse<M> {
+    fn new(machine: &M, used_as: Use) -> Result<Self> {
+        let machine = machine.apart()?;
+        let reserved = Reserved::of(&machine);
+        let input = reserved.allocate(used_as.shape.elem_count())?;
+        Ok(Self { machine, reserved, used_as, input, by_result: None, made: Vec::new(), stage: Stage::First, last: None })
+    }
+
+    fn on<'a>(&'a self, network: &'a Network) -> OnMachine<'a, Reserved<M>> {
+        OnMachine { machine: &self.reserved, network, precision: self.used_as.precision }
+    }
+
+    fn input(&self) -> Input {
+        array(&self.reserved, &self.input, self.used_as.shape.clone())
+    }
+
+    fn by_result(&mut self, result: &Input) -> Result<Input> {
+        let memory = match self.by_result.take() {
+            Some(memory) => memory,
+            None => self.reserved.allocate(result.count())?,
+        };
+        let by_result = array(&self.reserved, &memory, result.shape.clone());
+        self.by_result = Some(memory);
+        Ok(by_result)
+    }
+
+    fn gathering(&self, gradients: &Gradients<Reserved<M>>) -> Result<Gathering<M>> {
+        let places: Vec<_> = gradients.iter().map(|(values, count)| (self.reserved.at(values), *count)).collect();
+        let (words, count, starts, values) = pieces(&places);
+        Ok(Gathering { table: self.machine.upload(&words)?, count, starts, values })
+    }
+
+    fn gathered(&self, network: &Network, gathering: &Gathering<M>) -> Result<Vec<Tensor>> {
+        let all = self.machine.allocate(gathering.values)?;
+        let grid = Grid { blocks: [gathering.count, 1, 1], threads: THREADS, shared: 0 };
+        let arguments = arguments![self.machine.words_at(&gathering.table), self.machine.at(&all)];
+        self.machine.launch(Kernel("rows", "gather_pieces"), grid, arguments)?;
+        let all = self.machine.tensor(all, &Shape::from(gathering.values))?;
+        network
+            .weights()
+            .zip(&gathering.starts)
+            .map(|(of, &start)| all.narrow(0, start, of.elem_count())?.reshape(of.shape()))
+            .collect()
+    }
+
+    /// Records both passes.
+    fn record(&mut self, network: &Network) -> Result<Recorded<M>> {
+        self.made.clear();
+        let (made, forward) = self.machine.record(|| self.on(network).forward(&self.input()))?;
+        let Some(result) = made.last().map(|made| made.result.clone()) else { candle_core::bail!("{NAME}: no layers") };
+        let by_result = self.by_result(&result)?;
+        let (gradients, backward) = self.machine.record(|| self.on(network).backward(made, &by_result))?;
+        Ok(Recorded { forward, backward, result, gathering: self.gathering(&gradients)?, _gradients: gradients })
+    }
+
+    fn result(&self) -> Result<Input> {
+        match (&self.stage, self.made.last()) {
+            (Stage::Recorded(recorded), _) => Ok(recorded.result.clone()),
+            (_, Some(made)) => Ok(made.result.clone()),
+            _ => candle_core::bail!("{NAME}: nothing was passed through it"),
+        }
+    }
+}
+
+impl<M: Records> Passes for OneUse<M> {
+    fn used_as(&self) -> &Use {
+        &self.used_as
+    }
+
+    fn last(&self) -> Option<u64> {
+        self.last
+    }
+
+    fn is_recorded(&self) -> bool {
+        matches!(self.stage, Stage::Recorded(_))
+    }
+
+    fn forward(&mut self, network: &Network, x: &Tensor) -> Result<(Tensor, u64)> {
+        static NUMBER: AtomicU64 = AtomicU64::new(0);
+        self.last = None;
+        if matches!(self.stage, Stage::Done) {
+            self.stage = match self.record(network) {
+                Ok(recorded) => Stage::Recorded(Box::new(recorded)),
+                Err(error) => {
+                    eprintln!("the backbone's work could not be recorded as a graph, and is asked for anew each time: {error}");
+                    Stage::Unrecorded
+                }
+            };
+        }
+        copy(&self.machine, self.machine.place(NAME, &x.contiguous()?)?.at, self.input().at, x.elem_count())?;
+        match &self.stage {
+            Stage::Recorded(recorded) => self.machine.replay(&recorded.forward)?,
+            _ => {
+                self.made.clear();
+                self.made = self.on(network).forward(&self.input())?;
+            }
+        }
+        let result = self.result()?;
+        let values = self.machine.allocate(result.count())?;
+        copy(&self.machine, result.at, self.machine.at(&values), result.count())?;
+        let number = NUMBER.fetch_add(1, Ordering::Relaxed);
+        self.last = Some(number);
+        Ok((self.machine.tensor(values, &result.shape)?, number))
+    }
+
+    fn backward(&mut self, network: &Network, by_result: &Tensor) -> Result<Vec<Tensor>> {
+        // Memory of results is written to.
+        self.last = None;
+        let result = self.result()?;
+        let gradient = self.by_result(&result)?;
+        let from = by_result.contiguous()?;
+        if from.shape() != &result.shape {
+            candle_core::bail!("{NAME}: a gradient of {:?} by {:?}", from.shape(), result.shape);
+        }
+        copy(&self.machine, self.machine.place(NAME, &from)?.at, gradient.at, result.count())?;
+        if let Stage::Recorded(recorded) = &self.stage {
+            self.machine.replay(&recorded.backward)?;
+            return self.gathered(network, &recorded.gathering);
+        }
+        let made = std::mem::take(&mut self.made);
+        let gradients = self.on(network).backward(made, &gradient)?;
+        if matches!(self.stage, Stage::First) {
+            self.stage = Stage::Done;
+        }
+        self.gathered(network, &self.gathering(&gradients)?)
+    }
+}
+
+/// Passes through a network, of pictures of several numbers perhaps.
+#[derive(Default)]
+pub struct Runs(Mutex<Vec<Box<dyn Passes>>>);
+
+impl Runs {
+    fn locked(&self) -> MutexGuard<'_, Vec<Box<dyn Passes>>> {
+        self.0.lock().unwrap_or_else(|poisoned| poisoned.into_inner())
+    }
+
+    /// The one that is used so, the last of them from now on.
+    fn find<'a>(all: &'a mut Vec<Box<dyn Passes>>, network: &Network, x: &Tensor) -> Result<&'a mut Box<dyn Passes>> {
+        /// A step's passes have pictures of two numbers at most, as even as they can be; each holds what its pictures take.
+        const KEPT: usize = 2;
+        let used_as = used_as(network, x)?;
+        match all.iter().position(|one| *one.used_as() == used_as) {
+            Some(place) => {
+                let found = all.remove(place);
+                all.push(found);
+            }
+            None => {
+                if all.len() == KEPT {
+                    all.remove(0);
+                }
+                let one =
+                    on_machine!(x.device(), NAME, |machine| Ok(Box::new(OneUse::new(&machine, used_as)?) as Box<dyn Passes>))?;
+                all.push(one);
+            }
+        }
+        all.last_mut().ok_or_else(|| candle_core::Error::Msg(format!("{NAME}: nothing to pass through")))
+    }
+
+    /// What the network makes of `x`, `[images, side², channels]`: a constant to candle.
+    ///
+    /// # Errors
+    /// Shapes that do not fit, a device without kernels, and those of candle.
+    pub fn forward(&self, network: &Network, x: &Tensor) -> Result<(Tensor, Forward)> {
+        let mut all = self.locked();
+        let (y, number) = Self::find(&mut all, network, x)?.forward(network, x)?;
+        Ok((y, Forward { number }))
+    }
+
+    /// Gradients by weight and bias of every layer, first to last, of the gradient by what a forward pass made of `x`. If another pass
+    /// came after that, it is done again.
+    ///
+    /// # Errors
+    /// As [`Self::forward`]; a gradient of another shape than the result's.
+    pub fn backward(&self, network: &Network, x: &Tensor, forward: &Forward, by_result: &Tensor) -> Result<Vec<Tensor>> {
+        let mut all = self.locked();
+        let one = Self::find(&mut all, network, x)?;
+        if one.last() != Some(forward.number) {
+            one.forward(network, x)?;
+        }
+        one.backward(network, by_result)
+    }
+
+    /// How many of the uses that are kept were recorded.
+    #[must_use]
+    pub fn recorded(&self) -> usize {
+        self.locked().iter().filter(|one| one.is_recorded()).count()
+    }
+}
+
+fn used_as(network: &Network, x: &Tensor) -> Result<Use> {
+    let weights =
+        on_machine!(x.device(), NAME, |machine| network.weights().map(|tensor| Ok(machine.place(NAME, tensor)?.at.0)).collect())?;
+    Ok(Use { shape: x.shape().clone(), precision: precision(), weights })
+}
+
+#[cfg(test)]
+mod tests;

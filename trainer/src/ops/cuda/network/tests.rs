@@ -1,0 +1,129 @@
+use candle_core::Device;
+
+use super::super::check::networks::{by_result, composed, largest_error, network, passed, pictures, weights};
+use super::super::emulation::{Emulated, computing_in, emulated};
+use super::*;
+
+/// Sums of up to 48 products of order 1, in f32, through seven layers.
+const F32: f64 = 5e-5;
+
+fn of_pictures(seed: u32, count: usize) -> Tensor {
+    pictures(seed, count, &Device::Cpu).unwrap()
+}
+
+fn assert_near(found: &[Tensor], expected: &[Tensor], tolerance: f64, what: &str) {
+    assert!(expected.iter().all(|t| t.abs().unwrap().sum_all().unwrap().to_scalar::<f32>().unwrap() > 0.0), "{what}: zeros");
+    let error = largest_error(found, expected).unwrap();
+    assert!(error <= tolerance, "{what}: {error}");
+}
+
+#[test]
+fn passes_that_are_recorded_are_those_of_the_composed_network() {
+    for precision in [Precision::F32, Precision::Bf16] {
+        for ends_with_sum in [false, true] {
+            let vars = weights(&Device::Cpu).unwrap();
+            let (network, runs) = (network(&vars, ends_with_sum).unwrap(), Runs::default());
+            for pass in 0..4 {
+                let x = of_pictures(pass, 3);
+                let found = emulated(pass % 3, || computing_in(precision, || passed(&runs, &network, &x))).unwrap();
+                let what = format!("{precision:?}, ending with a sum: {ends_with_sum}, pass {pass}");
+                assert_eq!(runs.recorded(), usize::from(pass > 0), "{what}");
+                let expected = composed(&vars, &network, &x).unwrap();
+                if precision == Precision::F32 {
+                    assert_near(&found, &expected, F32, &what);
+                }
+                // Of the operators, in the same precision: what is rounded otherwise gets over ReLU6's edges elsewhere.
+                let of_operators = emulated(0, || computing_in(precision, || composed(&vars, &network, &x))).unwrap();
+                assert_near(&found, &of_operators, 1e-6, &what);
+                // As an optimizer moves them: where they lie.
+                for (var, gradient) in vars.iter().zip(&expected[1..]) {
+                    var.set(&(var.as_tensor() - (gradient * 0.002).unwrap()).unwrap()).unwrap();
+                }
+            }
+        }
+    }
+}
+
+#[test]
+fn a_pass_that_another_one_followed_is_done_again() {
+    let vars = weights(&Device::Cpu).unwrap();
+    let (network, runs) = (network(&vars, false).unwrap(), Runs::default());
+    for pass in 0..4 {
+        let both = [2 * pass, 2 * pass + 1].map(|seed| of_pictures(seed, 2));
+        let [of_first, of_second] = both.each_ref().map(|x| composed(&vars, &network, x).unwrap());
+        let [first, second] = both;
+        emulated(0, || {
+            let (y, forward) = runs.forward(&network, &first).unwrap();
+            let (other, _) = runs.forward(&network, &second).unwrap();
+            assert_near(&[other], &of_second[..1], F32, "the second");
+            // Twice: the first time, memory of results was written to.
+            for _ in 0..2 {
+                let gradients = runs.backward(&network, &first, &forward, &by_result(&y).unwrap()).unwrap();
+                assert_near(&[vec![y.clone()], gradients].concat(), &of_first, F32, "the first");
+            }
+        });
+    }
+    assert_eq!(runs.recorded(), 1);
+}
+
+#[test]
+fn gradients_outlive_the_next_pass() {
+    let vars = weights(&Device::Cpu).unwrap();
+    let (network, runs) = (network(&vars, false).unwrap(), Runs::default());
+    let of: Vec<_> = (0..5).map(|pass| of_pictures(pass, 2)).collect();
+    let found: Vec<_> = emulated(1, || of.iter().map(|x| passed(&runs, &network, x).unwrap()).collect());
+    for (x, found) in of.iter().zip(&found) {
+        assert_near(found, &composed(&vars, &network, x).unwrap(), F32, "");
+    }
+}
+
+#[test]
+fn what_was_recorded_of_other_pictures_or_weights_is_not_taken() {
+    let [vars, others] = [(), ()].map(|()| weights(&Device::Cpu).unwrap());
+    let [of_vars, of_others] = [&vars, &others].map(|vars| network(vars, false).unwrap());
+    let (runs, [two, three]) = (Runs::default(), [(0, 2), (1, 3)].map(|(seed, count)| of_pictures(seed, count)));
+    for pass in 0..3 {
+        for x in [&two, &three] {
+            let found = emulated(0, || passed(&runs, &of_vars, x)).unwrap();
+            assert_near(&found, &composed(&vars, &of_vars, x).unwrap(), F32, "");
+        }
+        assert_eq!(runs.recorded(), if pass > 0 { 2 } else { 0 });
+    }
+    // Weights of other values, elsewhere.
+    for var in &others {
+        var.set(&(var.as_tensor() * 0.9).unwrap()).unwrap();
+    }
+    let found = emulated(0, || passed(&runs, &of_others, &two)).unwrap();
+    assert_near(&found, &composed(&others, &of_others, &two).unwrap(), F32, "other weights");
+    assert_eq!(runs.recorded(), 1, "the one that was used longest ago is left out");
+    emulated(0, || {
+        let (y, forward) = runs.forward(&of_vars, &three).unwrap();
+        let gradient = by_result(&y.narrow(0, 0, 2).unwrap()).unwrap();
+        let error = runs.backward(&of_vars, &three, &forward, &gradient).unwrap_err();
+        assert!(error.to_string().contains("a gradient of [2, 4, 10] by [3, 4, 10]"), "{error}");
+    });
+}
+
+/// What is lent goes back, and two who have some at one time do not share it.
+#[test]
+fn reserved_memory_is_lent_to_one_at_a_time() {
+    let machine = Reserved::of(&Emulated::on_this_thread());
+    let [first, second] = [(), ()].map(|()| machine.allocate(5).unwrap());
+    let [at_first, at_second] = [&first, &second].map(|lent| machine.at(lent));
+    assert_ne!(at_first, at_second);
+    drop(second);
+    assert_ne!(machine.at(&machine.allocate(6).unwrap()), at_second);
+    let zeros = machine.zeros(5).unwrap();
+    assert_eq!(machine.at(&zeros), at_second);
+    // SAFETY: five values of the host's memory, which is held.
+    let read = unsafe { std::slice::from_raw_parts(machine.at(&zeros).0 as *const f32, 5) };
+    assert_eq!(read, [0.0; 5]);
+}
+
+/// 5,000 values in two pieces, then three that begin in a place of sixteen bytes.
+#[test]
+fn gradients_are_gathered_in_pieces() {
+    let (words, count, starts, values) = pieces(&[(Address(0x1_0000_0010), 5_000), (Address(64), 3)]);
+    let expected = [0x10, 1, 0, 4096, 0x10 + 4 * 4096, 1, 4096, 904, 64, 0, 5_000, 3];
+    assert_eq!((words, count, starts, values), (expected.to_vec(), 3, vec![0, 5_000], 5_004));
+}
