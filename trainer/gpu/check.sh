@@ -7,7 +7,8 @@
 # Prints a line for every kernel, then trains a small model for twenty steps on the device and on the CPU, and, where Python has
 # PyTorch, compares the speed of both. Exits with 0 if everything is right, 1 if not. `check.sh rehearse PROGRAM` does on the CPU
 # what can be done there, to see that the script itself works. `check.sh stand-in PROGRAM` does the whole with a driver and cuBLAS that
-# run on the processor (stand-in/driver.cpp; a C++ compiler is needed, six minutes).
+# run on the processor (stand-in/driver.cpp; a C++ compiler is needed, seven minutes), and where the program was built with the feature
+# `nccl`, trains on two ranks whose devices sum by a stand-in of NCCL.
 set -euo pipefail
 here=$(cd "$(dirname "$0")" && pwd)
 
@@ -141,15 +142,10 @@ rehearse() {
     exit "$failed"
 }
 
-# Of two and of four steps, neither with a checkpoint: two more make six more copies from the device (losses, norm and temperature, at
-# the end of each), no other wait, and no upload that a host may wait for.
-waits_at_the_end_alone() {
-    local work=$1 steps
-    for steps in 2 4; do
-        # It ends without a checkpoint, and says so.
-        train --out "$work/of-$steps" --device cuda --stop-after $steps 2>"$work/of-$steps.txt" || true
-    done
-    python3 - "$work"/of-{2,4}.txt <<'PYTHON'
+# What was told of two and of four steps: two more make six more copies from the device (losses, norm and temperature, at the end of
+# each), no other wait, and no upload that a host may wait for.
+told_of_waits() {
+    python3 - "$@" <<'PYTHON'
 import re, sys
 told = r"(\d+) that a host may wait for\), (\d+) from it, (\d+) other waits"
 two, four = ([int(n) for n in re.search(told, open(path).read()).groups()] for path in sys.argv[1:])
@@ -159,7 +155,49 @@ sys.exit(more != [0, 6, 0])
 PYTHON
 }
 
-# Checks and trainings with the stand-in for the driver.
+waits_at_the_end_alone() {
+    local work=$1 steps
+    for steps in 2 4; do
+        # It ends without a checkpoint, and says so.
+        train --out "$work/of-$steps" --device cuda --stop-after $steps 2>"$work/of-$steps.txt" || true
+    done
+    told_of_waits "$work"/of-{2,4}.txt
+}
+
+# Steps of two ranks, each with a device, are those of one; sums go from device to device, and no host waits for them inside a step.
+ranks_learn_as_one() {
+    local program=$1 work=$2 rank steps
+    # By the same passes, so with the same dropout.
+    sed 's/^images = 16/images = 16\nchunks = 2/' "$work/recipe.toml" >"$work/two.toml"
+    ranked() {
+        "$program" pretrain --size "$work/size.toml" --recipe "$work/two.toml" --tokenizer "$work/tokenizer.json" --precision f32 \
+            --pairs "$work/captions-0000.tar" --regions "$work/regions.tsv" --features "$work/features" --device cuda "$@"
+    }
+    # None has a checkpoint, and says so.
+    ranked --stop-after 4 --out "$work/one-rank" 2>"$work/one-rank.txt" || true
+    for steps in 2 4; do
+        for rank in 0 1; do
+            RANK=$rank WORLD_SIZE=2 MASTER_ADDR=127.0.0.1 MASTER_PORT=$((20000 + $$ % 10000)) \
+                ranked --stop-after $steps --out "$work/two-ranks-$steps" 2>"$work/rank-$rank-$steps.txt" || true &
+        done
+        wait
+    done
+    if grep -q 'lacks the feature' "$work"/rank-0-4.txt; then
+        echo "left out: this build lacks the feature nccl"
+        return
+    fi
+    grep -h 'through their hosts\|stand-in: a' "$work"/rank-*.txt && return 1
+    told_of_waits "$work"/rank-1-{2,4}.txt || return 1
+    python3 - "$work"/{one-rank,two-ranks-4}/log.jsonl <<'PYTHON'
+import json, sys
+one, two = ([json.loads(line)["loss"] for line in open(path)] for path in sys.argv[1:])
+apart = [abs(a / b - 1) for a, b in zip(one, two, strict=True)]
+print(f"losses of {len(apart)} steps: apart by {max(apart):.1e} at most")
+sys.exit(len(apart) != 4 or max(apart) > 1e-5)
+PYTHON
+}
+
+# Checks and trainings with the stand-ins for the driver and NCCL.
 stand_in() {
     local program=$1 work name
     work=$(mktemp -d)
@@ -167,6 +205,7 @@ stand_in() {
     # Fibers leave functions by longjmp, which fortified builds take for a mistake.
     "${CXX:-c++}" -std=c++17 -O2 -ffp-contract=off -fno-strict-aliasing -U_FORTIFY_SOURCE -DUNIMO_EMULATED -shared -fPIC -pthread \
         -o "$work/libcuda.so.1" "$here/stand-in/driver.cpp"
+    "${CXX:-c++}" -std=c++17 -O1 -shared -fPIC -pthread -o "$work/libnccl.so.2" "$here/../src/parallel/reference/nccl.cpp" -ldl -lrt
     for name in cudart.so.1{2,3} cublasLt.so.1{2,3} cublas.so.1{2,3} curand.so.10 nvrtc.so.1{2,3}; do
         ln -s libcuda.so.1 "$work/lib$name"
     done
@@ -174,6 +213,7 @@ stand_in() {
     step "kernels against f64, steps against the CPU's" "$program" gpu check
     step "training on the stand-in and on the CPU" train_both "$program" "$work" cpu cuda
     step "where the host waits" waits_at_the_end_alone "$work"
+    step "two ranks" ranks_learn_as_one "$program" "$work"
     exit "$failed"
 }
 

@@ -122,7 +122,7 @@ impl FeatureFile {
 }
 
 /// Reads 16-bit floats; `bits` is room for as many.
-fn read_halves(bytes: &[u8], bits: &mut [u16], values: &mut [f32]) {
+pub(crate) fn read_halves(bytes: &[u8], bits: &mut [u16], values: &mut [f32]) {
     bits.iter_mut().zip(bytes.chunks_exact(2)).for_each(|(bits, b)| *bits = u16::from_le_bytes([b[0], b[1]]));
     bits.reinterpret_cast::<f16>().convert_to_f32_slice(values);
 }

@@ -1,5 +1,7 @@
 //! What a corpus holds of one picture: cells of the backbone's grid, or detected regions.
 
+use half::f16;
+
 /// One picture in one view.
 #[derive(Debug, Clone, Default, PartialEq)]
 pub struct Record {
@@ -14,8 +16,8 @@ pub struct Record {
 pub struct Detected {
     /// `[regions, 5]`: x1, y1, x2, y2 and the area, in shares of the picture.
     pub boxes: Vec<f32>,
-    /// Soft labels, `[regions, region_classes]`.
-    pub probabilities: Vec<f32>,
+    /// Soft labels, `[regions, region_classes]`, in as many bits as a cache keeps: few are ever looked at.
+    pub probabilities: Vec<f16>,
 }
 
 impl Record {

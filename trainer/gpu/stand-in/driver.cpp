@@ -6,14 +6,18 @@
 // Stricter than a device where that tells of a mistake: memory that was allocated or given back holds NaNs, copies have to lie within
 // one allocation, nothing is given back twice, and graphs hold kernels and products alone, whose workspace is the caller's. What would
 // make the host wait for a device is counted, and told at the end where STAND_IN_REPORT is set.
+//
+// Where STAND_IN_IDLE is set, nothing is computed, and a step's time is what the host takes to ask for it.
 #include <cstdint>
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
+#include <deque>
 #include <functional>
 #include <map>
 #include <mutex>
 #include <string>
+#include <unistd.h>
 #include <vector>
 
 #include "../../src/ops/cuda/emulation/emulate.cpp"
@@ -32,6 +36,8 @@ using Locked = std::lock_guard<std::recursive_mutex>;
 struct Counts {
     unsigned long launches, products, graphs, of_graphs, copies_to, largest_to, long_copies_to, copies_from, waits, allocations;
 } counts;
+
+const bool idle = std::getenv("STAND_IN_IDLE");
 
 std::map<uint64_t, size_t> allocated;
 size_t in_use;
@@ -65,7 +71,7 @@ int allocate(uint64_t* address, size_t bytes) {
     if (bytes == 0) return fail(INVALID_VALUE, "an allocation of nothing");
     void* memory = nullptr;
     if (posix_memalign(&memory, 256, bytes)) return 2;
-    std::memset(memory, 0xff, bytes);
+    if (!idle) std::memset(memory, 0xff, bytes);
     *address = reinterpret_cast<uint64_t>(memory);
     allocated[*address] = bytes;
     in_use += bytes;
@@ -77,7 +83,7 @@ int give_back(uint64_t address) {
     Locked locked(lock);
     auto found = allocated.find(address);
     if (found == allocated.end()) return fail(INVALID_VALUE, "what is given back was not allocated");
-    std::memset(reinterpret_cast<void*>(address), 0xff, found->second);
+    if (!idle) std::memset(reinterpret_cast<void*>(address), 0xff, found->second);
     in_use -= found->second;
     allocated.erase(found);
     std::free(reinterpret_cast<void*>(address));
@@ -87,8 +93,32 @@ int give_back(uint64_t address) {
 // What a stream was asked for while it was captured.
 using Graph = std::vector<std::function<int()>>;
 
+// What a stream is asked for is done at once, but for functions of the host's, which stand for the work of other libraries: each is done
+// as late as it may, when somebody waits for it.
 struct Stream {
     Graph* captured = nullptr;
+    std::deque<std::function<void()>> left;
+    // Functions that it was ever asked for.
+    size_t asked = 0;
+
+    // All but those that were asked for after so many.
+    void catch_up(size_t with) {
+        while (!left.empty() && asked - left.size() < with) {
+            auto next = std::move(left.front());
+            left.pop_front();
+            next();
+        }
+    }
+};
+
+// What a stream had been asked for when the event was recorded.
+struct Event {
+    Stream* stream = nullptr;
+    size_t asked = 0;
+
+    void wait() const {
+        if (stream) stream->catch_up(asked);
+    }
 };
 
 bool captures(void* stream) { return stream && static_cast<Stream*>(stream)->captured; }
@@ -97,7 +127,7 @@ bool captures(void* stream) { return stream && static_cast<Stream*>(stream)->cap
 int ask(void* stream, unsigned long& count, std::function<int()> call) {
     if (captures(stream)) return static_cast<Stream*>(stream)->captured->push_back(std::move(call)), SUCCESS;
     count++;
-    return call();
+    return idle ? SUCCESS : call();
 }
 
 // What is neither kernel nor product is not captured here.
@@ -207,7 +237,11 @@ int cuDriverGetVersion(int* version) { return *version = 13000, SUCCESS; }
 int cuDeviceGetCount(int* count) { return *count = 1, SUCCESS; }
 int cuDeviceGet(int* device, int ordinal) { return *device = ordinal, ordinal == 0 ? SUCCESS : 101; }
 int cuDeviceGetName(char* name, int length, int) { return std::snprintf(name, size_t(length), "stand-in"), SUCCESS; }
-int cuDeviceGetUuid_v2(char* uuid, int) { return std::memset(uuid, 7, 16), SUCCESS; }
+// Every process has a device of its own.
+int cuDeviceGetUuid_v2(char* uuid, int) {
+    pid_t process = getpid();
+    return std::memset(uuid, 7, 16), std::memcpy(uuid, &process, sizeof process), SUCCESS;
+}
 int cuDeviceGetUuid(char* uuid, int device) { return cuDeviceGetUuid_v2(uuid, device); }
 int cuDeviceTotalMem_v2(size_t* bytes, int) { return *bytes = size_t(16) << 30, SUCCESS; }
 int cuMemGetInfo_v2(size_t* left, size_t* all) {
@@ -233,9 +267,13 @@ int cuGetErrorName(int, const char** name) { return *name = "an error of the sta
 int cuGetErrorString(int, const char** text) { return *text = "see above", SUCCESS; }
 
 int cuStreamCreate(void** stream, unsigned) { return *stream = new Stream, SUCCESS; }
-int cuStreamDestroy_v2(void* stream) { return delete static_cast<Stream*>(stream), SUCCESS; }
 int cuStreamIsCapturing(void* stream, int* status) { return *status = captures(stream), SUCCESS; }
-int cuStreamSynchronize(void* stream) { return counts.waits++, refuse_if_captured(stream, "a wait"); }
+int cuStreamSynchronize(void* stream) {
+    Locked locked(lock);
+    counts.waits++;
+    if (stream) static_cast<Stream*>(stream)->catch_up(SIZE_MAX);
+    return refuse_if_captured(stream, "a wait");
+}
 int cuStreamBeginCapture_v2(void* stream, int) {
     Locked locked(lock);
     if (!stream || captures(stream)) return fail(CAPTURE_UNSUPPORTED, "this stream cannot be captured");
@@ -257,16 +295,34 @@ int cuGraphLaunch(void* executable, void* stream) {
     counts.graphs++;
     for (const auto& call : *static_cast<Graph*>(executable)) {
         counts.of_graphs++;
-        if (int failed = call()) return failed;
+        if (int failed = idle ? SUCCESS : call()) return failed;
     }
     return SUCCESS;
 }
-int cuStreamWaitEvent(void*, void*, unsigned) { return SUCCESS; }
-int cuEventCreate(void** event, unsigned) { return *event = new char, SUCCESS; }
-int cuEventDestroy_v2(void* event) { return delete static_cast<char*>(event), SUCCESS; }
-int cuEventRecord(void*, void*) { return SUCCESS; }
-int cuEventQuery(void*) { return SUCCESS; }
-int cuEventSynchronize(void*) { return counts.waits++, SUCCESS; }
+int cuStreamDestroy_v2(void* stream) { return cuStreamSynchronize(stream), delete static_cast<Stream*>(stream), SUCCESS; }
+int cuLaunchHostFunc(void* stream, void (*function)(void*), void* of) {
+    Locked locked(lock);
+    if (!stream || captures(stream)) return fail(CAPTURE_UNSUPPORTED, "a function of the host's on this stream");
+    Stream& on = *static_cast<Stream*>(stream);
+    on.left.push_back([function, of] { function(of); });
+    return on.asked++, SUCCESS;
+}
+int cuStreamWaitEvent(void*, void* event, unsigned) {
+    Locked locked(lock);
+    return static_cast<Event*>(event)->wait(), SUCCESS;
+}
+int cuEventCreate(void** event, unsigned) { return *event = new Event, SUCCESS; }
+int cuEventDestroy_v2(void* event) { return delete static_cast<Event*>(event), SUCCESS; }
+int cuEventRecord(void* event, void* stream) {
+    Locked locked(lock);
+    Stream* of = static_cast<Stream*>(stream);
+    return *static_cast<Event*>(event) = {of, of ? of->asked : 0}, SUCCESS;
+}
+int cuEventQuery(void* event) {
+    Locked locked(lock);
+    return static_cast<Event*>(event)->wait(), SUCCESS;
+}
+int cuEventSynchronize(void* event) { return counts.waits++, cuEventQuery(event); }
 
 // cudarc's empty slices ask for nothing.
 int cuMemAllocAsync(uint64_t* address, size_t bytes, void* stream) {
@@ -301,14 +357,14 @@ int cuMemcpyDtoDAsync_v2(uint64_t to, uint64_t from, size_t bytes, void* stream)
     Locked locked(lock);
     if (int refused = refuse_if_captured(stream, "a copy on the device")) return refused;
     if (!owned(to, bytes) || !owned(from, bytes)) return fail(INVALID_VALUE, "a copy on the device leaves its allocation");
-    std::memmove(reinterpret_cast<void*>(to), reinterpret_cast<void*>(from), bytes);
+    if (!idle) std::memmove(reinterpret_cast<void*>(to), reinterpret_cast<void*>(from), bytes);
     return SUCCESS;
 }
 int cuMemsetD8Async(uint64_t to, unsigned char value, size_t bytes, void* stream) {
     Locked locked(lock);
     if (int refused = refuse_if_captured(stream, "memory that is filled")) return refused;
     if (!owned(to, bytes)) return fail(INVALID_VALUE, "memory that is filled leaves its allocation");
-    std::memset(reinterpret_cast<void*>(to), value, bytes);
+    if (!idle) std::memset(reinterpret_cast<void*>(to), value, bytes);
     return SUCCESS;
 }
 
@@ -334,7 +390,8 @@ int cuLaunchKernel(
     if (found.candles) {
         counts.launches++;
         if (int refused = refuse_if_captured(stream, "a kernel of candle's")) return refused;
-        return found.candles->run(values), SUCCESS;
+        if (!idle) found.candles->run(values);
+        return SUCCESS;
     }
     if (threads_y != 1 || threads_z != 1) return fail(INVALID_VALUE, "our kernels have threads along x alone");
     // Copies of the arguments, for whenever the kernel runs.

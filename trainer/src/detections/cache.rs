@@ -12,14 +12,14 @@ use std::time::UNIX_EPOCH;
 
 use anyhow::{Context, Result, bail};
 use half::f16;
-use half::slice::{HalfBitsSliceExt, HalfFloatSliceExt};
+use half::slice::HalfFloatSliceExt;
 use memmap2::Mmap;
 use rayon::prelude::*;
 use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
 
 use super::line::{LineError, RegionShapes, parse_line};
-use crate::features::hex;
+use crate::features::{hex, read_halves};
 use crate::regions::{Detected, Record};
 use crate::shards::Damage;
 
@@ -196,9 +196,9 @@ fn write_record(writer: &mut impl Write, record: &Record) -> std::io::Result<usi
     for value in &detected.boxes {
         writer.write_all(&value.to_le_bytes())?;
     }
-    for values in [&record.values, &detected.probabilities] {
-        let mut halves = vec![f16::ZERO; values.len()];
-        halves.convert_from_f32_slice(values);
+    let mut features = vec![f16::ZERO; record.values.len()];
+    features.convert_from_f32_slice(&record.values);
+    for halves in [&features, &detected.probabilities] {
         writer.write_all(&halves.iter().flat_map(|half| half.to_le_bytes()).collect::<Vec<u8>>())?;
     }
     Ok(detected.boxes.len() / 5)
@@ -236,16 +236,12 @@ impl DetectionFile {
         let (boxes, halves) = bytes.split_at(regions * 20);
         let (features, probabilities) = halves.split_at(regions * self.shapes.features * 2);
         let boxes = boxes.chunks_exact(4).map(|b| f32::from_le_bytes([b[0], b[1], b[2], b[3]])).collect();
-        Record { values: floats(features), detected: Some(Detected { boxes, probabilities: floats(probabilities) }) }
+        let count = features.len() / 2;
+        let mut values = vec![0f32; count];
+        read_halves(features, &mut vec![0; count], &mut values);
+        let probabilities = probabilities.chunks_exact(2).map(|half| f16::from_le_bytes([half[0], half[1]])).collect();
+        Record { values, detected: Some(Detected { boxes, probabilities }) }
     }
-}
-
-/// f32 values of little-endian f16 ones.
-fn floats(bytes: &[u8]) -> Vec<f32> {
-    let bits: Vec<u16> = bytes.chunks_exact(2).map(|b| u16::from_le_bytes([b[0], b[1]])).collect();
-    let mut values = vec![0f32; bits.len()];
-    bits.reinterpret_cast::<f16>().convert_to_f32_slice(&mut values);
-    values
 }
 
 #[cfg(test)]

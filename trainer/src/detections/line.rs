@@ -2,6 +2,7 @@
 
 use base64::Engine as _;
 use base64::engine::general_purpose::STANDARD;
+use half::f16;
 use thiserror::Error;
 
 use crate::regions::{Detected, Record};
@@ -158,6 +159,7 @@ pub fn parse_line(line: &[u8], shapes: RegionShapes) -> Result<(String, Record),
             return Err(LineError::Probabilities { region, sum });
         }
     }
+    let probabilities = probabilities.into_iter().map(f16::from_f32).collect();
     Ok((name.to_owned(), Record { values: features, detected: Some(Detected { boxes, probabilities }) }))
 }
 
@@ -223,7 +225,7 @@ mod tests {
         // Half a pixel over the edge is cut off.
         let expected = [0.05, 0.2, 0.3, 1.0, 0.25 * 0.8];
         assert!(detected.boxes.iter().zip(expected).all(|(a, b)| (a - b).abs() < 1e-6), "{:?}", detected.boxes);
-        assert_eq!(detected.probabilities, [0.25, 0.5]);
+        assert_eq!(detected.probabilities, [0.25, 0.5].map(f16::from_f32));
     }
 
     /// Made by NumPy: `base64.b64encode(numpy.array([[1.5, 0, 2, 4]], "<f4"))` and so on.
@@ -234,7 +236,7 @@ mod tests {
         assert_eq!((name.as_str(), record.values.as_slice()), ("7", &[1.0, -2.0, 3.0][..]));
         let detected = record.detected.unwrap();
         assert_eq!(detected.boxes, [0.375, 0.0, 0.5, 1.0, 0.125]);
-        assert_eq!(detected.probabilities, [0.25, 0.5]);
+        assert_eq!(detected.probabilities, [0.25, 0.5].map(f16::from_f32));
     }
 
     #[test]

@@ -311,17 +311,19 @@ impl<'a> Packer<'a> {
         let width = self.config.region_feature;
         debug_assert_eq!(values.len(), count * width);
         let mean_at = self.features.len();
+        self.features.reserve((count + 1) * width);
         self.features.resize(mean_at + width, 0.0);
         let share = 1.0 / (count - masked.len()).max(1) as f32;
-        let standard = self.statistics.standardise(values);
-        for (r, feature) in standard.chunks_exact(width).enumerate() {
+        for (r, feature) in values.chunks_exact(width).enumerate() {
+            let at = self.features.len();
             if masked.contains(&r) {
-                self.features.resize(self.features.len() + width, 0.0);
-            } else {
-                self.features.extend_from_slice(feature);
-                for (mean, value) in self.features[mean_at..mean_at + width].iter_mut().zip(feature) {
-                    *mean += value * share;
-                }
+                self.features.resize(at + width, 0.0);
+                continue;
+            }
+            self.statistics.push_standardised(feature, &mut self.features);
+            let (before, standard) = self.features.split_at_mut(at);
+            for (mean, value) in before[mean_at..mean_at + width].iter_mut().zip(standard) {
+                *mean += *value * share;
             }
         }
     }

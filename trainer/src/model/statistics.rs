@@ -53,8 +53,14 @@ impl RegionStatistics {
     /// `(feature − mean) / deviation`, row-major `[n, region_feature]`.
     #[must_use]
     pub fn standardise(&self, features: &[f32]) -> Vec<f32> {
-        let by = || self.mean.iter().zip(&self.deviation);
-        features.chunks_exact(self.mean.len()).flat_map(|row| row.iter().zip(by()).map(|(x, (m, d))| (x - m) / d)).collect()
+        let mut standard = Vec::with_capacity(features.len());
+        features.chunks_exact(self.mean.len()).for_each(|row| self.push_standardised(row, &mut standard));
+        standard
+    }
+
+    /// Appends the standardised features of one region.
+    pub fn push_standardised(&self, region: &[f32], to: &mut Vec<f32>) {
+        to.extend(region.iter().zip(self.mean.iter().zip(&self.deviation)).map(|(x, (m, d))| (x - m) / d));
     }
 }
 

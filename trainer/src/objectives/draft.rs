@@ -345,16 +345,17 @@ impl Draft<'_> {
 
     fn region_targets(&mut self, image_row: usize, record: &Record, masked: &[usize]) {
         let regions = record.boxes().map_or(self.grid * self.grid, |boxes| boxes.len() / 5);
-        let row = |values: &[f32], region: usize| {
-            let width = values.len() / regions;
-            values[region * width..(region + 1) * width].to_vec()
+        let row = |values: usize, region: usize| {
+            let width = values / regions;
+            region * width..(region + 1) * width
         };
         let targets = &mut self.parts.regions;
         for &region in masked {
             targets.rows.push(image_row + 1 + region);
-            targets.features.extend(row(&record.values, region));
+            targets.features.extend_from_slice(&record.values[row(record.values.len(), region)]);
             if let Some(detected) = &record.detected {
-                targets.probabilities.extend(row(&detected.probabilities, region));
+                let own = &detected.probabilities[row(detected.probabilities.len(), region)];
+                targets.probabilities.extend(own.iter().map(|half| half.to_f32()));
             }
         }
     }

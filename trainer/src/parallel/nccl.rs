@@ -172,7 +172,7 @@ pub(super) mod testing {
     use super::*;
     use crate::parallel::devices::DeviceSums;
 
-    /// A stand-in for the library, compiled from `reference/nccl.cpp`: ranks are threads of one process, devices its memory.
+    /// A stand-in for the library, compiled from `reference/nccl.cpp`: ranks are threads here, and the host's memory the devices'.
     pub fn stand_in() -> Arc<Nccl> {
         static LIBRARY: OnceLock<Arc<Nccl>> = OnceLock::new();
         let open = || {
@@ -181,7 +181,10 @@ pub(super) mod testing {
             let library = folder.path().join("libnccl.so");
             let compiler = std::env::var("CXX").unwrap_or_else(|_| "c++".to_owned());
             let mut compile = Command::new(&compiler);
-            compile.args(["-std=c++17", "-O1", "-shared", "-fPIC", "-pthread", "-o"]).args([&library, &source]);
+            compile
+                .args(["-std=c++17", "-O1", "-shared", "-fPIC", "-pthread", "-o"])
+                .args([&library, &source])
+                .args(["-ldl", "-lrt"]);
             let done = compile.output().unwrap_or_else(|error| panic!("this test needs a C++ compiler, {compiler}: {error}"));
             assert!(done.status.success(), "{}", String::from_utf8_lossy(&done.stderr));
             Arc::new(Nccl::open(&library).unwrap())

@@ -159,7 +159,8 @@ fn mean(values: &[f32], width: usize, kept: usize) -> Vec<f32> {
 
 fn of_detected(file: &DetectionFile, index: usize, key: &str, shapes: RegionShapes) -> Look {
     let record = file.get(index);
-    let probabilities = record.detected.map(|detected| detected.probabilities).unwrap_or_default();
+    let probabilities: Vec<f32> =
+        record.detected.iter().flat_map(|detected| &detected.probabilities).map(|half| half.to_f32()).collect();
     let classes = probabilities.chunks_exact(shapes.classes).map(best).collect();
     Look { key: key.to_owned(), classes, mean: mean(&record.values, shapes.features, shapes.features) }
 }

@@ -45,7 +45,7 @@ fn passes_that_are_recorded_are_those_of_the_composed_network() {
 }
 
 #[test]
-fn a_pass_that_another_one_followed_is_done_again() {
+fn a_pass_whose_results_are_gone_is_done_again() {
     let vars = weights(&Device::Cpu).unwrap();
     let (network, runs) = (network(&vars, false).unwrap(), Runs::default());
     for pass in 0..4 {
@@ -54,12 +54,14 @@ fn a_pass_that_another_one_followed_is_done_again() {
         let [first, second] = both;
         emulated(0, || {
             let (y, forward) = runs.forward(&network, &first).unwrap();
-            let (other, _) = runs.forward(&network, &second).unwrap();
-            assert_near(&[other], &of_second[..1], F32, "the second");
-            // Twice: the first time, memory of results was written to.
-            for _ in 0..2 {
-                let gradients = runs.backward(&network, &first, &forward, &by_result(&y).unwrap()).unwrap();
-                assert_near(&[vec![y.clone()], gradients].concat(), &of_first, F32, "the first");
+            let (other, of_other) = runs.forward(&network, &second).unwrap();
+            assert_near(&[&y, &other].map(Tensor::clone), &[&of_first[0], &of_second[0]].map(Tensor::clone), F32, "results");
+            // Twice each: the first time, memory of results is written to.
+            for (x, forward, y, expected) in [(&second, &of_other, &other, &of_second), (&first, &forward, &y, &of_first)] {
+                for time in 0..2 {
+                    let gradients = runs.backward(&network, x, forward, &by_result(y).unwrap()).unwrap();
+                    assert_near(&gradients, &expected[1..], F32, &format!("pass {pass}, time {time}"));
+                }
             }
         });
     }
