@@ -5,7 +5,7 @@
 //
 // Stricter than a device where that tells of a mistake: memory that was allocated or given back holds NaNs, copies have to lie within
 // one allocation, nothing is given back twice, and graphs hold kernels and products alone, whose workspace is the caller's. What would
-// make the host wait for a device is counted, and told at the end where STAND_IN_REPORT is set.
+// make the host wait for a device is counted, and told at the end where STAND_IN_REPORT is set; if to `kernels`, those by name too.
 //
 // Where STAND_IN_IDLE is set, nothing is computed, and a step's time is what the host takes to ask for it.
 #include <cstdint>
@@ -34,7 +34,7 @@ std::recursive_mutex lock;
 using Locked = std::lock_guard<std::recursive_mutex>;
 
 struct Counts {
-    unsigned long launches, products, graphs, of_graphs, copies_to, largest_to, long_copies_to, copies_from, waits, allocations;
+    unsigned long launches, products, graphs, of_graphs, largest_sum, copies_to, largest_to, long_copies_to, copies_from, waits, allocations;
 } counts;
 
 const bool idle = std::getenv("STAND_IN_IDLE");
@@ -47,14 +47,21 @@ int fail(int code, const std::string& why) {
     return code;
 }
 
+// How often each kernel was asked for.
+std::map<std::string, unsigned long> by_name;
+
 void report() {
-    if (!std::getenv("STAND_IN_REPORT")) return;
+    const char* what = std::getenv("STAND_IN_REPORT");
+    if (!what) return;
+    for (const auto& [name, count] : by_name) {
+        if (std::string(what) == "kernels") std::fprintf(stderr, "stand-in: %6lu %s\n", count, name.c_str());
+    }
     std::fprintf(
         stderr,
-        "stand-in: %lu kernels, %lu products, %lu graphs (of %lu of both), %lu allocations; %lu copies to the device (largest %lu "
-        "bytes, %lu that a host may wait for), %lu from it, %lu other waits\n",
-        counts.launches, counts.products, counts.graphs, counts.of_graphs, counts.allocations, counts.copies_to, counts.largest_to,
-        counts.long_copies_to, counts.copies_from, counts.waits
+        "stand-in: %lu kernels (largest sum by one block: %lu values), %lu products, %lu graphs (of %lu of both), %lu allocations; %lu "
+        "copies to the device (largest %lu bytes, %lu that a host may wait for), %lu from it, %lu other waits\n",
+        counts.launches, counts.largest_sum, counts.products, counts.graphs, counts.of_graphs, counts.allocations, counts.copies_to,
+        counts.largest_to, counts.long_copies_to, counts.copies_from, counts.waits
     );
 }
 
@@ -143,6 +150,7 @@ struct Blas {
 };
 
 struct Found {
+    std::string name;
     const emulation::Kernel* ours;
     const candle::Kernel* candles;
 };
@@ -371,7 +379,7 @@ int cuMemsetD8Async(uint64_t to, unsigned char value, size_t bytes, void* stream
 int cuModuleLoadData(void** module, const void*) { return *module = &counts, SUCCESS; }
 int cuModuleUnload(void*) { return SUCCESS; }
 int cuModuleGetFunction(void** function, void*, const char* name) {
-    Found found = {nullptr, candle::find(name)};
+    Found found = {name, nullptr, candle::find(name)};
     for (const emulation::Kernel& kernel : emulation::kernels) {
         if (std::string(kernel.name) == name) found.ours = &kernel;
     }
@@ -386,10 +394,12 @@ int cuLaunchKernel(
 ) {
     Locked locked(lock);
     const Found& found = *static_cast<Found*>(function);
+    by_name[found.name]++;
     if (x == 0 || y == 0 || z == 0 || threads == 0) return fail(INVALID_VALUE, "a grid of nothing");
     if (found.candles) {
         counts.launches++;
         if (int refused = refuse_if_captured(stream, "a kernel of candle's")) return refused;
+        if (found.name == "fast_sum_f32") counts.largest_sum = std::max<unsigned long>(counts.largest_sum, candle::argument<size_t>(values, 1));
         if (!idle) found.candles->run(values);
         return SUCCESS;
     }

@@ -13,9 +13,9 @@ use candle_core::{Result, Tensor, Var};
 #[cfg(any(feature = "cuda", test))]
 use super::LAYER_NORM_EPS;
 use super::{Dropout, PackedBatch, Passed, Unimo};
-use crate::ops::gradients;
 #[cfg(any(feature = "cuda", test))]
-use crate::ops::{self, cuda::layers};
+use crate::ops::cuda::layers;
+use crate::ops::{self, gradients};
 
 /// What a forward pass keeps for a backward pass by layers.
 pub(super) struct Kept {
@@ -153,8 +153,7 @@ impl Passed {
                         Some(output) => output,
                         None => model.layer(number, input.as_tensor(), batch, dropout)?,
                     };
-                    // The gradient of this sum by the output is the one carried, to the last bit.
-                    all.extend(gradients((output * gradient)?.sum_all()?, by.iter().chain([&input]))?)?;
+                    all.extend(gradients(ops::carrying(&output, &gradient)?, by.iter().chain([&input]))?)?;
                     carried = all.remove(&input);
                     complete(number, &mut all)?;
                 }
@@ -175,7 +174,7 @@ impl Passed {
             }
         }
         if let (Some(embedded), Some(gradient)) = (embedded, carried) {
-            all.extend(gradients((embedded * gradient)?.sum_all()?, by)?)?;
+            all.extend(gradients(ops::carrying(&embedded, &gradient)?, by)?)?;
         }
         Ok(all)
     }

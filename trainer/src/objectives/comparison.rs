@@ -13,7 +13,7 @@ use candle_core::backprop::GradStore;
 use candle_core::{D, DType, Device, Tensor, Var};
 
 use super::chunk::{Encoded, KINDS, Term};
-use super::contrastive::{contrastive_part, cross_modal_contrast, same};
+use super::contrastive::{contrastive_part, cross_modal_contrast, same, similarities};
 use super::members::Members;
 use super::tally::{CONTRAST, CROSS_MODAL};
 use crate::parallel::{Collective, sums};
@@ -193,7 +193,7 @@ impl Comparison {
         if contrasts.is_empty() {
             return Ok(None);
         }
-        let similarity = |rows: &Tensor, columns: &Tensor| rows.matmul(&columns.t()?)?.broadcast_div(temperature);
+        let similarity = |rows: &Tensor, columns: &Tensor| similarities(rows, columns, temperature);
         let own_of = |all: &Tensor, kind: usize| {
             let Range { start, end } = self.own_rows(kind);
             all.narrow(0, start, end - start)

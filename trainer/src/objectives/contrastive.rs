@@ -48,7 +48,7 @@ pub(super) fn contrastive_part(
         own_images.clone().filter(|&image| is_described[image]).map(|image| (image - own_images.start) as u32).collect();
     if !described.is_empty() {
         let images = images.narrow(0, own_images.start, own_images.len())?;
-        let p = log_softmax(&images.matmul(&texts.t()?)?.broadcast_div(temperature)?)?.exp()?;
+        let p = log_softmax(&similarities(&images, texts, temperature)?)?.exp()?;
         let own = same(&own_images.clone().collect::<Vec<_>>(), image_of_text, images.device())?;
         let of_image = ops::select_rows(&(p * own)?.sum_keepdim(D::Minus1)?, &described.into())?;
         let all = is_described.iter().filter(|described| **described).count();
@@ -56,11 +56,20 @@ pub(super) fn contrastive_part(
     }
     if !own_texts.is_empty() {
         let texts = texts.narrow(0, own_texts.start, own_texts.len())?;
-        let log_p = log_softmax(&texts.matmul(&images.t()?)?.broadcast_div(temperature)?)?;
+        let log_p = log_softmax(&similarities(&texts, images, temperature)?)?;
         let own = same(&image_of_text[own_texts.clone()], &(0..n).collect::<Vec<_>>(), images.device())?;
-        terms.push((log_p * own)?.sum_all()?.affine(half_of_mean(m), 0.0)?);
+        terms.push((log_p * own)?.sum(D::Minus1)?.sum_all()?.affine(half_of_mean(m), 0.0)?);
     }
     terms.into_iter().map(Ok).reduce(|sum, term| sum? + term?).transpose()
+}
+
+/// Scalar products of all rows with all columns, each `[n, embedding]`, over the temperature: `[rows, columns]`.
+///
+/// The rows are divided, by a column of as many temperatures, so that the gradient by the temperature is summed row by row: candle gives
+/// every sum one block of a CUDA device.
+pub(super) fn similarities(rows: &Tensor, columns: &Tensor, temperature: &Tensor) -> Result<Tensor> {
+    let temperatures = temperature.broadcast_as((rows.dim(0)?, 1))?.contiguous()?;
+    rows.broadcast_div(&temperatures)?.matmul(&columns.t()?)
 }
 
 /// `[rows, columns]`: 1 where both have the same number, 0 elsewhere. Made on the device, of the numbers alone.

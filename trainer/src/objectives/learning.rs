@@ -7,6 +7,7 @@ use candle_core::{Tensor, Var};
 use super::chunk::{Encoded, KINDS, Term};
 use super::tally::sum_losses;
 use crate::model::Unimo;
+use crate::ops;
 use crate::parallel::Collective;
 use crate::vision::Vision;
 
@@ -74,10 +75,10 @@ impl Carrying {
             let (start, count) = (self.at[kind], tensor.dim(0)?);
             self.at[kind] += count;
             let Some(gradient) = &self.gradients[kind] else { continue };
-            let product = (tensor * gradient.narrow(0, start, count)?)?.sum_all()?;
+            let carrying = ops::carrying(&tensor, &gradient.narrow(0, start, count)?)?;
             carried = Some(match carried {
-                Some(sum) => (sum + product)?,
-                None => product,
+                Some(sum) => (sum + carrying)?,
+                None => carrying,
             });
         }
         Ok(carried)

@@ -23,6 +23,7 @@ pub use attention::{AttentionGroup, AttentionPlan, QueryBlock, attention};
 pub use convolution::{convolution_relu6, depthwise_relu6, pointwise_relu6};
 pub use cross_entropy::tied_cross_entropy;
 pub use elementwise::{dropout_add, dropout_add_layer_norm, gelu, layer_norm, relu6};
+pub(crate) use gradients::carrying;
 pub use gradients::gradients;
 pub use linear::{linear, linear_gelu};
 pub use precision::{Precision, precision, set_precision};

@@ -35,7 +35,7 @@ pub use layer_norm::layer_norm;
 pub use linear::{linear, linear_gelu};
 pub use machine::Element;
 #[cfg(feature = "cuda")]
-pub use nvidia::from_host;
+pub use nvidia::{from_host, zero};
 pub use rows::select_rows;
 
 use candle_core::{Device, Result};

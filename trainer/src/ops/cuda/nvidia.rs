@@ -123,6 +123,12 @@ pub fn from_host(values: &[f32], shape: &Shape, device: &CudaDevice) -> Result<T
     machine.tensor(machine.copied(values)?, shape)
 }
 
+/// A zero.
+pub fn zero(device: &CudaDevice) -> Result<CudaStorage> {
+    let machine = Nvidia::new(device);
+    Ok(machine.storage(machine.zeros(1)?))
+}
+
 /// What nvcc made of a file of `kernels/`.
 fn ptx(file: &str) -> Result<&'static str> {
     macro_rules! embedded {
