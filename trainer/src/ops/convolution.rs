@@ -87,7 +87,7 @@ pub fn depthwise_relu6(x: &Tensor, weight: &Tensor, bias: &Tensor, stride: usize
     if !fits || weight.dims() != [9, channels] || bias.dims() != [channels] {
         candle_core::bail!("depthwise_relu6: {:?} by {:?} + {:?}, stride {stride}", x.dims(), weight.dims(), bias.dims());
     }
-    on_cuda!(x.device(), super::cuda::depthwise_relu6(x, weight, bias, plane));
+    on_cuda!(x.device(), super::cuda::depthwise_relu6(x, weight, bias, plane, super::cuda::Element::F32));
     x.contiguous()?.apply_op3(weight, bias, Depthwise { plane })
 }
 
@@ -152,7 +152,7 @@ pub fn convolution_relu6(x: &Tensor, weight: &Tensor, bias: &Tensor, stride: usi
 }
 
 fn patches(x: &Tensor, plane: Plane) -> Result<Tensor> {
-    on_cuda!(x.device(), super::cuda::patches(x, plane));
+    on_cuda!(x.device(), super::cuda::patches(x, plane, super::cuda::Element::F32));
     x.contiguous()?.apply_op1(Patches { plane })
 }
 

@@ -129,7 +129,7 @@ pub fn gelu(x: &Tensor) -> Result<Tensor> {
 /// # Errors
 /// A dtype other than f32.
 pub fn relu6(x: &Tensor) -> Result<Tensor> {
-    on_cuda!(x.device(), super::cuda::relu6(x));
+    on_cuda!(x.device(), super::cuda::relu6(x, super::cuda::Element::F32));
     let relu6 = Elementwise { name: "relu6", forward: kernels::relu6, backward: kernels::relu6_backward };
     x.contiguous()?.apply_op1(relu6)
 }

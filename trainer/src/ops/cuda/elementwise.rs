@@ -2,7 +2,7 @@
 
 use candle_core::{Result, Shape, Tensor};
 
-use super::machine::{Address, Grid, Kernel, Machine, arguments};
+use super::machine::{Address, Element, Grid, Kernel, Machine, arguments};
 use super::operator::{Input, OnMachine, Operator, Pass};
 use super::{all_column_sums, dropout};
 
@@ -49,28 +49,47 @@ pub fn gelu(x: &Tensor) -> Result<Tensor> {
 
 struct Relu6;
 
+/// Asks for ReLU6 of `x`; that may be where the result goes.
+pub(super) fn relu6_to<M: Machine>(machine: &M, x: &Input, to: Address) -> Result<()> {
+    let kernel = Kernel::on(x.element, "elementwise", ["relu6", "relu6_bf16"]);
+    machine.launch(kernel, Grid::each(x.count().div_ceil(8)), arguments![x.at, to, x.count()])
+}
+
+/// Asks for the gradient by what ReLU6 was given, which, or its result, `x` is; that may be where the one by its result is.
+pub(super) fn relu6_backward<M: Machine>(machine: &M, x: &Input, by_result: Address, to: Address) -> Result<()> {
+    let kernel = Kernel::on(x.element, "elementwise", ["relu6_backward", "relu6_backward_bf16"]);
+    machine.launch(kernel, Grid::each(x.count().div_ceil(8)), arguments![x.at, by_result, to, x.count()])
+}
+
+/// Asks for `to`, an array like `x`, to become the sum of both.
+pub(super) fn add_to<M: Machine>(machine: &M, x: &Input, to: Address) -> Result<()> {
+    let kernel = Kernel::on(x.element, "elementwise", ["sum_of_two", "sum_of_two_bf16"]);
+    machine.launch(kernel, Grid::each(x.count().div_ceil(8)), arguments![x.at, to, to, x.count()])
+}
+
 impl Operator for Relu6 {
     const NAME: &'static str = "relu6";
 
+    fn activations(&self) -> usize {
+        1
+    }
+
     fn forward<M: Machine>(&self, machine: &M, inputs: &[Input]) -> Result<(M::Values, Shape)> {
-        let (x, count) = (&inputs[0], inputs[0].count());
-        let y = machine.allocate(count)?;
-        machine.launch(Kernel("elementwise", "relu6"), Grid::each(count), arguments![x.at, machine.at(&y), count])?;
-        Ok((y, x.shape.clone()))
+        let y = inputs[0].alike(machine)?;
+        relu6_to(machine, &inputs[0], machine.at(&y))?;
+        Ok((y, inputs[0].shape.clone()))
     }
 
     fn backward<M: Machine>(&self, machine: &M, pass: &Pass) -> Result<Vec<Option<M::Values>>> {
-        let (x, count) = (&pass.inputs[0], pass.inputs[0].count());
-        let dx = machine.allocate(count)?;
-        let arguments = arguments![x.at, pass.gradient.at, machine.at(&dx), count];
-        machine.launch(Kernel("elementwise", "relu6_backward"), Grid::each(count), arguments)?;
+        let dx = pass.inputs[0].alike(machine)?;
+        relu6_backward(machine, &pass.inputs[0], pass.gradient.at, machine.at(&dx))?;
         Ok(vec![Some(dx)])
     }
 }
 
-/// See [`relu6`](crate::ops::relu6).
-pub fn relu6(x: &Tensor) -> Result<Tensor> {
-    x.contiguous()?.apply_op1(OnMachine::of(Relu6))
+/// See [`relu6`](crate::ops::relu6). Activations are stored as `element` within.
+pub fn relu6(x: &Tensor, element: Element) -> Result<Tensor> {
+    x.contiguous()?.apply_op1(OnMachine::within(Relu6, element))
 }
 
 struct DropoutAdd {

@@ -104,14 +104,21 @@ fn copy<M: Machine>(machine: &M, from: Address, to: Address, count: usize) -> Re
 /// f32 values as bf16.
 fn rounded<M: Machine>(machine: &M, at: Address, count: usize) -> Result<M::Values> {
     let rounded = machine.allocate(Element::Bf16.words(count))?;
-    let arguments = arguments![at, machine.at(&rounded), count];
-    machine.launch(Kernel("elementwise", "to_bf16"), Grid::each(count.div_ceil(8)), arguments)?;
+    round_to(machine, at, machine.at(&rounded), count)?;
     Ok(rounded)
+}
+
+fn round_to<M: Machine>(machine: &M, from: Address, to: Address, count: usize) -> Result<()> {
+    machine.launch(Kernel("elementwise", "to_bf16"), Grid::each(count.div_ceil(8)), arguments![from, to, count])
 }
 
 /// bf16 values as f32.
 fn widened<M: Machine>(machine: &M, at: Address, count: usize) -> Result<M::Values> {
     let wide = machine.allocate(count)?;
-    machine.launch(Kernel("elementwise", "to_f32"), Grid::each(count.div_ceil(8)), arguments![at, machine.at(&wide), count])?;
+    widen_to(machine, at, machine.at(&wide), count)?;
     Ok(wide)
+}
+
+fn widen_to<M: Machine>(machine: &M, from: Address, to: Address, count: usize) -> Result<()> {
+    machine.launch(Kernel("elementwise", "to_f32"), Grid::each(count.div_ceil(8)), arguments![from, to, count])
 }

@@ -8,11 +8,12 @@ use std::sync::{Mutex, MutexGuard};
 use candle_core::{Result, Shape, Tensor};
 
 use super::convolution::{Depthwise, Patches};
+use super::elementwise::{add_to, relu6_backward, relu6_to};
 use super::linear::Linear;
 use super::machine::{Address, Element, Grid, Kernel, Machine, THREADS, arguments};
 use super::operator::{Input, Operator, Pass, on_machine};
 use super::recording::{Lent, Records, Reserved};
-use super::{Precision, copy, dropout};
+use super::{Precision, copy, round_to, widen_to};
 use crate::ops::kernels::Plane;
 use crate::ops::network::{Block, Kind, Layer, Network};
 use crate::ops::precision;
@@ -33,8 +34,8 @@ struct Made<M: Machine> {
 /// Gradients by weight and bias of every layer, and the numbers of their values.
 type Gradients<M> = Vec<(<M as Machine>::Values, usize)>;
 
-fn array<M: Machine>(machine: &M, values: &M::Values, shape: Shape) -> Input {
-    Input { at: machine.at(values), shape, element: Element::F32, wanted: true }
+fn array<M: Machine>(machine: &M, values: &M::Values, shape: Shape, element: Element) -> Input {
+    Input { at: machine.at(values), shape, element, wanted: true }
 }
 
 /// A network on a machine.
@@ -67,9 +68,7 @@ impl<M: Machine> OnMachine<'_, M> {
                 all.push(made);
             }
             if *residual {
-                let (limit, scale) = dropout(1.0);
-                let arguments = arguments![entered.at, x.at, x.at, x.count(), 0u32, limit, scale];
-                self.machine.launch(Kernel("elementwise", "dropout_add"), Grid::each(x.count()), arguments)?;
+                add_to(self.machine, &entered, x.at)?;
             }
         }
         Ok(all)
@@ -87,15 +86,14 @@ impl<M: Machine> OnMachine<'_, M> {
             Kind::Convolution { stride } => {
                 let of = Patches { plane: plane(&given, stride)? };
                 let (values, shape) = of.forward(machine, std::slice::from_ref(&given))?;
-                let seen = Input { wanted: given.wanted, ..array(machine, &values, shape) };
+                let seen = Input { wanted: given.wanted, ..array(machine, &values, shape, given.element) };
                 patches = Some((values, seen.clone()));
                 self.linear().forward(machine, &self.inputs(seen, layer)?)?
             }
         };
-        let result = array(machine, &values, shape);
+        let result = array(machine, &values, shape, given.element);
         if in_place(layer.kind) {
-            let arguments = arguments![result.at, result.at, result.count()];
-            machine.launch(Kernel("elementwise", "relu6"), Grid::each(result.count()), arguments)?;
+            relu6_to(machine, &result, result.at)?;
         }
         Ok(Made { given, patches, result, _memory: values })
     }
@@ -108,16 +106,15 @@ impl<M: Machine> OnMachine<'_, M> {
             // By the sum, and so by what the block was given beside what goes through its layers.
             let mut by_sum = None;
             if *residual && memory.is_none() {
-                let own = self.machine.allocate(gradient.count())?;
-                copy(self.machine, gradient.at, self.machine.at(&own), gradient.count())?;
+                let own = gradient.alike(self.machine)?;
+                copy(self.machine, gradient.at, self.machine.at(&own), gradient.element.words(gradient.count()))?;
                 gradient.at = self.machine.at(&own);
                 memory = Some(own);
             }
             for (number, layer) in layers.iter().enumerate().rev() {
                 let Some(made) = made.pop() else { candle_core::bail!("{NAME}: fewer results than layers") };
                 if in_place(layer.kind) {
-                    let arguments = arguments![made.result.at, gradient.at, gradient.at, gradient.count()];
-                    self.machine.launch(Kernel("elementwise", "relu6_backward"), Grid::each(gradient.count()), arguments)?;
+                    relu6_backward(self.machine, &made.result, gradient.at, gradient.at)?;
                 }
                 let onto = if number == 0 { by_sum.take() } else { None };
                 let given = made.given.clone();
@@ -153,7 +150,7 @@ impl<M: Machine> OnMachine<'_, M> {
             (Kind::Convolution { stride }, Some((_seen, patches))) => {
                 let mut found = self.linear().gradients(machine, &self.inputs(patches.clone(), layer)?, by, None)?;
                 if let Some(by_patches) = found[0].take() {
-                    let gradient = array(machine, &by_patches, patches.shape);
+                    let gradient = array(machine, &by_patches, patches.shape, patches.element);
                     let of = Patches { plane: plane(&given, stride)? };
                     let inputs = [given];
                     found[0] =
@@ -268,7 +265,7 @@ impl<M: Records> OneUse<M> {
     fn new(machine: &M, used_as: Use) -> Result<Self> {
         let machine = machine.apart()?;
         let reserved = Reserved::of(&machine);
-        let input = reserved.allocate(used_as.shape.elem_count())?;
+        let input = reserved.allocate(Element::of(used_as.precision).words(used_as.shape.elem_count()))?;
         Ok(Self { machine, reserved, used_as, input, by_result: None, made: Vec::new(), stage: Stage::First, last: None })
     }
 
@@ -276,16 +273,31 @@ impl<M: Records> OneUse<M> {
         OnMachine { machine: &self.reserved, network, precision: self.used_as.precision }
     }
 
+    /// What activations are stored as.
+    fn element(&self) -> Element {
+        Element::of(self.used_as.precision)
+    }
+
     fn input(&self) -> Input {
-        array(&self.reserved, &self.input, self.used_as.shape.clone())
+        array(&self.reserved, &self.input, self.used_as.shape.clone(), self.element())
+    }
+
+    /// Asks for an f32 tensor to be stored as an activation.
+    fn store(&self, tensor: &Tensor, to: &Input) -> Result<()> {
+        let tensor = tensor.contiguous()?;
+        let from = self.machine.place(NAME, &tensor)?;
+        match to.element {
+            Element::F32 => copy(&self.machine, from.at, to.at, from.count()),
+            Element::Bf16 => round_to(&self.machine, from.at, to.at, from.count()),
+        }
     }
 
     fn by_result(&mut self, result: &Input) -> Result<Input> {
         let memory = match self.by_result.take() {
             Some(memory) => memory,
-            None => self.reserved.allocate(result.count())?,
+            None => result.alike(&self.reserved)?,
         };
-        let by_result = array(&self.reserved, &memory, result.shape.clone());
+        let by_result = array(&self.reserved, &memory, result.shape.clone(), result.element);
         self.by_result = Some(memory);
         Ok(by_result)
     }
@@ -353,7 +365,7 @@ impl<M: Records> Passes for OneUse<M> {
                 }
             };
         }
-        copy(&self.machine, self.machine.place(NAME, &x.contiguous()?)?.at, self.input().at, x.elem_count())?;
+        self.store(x, &self.input())?;
         match &self.stage {
             Stage::Recorded(recorded) => self.machine.replay(&recorded.forward)?,
             _ => {
@@ -363,7 +375,11 @@ impl<M: Records> Passes for OneUse<M> {
         }
         let result = self.result()?;
         let values = self.machine.allocate(result.count())?;
-        copy(&self.machine, result.at, self.machine.at(&values), result.count())?;
+        let to = self.machine.at(&values);
+        match result.element {
+            Element::F32 => copy(&self.machine, result.at, to, result.count())?,
+            Element::Bf16 => widen_to(&self.machine, result.at, to, result.count())?,
+        }
         let number = NUMBER.fetch_add(1, Ordering::Relaxed);
         self.last = Some(number);
         Ok((self.machine.tensor(values, &result.shape)?, number))
@@ -374,11 +390,10 @@ impl<M: Records> Passes for OneUse<M> {
         self.last = None;
         let result = self.result()?;
         let gradient = self.by_result(&result)?;
-        let from = by_result.contiguous()?;
-        if from.shape() != &result.shape {
-            candle_core::bail!("{NAME}: a gradient of {:?} by {:?}", from.shape(), result.shape);
+        if by_result.shape() != &result.shape {
+            candle_core::bail!("{NAME}: a gradient of {:?} by {:?}", by_result.shape(), result.shape);
         }
-        copy(&self.machine, self.machine.place(NAME, &from)?.at, gradient.at, result.count())?;
+        self.store(by_result, &gradient)?;
         if let Stage::Recorded(recorded) = &self.stage {
             self.machine.replay(&recorded.backward)?;
             return self.gathered(network, &recorded.gathering);

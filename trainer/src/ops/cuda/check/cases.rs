@@ -6,7 +6,9 @@ use std::sync::Arc;
 use anyhow::Result;
 use candle_core::{Device, Tensor, Var};
 
-use super::super::{Element, attention, layer_norm, linear, linear_gelu, tied_cross_entropy_in_chunks};
+use super::super::{
+    Element, attention, depthwise_relu6, layer_norm, linear, linear_gelu, patches, relu6, tied_cross_entropy_in_chunks,
+};
 use super::{Case, Outcome, error, formulas, read, values};
 use crate::ops::kernels::{self, Plane};
 use crate::ops::{self, AttentionGroup, AttentionPlan, Precision, QueryBlock};
@@ -263,7 +265,39 @@ fn convolutions() -> Vec<Case<'static>> {
             tolerance: F32,
         }
     };
-    vec![of(1), of(2), full(1), full(2)]
+    // Far from where ReLU6 cuts off: sums between 0.5 and 4, which bf16 does not carry over its edges.
+    let within = |shape: &[usize], seed: u32, [least, most]: [f32; 2]| {
+        let (shape, drawn) = input(seed, shape, 1.0);
+        (shape, drawn.into_iter().map(|v| least + (most - least) * (v + 1.0) / 2.0).collect())
+    };
+    let stored = |stride: usize| {
+        let plane = Plane { side: 4, stride, channels: 16 };
+        Case {
+            name: format!("depthwise convolution with ReLU6 in bf16, stride {stride}"),
+            inputs: vec![within(&[5, 16, 16], 60, [0.0, 1.0]), within(&[9, 16], 61, [0.0, 0.3]), within(&[16], 62, [0.5, 1.0])],
+            run: Box::new(move |t| depthwise_relu6(&t[0], &t[1], &t[2], plane, Element::Bf16)),
+            formula: Box::new(move |v| formulas::depthwise_relu6(&v[0], &v[1], &v[2], plane)),
+            tolerance: BF16,
+        }
+    };
+    let seen = |stride: usize| {
+        let plane = Plane { side: 4, stride, channels: 3 };
+        Case {
+            name: format!("what a 3×3 convolution sees in bf16, stride {stride}"),
+            inputs: vec![input(63, &[2, 16, 3], 1.0)],
+            run: Box::new(move |t| patches(&t[0], plane, Element::Bf16)),
+            formula: Box::new(move |v| formulas::patches(&v[0], plane)),
+            tolerance: BF16,
+        }
+    };
+    let cut = Case {
+        name: "ReLU6 in bf16".to_owned(),
+        inputs: vec![within(&[37], 64, [0.5, 5.5])],
+        run: Box::new(|t| relu6(&t[0], Element::Bf16)),
+        formula: Box::new(|v| formulas::relu6(&v[0])),
+        tolerance: BF16,
+    };
+    vec![of(1), of(2), full(1), full(2), stored(1), stored(2), seen(1), seen(2), cut]
 }
 
 /// Draws are the CPU's, bit by bit.

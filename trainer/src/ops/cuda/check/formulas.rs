@@ -95,27 +95,31 @@ pub fn relu6(x: &[f64]) -> Vec<f64> {
     x.iter().map(|x| x.clamp(0.0, 6.0)).collect()
 }
 
-pub fn convolution_relu6(x: &[f64], weight: &[f64], bias: &[f64], plane: Plane) -> Vec<f64> {
+/// Of every result's pixel nine pixels, all channels of each.
+pub fn patches(x: &[f64], plane: Plane) -> Vec<f64> {
     let Plane { side, stride, channels } = plane;
     let (out, before) = (side / stride, if stride == 1 { 1 } else { 0 });
     let mut y = Vec::new();
     for image in x.chunks_exact(plane.inputs()) {
         for pixel in 0..out * out {
-            for (weight, bias) in weight.chunks_exact(9 * channels).zip(bias) {
-                let mut sum = *bias;
-                for (i, weight) in weight.iter().enumerate() {
-                    let (k, channel) = (i / channels, i % channels);
-                    let row = (pixel / out * stride + k / 3).wrapping_sub(before);
-                    let column = (pixel % out * stride + k % 3).wrapping_sub(before);
-                    if row < side && column < side {
-                        sum += image[(row * side + column) * channels + channel] * weight;
-                    }
-                }
-                y.push(sum);
+            for k in 0..9 {
+                let row = (pixel / out * stride + k / 3).wrapping_sub(before);
+                let column = (pixel % out * stride + k % 3).wrapping_sub(before);
+                let seen = row < side && column < side;
+                y.extend((0..channels).map(|channel| if seen { image[(row * side + column) * channels + channel] } else { 0.0 }));
             }
         }
     }
-    relu6(&y)
+    y
+}
+
+pub fn convolution_relu6(x: &[f64], weight: &[f64], bias: &[f64], plane: Plane) -> Vec<f64> {
+    let width = 9 * plane.channels;
+    let of_patch = |patch: &[f64]| {
+        let sum = |(weight, bias): (&[f64], &f64)| bias + patch.iter().zip(weight).map(|(x, w)| x * w).sum::<f64>();
+        weight.chunks_exact(width).zip(bias).map(sum).collect::<Vec<f64>>()
+    };
+    relu6(&patches(x, plane).chunks_exact(width).flat_map(of_patch).collect::<Vec<f64>>())
 }
 
 pub fn depthwise_relu6(x: &[f64], weight: &[f64], bias: &[f64], plane: Plane) -> Vec<f64> {

@@ -60,6 +60,42 @@ __device__ __forceinline__ void fill(const float* row, T* y, Columns columns) {
     for (uint32_t row = columns.first; row < columns.end; row++) write_few(y + columns.at(row), columns.count, values);
 }
 
+template <typename T>
+__device__ __forceinline__ void cut_off(const T* x, T* y, size_t count) {
+    float some[FEW];
+    FOR_EACH(i, (count + FEW - 1) / FEW) {
+        uint32_t left = uint32_t(min(size_t(FEW), count - i * FEW));
+        read_few(x + i * FEW, left, some);
+        for (uint32_t e = 0; e < FEW; e++) some[e] = fminf(fmaxf(some[e], 0.0f), 6.0f);
+        write_few(y + i * FEW, left, some);
+    }
+}
+
+// From the operator's input or its result.
+template <typename T>
+__device__ __forceinline__ void cut_off_backward(const T* y, const T* dy, T* dx, size_t count) {
+    float some[FEW], by[FEW];
+    FOR_EACH(i, (count + FEW - 1) / FEW) {
+        uint32_t left = uint32_t(min(size_t(FEW), count - i * FEW));
+        read_few(y + i * FEW, left, some);
+        read_few(dy + i * FEW, left, by);
+        for (uint32_t e = 0; e < FEW; e++) by[e] = some[e] > 0.0f && some[e] < 6.0f ? by[e] : 0.0f;
+        write_few(dx + i * FEW, left, by);
+    }
+}
+
+template <typename T>
+__device__ __forceinline__ void add(const T* a, const T* b, T* y, size_t count) {
+    float some[FEW], others[FEW];
+    FOR_EACH(i, (count + FEW - 1) / FEW) {
+        uint32_t left = uint32_t(min(size_t(FEW), count - i * FEW));
+        read_few(a + i * FEW, left, some);
+        read_few(b + i * FEW, left, others);
+        for (uint32_t e = 0; e < FEW; e++) some[e] += others[e];
+        write_few(y + i * FEW, left, some);
+    }
+}
+
 #define OF_TYPE(T, suffix)                                                                                                      \
     extern "C" __global__ void gelu##suffix(                                                                                    \
         const T* x, const float* bias, T* y, uint32_t rows, uint32_t width, uint32_t rows_each                                  \
@@ -73,20 +109,16 @@ __device__ __forceinline__ void fill(const float* row, T* y, Columns columns) {
     }                                                                                                                           \
     extern "C" __global__ void fill_rows##suffix(const float* row, T* y, uint32_t rows, uint32_t width, uint32_t rows_each) {   \
         fill(row, y, Columns(rows, width, rows_each));                                                                          \
-    }
+    }                                                                                                                           \
+    extern "C" __global__ void relu6##suffix(const T* x, T* y, size_t count) { cut_off(x, y, count); }                          \
+    extern "C" __global__ void relu6_backward##suffix(const T* y, const T* dy, T* dx, size_t count) {                           \
+        cut_off_backward(y, dy, dx, count);                                                                                     \
+    }                                                                                                                           \
+    extern "C" __global__ void sum_of_two##suffix(const T* a, const T* b, T* y, size_t count) { add(a, b, y, count); }
 
 OF_TYPE(float, )
 OF_TYPE(bf16, _bf16)
 #undef OF_TYPE
-
-extern "C" __global__ void relu6(const float* x, float* y, size_t count) {
-    FOR_EACH(i, count) y[i] = fminf(fmaxf(x[i], 0.0f), 6.0f);
-}
-
-// From the operator's input or its result.
-extern "C" __global__ void relu6_backward(const float* y, const float* dy, float* dx, size_t count) {
-    FOR_EACH(i, count) dx[i] = y[i] > 0.0f && y[i] < 6.0f ? dy[i] : 0.0f;
-}
 
 // y = residual + dropout(x); with a null residual, the backward pass by x.
 extern "C" __global__ void dropout_add(
