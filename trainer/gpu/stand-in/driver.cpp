@@ -16,6 +16,7 @@
 #include <functional>
 #include <map>
 #include <mutex>
+#include <set>
 #include <string>
 #include <unistd.h>
 #include <vector>
@@ -40,6 +41,8 @@ struct Counts {
 const bool idle = std::getenv("STAND_IN_IDLE");
 
 std::map<uint64_t, size_t> allocated;
+// Memory of the host's that the device reads by itself.
+std::set<const void*> pinned;
 size_t in_use;
 
 int fail(int code, const std::string& why) {
@@ -100,12 +103,13 @@ int give_back(uint64_t address) {
 // What a stream was asked for while it was captured.
 using Graph = std::vector<std::function<int()>>;
 
-// What a stream is asked for is done at once, but for functions of the host's, which stand for the work of other libraries: each is done
-// as late as it may, when somebody waits for it.
+// What a stream is asked for is done at once, but for copies from memory of the host's that the device reads by itself, and functions of
+// the host's, which stand for the work of other libraries: those are done as late as they may, when somebody waits for them or the
+// stream is asked for more.
 struct Stream {
     Graph* captured = nullptr;
     std::deque<std::function<void()>> left;
-    // Functions that it was ever asked for.
+    // How many of those it was ever asked for.
     size_t asked = 0;
 
     // All but those that were asked for after so many.
@@ -123,6 +127,7 @@ struct Event {
     Stream* stream = nullptr;
     size_t asked = 0;
 
+    bool is_there() const { return !stream || stream->left.empty() || stream->asked - stream->left.size() >= asked; }
     void wait() const {
         if (stream) stream->catch_up(asked);
     }
@@ -130,8 +135,13 @@ struct Event {
 
 bool captures(void* stream) { return stream && static_cast<Stream*>(stream)->captured; }
 
+void catch_up(void* stream) {
+    if (stream) static_cast<Stream*>(stream)->catch_up(SIZE_MAX);
+}
+
 // Does what a stream is asked for, or has it captured.
 int ask(void* stream, unsigned long& count, std::function<int()> call) {
+    catch_up(stream);
     if (captures(stream)) return static_cast<Stream*>(stream)->captured->push_back(std::move(call)), SUCCESS;
     count++;
     return idle ? SUCCESS : call();
@@ -139,6 +149,7 @@ int ask(void* stream, unsigned long& count, std::function<int()> call) {
 
 // What is neither kernel nor product is not captured here.
 int refuse_if_captured(void* stream, const char* what) {
+    catch_up(stream);
     return captures(stream) ? fail(CAPTURE_UNSUPPORTED, std::string(what) + " on a stream that is captured") : SUCCESS;
 }
 
@@ -279,7 +290,6 @@ int cuStreamIsCapturing(void* stream, int* status) { return *status = captures(s
 int cuStreamSynchronize(void* stream) {
     Locked locked(lock);
     counts.waits++;
-    if (stream) static_cast<Stream*>(stream)->catch_up(SIZE_MAX);
     return refuse_if_captured(stream, "a wait");
 }
 int cuStreamBeginCapture_v2(void* stream, int) {
@@ -326,11 +336,16 @@ int cuEventRecord(void* event, void* stream) {
     Stream* of = static_cast<Stream*>(stream);
     return *static_cast<Event*>(event) = {of, of ? of->asked : 0}, SUCCESS;
 }
+// Whoever asks again and again is to come to an end.
 int cuEventQuery(void* event) {
     Locked locked(lock);
     return static_cast<Event*>(event)->wait(), SUCCESS;
 }
-int cuEventSynchronize(void* event) { return counts.waits++, cuEventQuery(event); }
+int cuEventSynchronize(void* event) {
+    Locked locked(lock);
+    counts.waits += !static_cast<Event*>(event)->is_there();
+    return cuEventQuery(event);
+}
 
 // cudarc's empty slices ask for nothing.
 int cuMemAllocAsync(uint64_t* address, size_t bytes, void* stream) {
@@ -343,14 +358,31 @@ int cuMemFreeAsync(uint64_t address, void* stream) {
     return address == 0 ? SUCCESS : give_back(address);
 }
 int cuMemFree_v2(uint64_t address) { return counts.waits++, give_back(address); }
+int cuMemHostAlloc(void** memory, size_t bytes, unsigned) {
+    Locked locked(lock);
+    *memory = std::malloc(bytes);
+    return pinned.insert(*memory), SUCCESS;
+}
+int cuMemFreeHost(void* memory) {
+    Locked locked(lock);
+    if (!pinned.erase(memory)) return fail(INVALID_VALUE, "what is given back to the host was not its own");
+    return std::free(memory), SUCCESS;
+}
 int cuMemcpyHtoDAsync_v2(uint64_t to, const void* from, size_t bytes, void* stream) {
     Locked locked(lock);
-    if (int refused = refuse_if_captured(stream, "a copy to the device")) return refused;
+    if (captures(stream)) return refuse_if_captured(stream, "a copy to the device");
     if (bytes > 0 && !owned(to, bytes)) return fail(INVALID_VALUE, "a copy to the device leaves its allocation");
-    std::memcpy(reinterpret_cast<void*>(to), from, bytes);
+    auto copy = [=] { std::memcpy(reinterpret_cast<void*>(to), from, bytes); };
     counts.copies_to++;
-    counts.long_copies_to += bytes > UNAWAITED_BYTES;
     counts.largest_to = std::max(counts.largest_to, (unsigned long)bytes);
+    if (pinned.count(from) && stream) {
+        Stream& on = *static_cast<Stream*>(stream);
+        on.left.push_back(copy);
+        return on.asked++, SUCCESS;
+    }
+    catch_up(stream);
+    copy();
+    counts.long_copies_to += bytes > UNAWAITED_BYTES;
     return SUCCESS;
 }
 int cuMemcpyDtoHAsync_v2(void* to, uint64_t from, size_t bytes, void* stream) {

@@ -9,12 +9,15 @@ use super::masked_regions::{MaskedRegions, region_classification, region_regress
 use super::tally::Tally;
 use super::{Source, matching_loss};
 use crate::model::{Dropout, EmbeddedImages, PackedBatch, Passed, Unimo};
+use crate::ops::Ahead;
 use crate::recipe::Recipe;
 use crate::tasks::task_loss;
 use crate::vision::{Pictures, Seen, Vision};
 
 /// One forward pass of a step.
 pub(super) struct Chunk {
+    /// How what follows came to the device.
+    pub(super) ahead: Ahead,
     pub(super) packed: PackedBatch,
     pub(super) parts: Parts,
     /// Means of the standardised features of pictures that are contrasted and nothing else, `[n, region_feature]`.
@@ -61,6 +64,7 @@ impl Encoded {
 
 impl Chunk {
     pub(super) fn forward(&self, model: &Unimo, source: &Source, dropout: Dropout) -> Result<Forward> {
+        self.ahead.join()?;
         let seen = self.pictures.as_ref().map(|pictures| source.vision.see(pictures)).transpose()?;
         let passed = model.forward(&self.packed, seen.as_ref().map(|seen| &seen.regions), dropout)?;
         Ok(Forward { passed, seen })

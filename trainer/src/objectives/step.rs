@@ -154,12 +154,15 @@ impl StepBatch {
             let device = model.device();
             let means = std::mem::take(&mut parts.further_means);
             let shape = (parts.further_text_rows.len(), model.config().region_feature);
-            let further_means = (shape.0 > 0).then(|| ops::from_host(means, shape, device)).transpose()?;
-            let regions = MaskedRegions::of(&parts.regions, recipe.weights.region_classes > 0.0, model, source.vision)?;
-            (parts.regions.features, parts.regions.probabilities) = Default::default();
             let records: Vec<&[f32]> = records.iter().map(Vec::as_slice).collect();
-            let pictures = (!records.is_empty()).then(|| source.vision.place(&records, device)).transpose()?;
-            Ok(Chunk { packed: packer.finish(device)?, parts, further_means, regions, pictures })
+            let ((further_means, regions, pictures, packed), ahead) = ops::ahead(device, || {
+                let further_means = (shape.0 > 0).then(|| ops::from_host(means, shape, device)).transpose()?;
+                let regions = MaskedRegions::of(&parts.regions, recipe.weights.region_classes > 0.0, model, source.vision)?;
+                let pictures = (!records.is_empty()).then(|| source.vision.place(&records, device)).transpose()?;
+                anyhow::Ok((further_means, regions, pictures, packer.finish(device)?))
+            })?;
+            (parts.regions.features, parts.regions.probabilities) = Default::default();
+            Ok(Chunk { ahead, packed, parts, further_means, regions, pictures })
         });
         Ok(Self { chunks: chunks.collect::<Result<_>>()?, passes: passes.clone(), pictures: b.images })
     }

@@ -42,7 +42,7 @@ macro_rules! on_cuda {
 }
 use on_cuda;
 
-/// Host values on a device, for constants of a step: what goes to a GPU goes in parts that no host waits for.
+/// Host values on a device, for constants of a step: what goes to a GPU goes in parts that no host waits for, or as [`ahead`] has it.
 ///
 /// # Errors
 /// Another number of values than the shape has, and those of candle.
@@ -52,6 +52,46 @@ pub fn from_host(values: Vec<f32>, shape: impl Into<Shape>, device: &Device) -> 
         return cuda::from_host(&values, &shape.into(), cuda);
     }
     Tensor::from_vec(values, shape.into(), device)
+}
+
+/// Uploads to a GPU that go beside what it computes (see [`ahead`]). Tensors that were made by them may be used on it between
+/// [`Ahead::join`] and the end of this, which therefore comes before theirs.
+#[derive(Default)]
+pub struct Ahead {
+    #[cfg(feature = "cuda")]
+    uploads: Option<cuda::uploads::Ahead>,
+}
+
+impl Ahead {
+    /// Has what the device computes from now on wait for the uploads. The host does not.
+    ///
+    /// # Errors
+    /// What the driver says.
+    pub fn join(&self) -> Result<()> {
+        #[cfg(feature = "cuda")]
+        if let Some(uploads) = &self.uploads {
+            uploads.join()?;
+        }
+        Ok(())
+    }
+}
+
+/// Runs `work`; what it puts on a GPU with [`from_host`] goes there beside what is computed.
+///
+/// # Errors
+/// Those of `work`, and what the driver says.
+pub fn ahead<T, E: From<Error>>(
+    device: &Device,
+    work: impl FnOnce() -> std::result::Result<T, E>,
+) -> std::result::Result<(T, Ahead), E> {
+    #[cfg(feature = "cuda")]
+    if let Device::Cuda(cuda) = device {
+        let (made, uploads) = cuda::uploads::ahead(cuda, work)?;
+        return Ok((made, Ahead { uploads: Some(uploads) }));
+    }
+    #[cfg(not(feature = "cuda"))]
+    let _ = device;
+    Ok((work()?, Ahead::default()))
 }
 
 /// Work per rayon task, in values: small enough to balance, large enough to amortise the hand-over.

@@ -25,6 +25,8 @@ mod nvidia;
 mod operator;
 mod recording;
 mod rows;
+#[cfg(feature = "cuda")]
+pub mod uploads;
 
 pub use adamw::{DeviceAdamW, Tuned};
 pub use attention::attention;

@@ -119,6 +119,9 @@ pub fn from_host(values: &[f32], shape: &Shape, device: &CudaDevice) -> Result<T
     if values.len() != shape.elem_count() {
         candle_core::bail!("{} values for {shape:?}", values.len());
     }
+    if let Some(made) = super::uploads::from_host(values, shape) {
+        return made;
+    }
     let machine = Nvidia::new(device);
     machine.tensor(machine.copied(values)?, shape)
 }
