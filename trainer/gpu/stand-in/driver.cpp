@@ -27,7 +27,7 @@
 
 namespace {
 
-constexpr int SUCCESS = 0, INVALID_VALUE = 1, NOT_FOUND = 500, LAUNCH_FAILED = 719, CAPTURE_UNSUPPORTED = 900;
+constexpr int SUCCESS = 0, INVALID_VALUE = 1, NOT_FOUND = 500, NOT_READY = 600, LAUNCH_FAILED = 719, CAPTURE_UNSUPPORTED = 900;
 // What a copy from the host's ordinary memory may be at most, if the host is not to wait.
 constexpr size_t UNAWAITED_BYTES = 64 << 10;
 
@@ -126,6 +126,8 @@ struct Stream {
 struct Event {
     Stream* stream = nullptr;
     size_t asked = 0;
+    // How often somebody has asked whether it is there.
+    unsigned queries = 0;
 
     bool is_there() const { return !stream || stream->left.empty() || stream->asked - stream->left.size() >= asked; }
     void wait() const {
@@ -336,20 +338,24 @@ int cuEventRecord(void* event, void* stream) {
     Stream* of = static_cast<Stream*>(stream);
     return *static_cast<Event*>(event) = {of, of ? of->asked : 0}, SUCCESS;
 }
-// Whoever asks again and again is to come to an end.
+// Asking brings nothing about, but whoever asks again and again is to come to an end.
 int cuEventQuery(void* event) {
+    constexpr unsigned PATIENCE = 20;
     Locked locked(lock);
-    return static_cast<Event*>(event)->wait(), SUCCESS;
+    Event& of = *static_cast<Event*>(event);
+    if (of.is_there()) return SUCCESS;
+    if (of.queries++ < PATIENCE) return NOT_READY;
+    return of.wait(), SUCCESS;
 }
 int cuEventSynchronize(void* event) {
     Locked locked(lock);
     counts.waits += !static_cast<Event*>(event)->is_there();
-    return cuEventQuery(event);
+    return static_cast<Event*>(event)->wait(), SUCCESS;
 }
 
 // cudarc's empty slices ask for nothing.
 int cuMemAllocAsync(uint64_t* address, size_t bytes, void* stream) {
-    if (int refused = refuse_if_captured(stream, "an allocation")) return refused;
+    if (captures(stream)) return refuse_if_captured(stream, "an allocation");
     return bytes == 0 ? (*address = 0, SUCCESS) : allocate(address, bytes);
 }
 int cuMemAlloc_v2(uint64_t* address, size_t bytes) { return counts.waits++, allocate(address, bytes); }
