@@ -1,12 +1,12 @@
 //! Heads: pooled vectors, unified-space embeddings, matching score, language model, regions.
 
-use candle_core::{D, Result, Tensor};
+use candle_core::{Result, Tensor};
 
 use super::{Dropout, ImageCache, ImageEmbedding, PackedBatch, Passed, TextEmbedding, Unimo};
 use crate::ops;
 
 /// Bounds of the learnt temperature.
-const TEMPERATURE: (f64, f64) = (0.001, 0.5);
+const TEMPERATURE: [f32; 2] = [0.001, 0.5];
 
 /// Images that are embedded together; each kind has dropout of its own where it is embedded from means of features.
 #[derive(Debug, Clone, Copy)]
@@ -35,7 +35,7 @@ impl Unimo {
     /// Rows that are not an image's, and those of candle.
     pub fn image_embedding(&self, batch: &PackedBatch, passed: &Passed, rows: &[usize], kind: EmbeddedImages) -> Result<Tensor> {
         match (self.config.image_embedding, &passed.features) {
-            (ImageEmbedding::Token, _) => unit(&self.linear("embed.image", &self.rows(&passed.hidden, rows)?)?),
+            (ImageEmbedding::Token, _) => ops::unit_rows(&self.linear("embed.image", &self.rows(&passed.hidden, rows)?)?),
             (ImageEmbedding::Pooled, Some(features)) => self.embed_means(&batch.means(features, rows)?, passed.dropout, kind),
             (ImageEmbedding::Pooled, None) => candle_core::bail!("a batch without images has no image to embed"),
         }
@@ -48,11 +48,11 @@ impl Unimo {
     /// Those of candle, as of a model that embeds hidden states.
     pub fn embed_means(&self, means: &Tensor, dropout: Dropout, kind: EmbeddedImages) -> Result<Tensor> {
         if dropout.features == 0.0 {
-            return unit(&self.linear("embed.image", means)?);
+            return ops::unit_rows(&self.linear("embed.image", means)?);
         }
         // Behind the sites of the layers.
         let site = dropout.site(1 + 3 * self.config.layers + kind as usize);
-        unit(&self.linear("embed.image", &ops::dropout_add(&means.zeros_like()?, means, dropout.features, site)?)?)
+        ops::unit_rows(&self.linear("embed.image", &ops::dropout_add(&means.zeros_like()?, means, dropout.features, site)?)?)
     }
 
     /// Unified-space embeddings of encoded images, `[batch, embedding]`, unit length.
@@ -61,7 +61,7 @@ impl Unimo {
     /// Those of candle.
     pub fn embed_image(&self, image: &ImageCache) -> Result<Tensor> {
         match self.config.image_embedding {
-            ImageEmbedding::Token => unit(&self.linear("embed.image", &image.hidden.narrow(1, 0, 1)?.squeeze(1)?)?),
+            ImageEmbedding::Token => ops::unit_rows(&self.linear("embed.image", &image.hidden.narrow(1, 0, 1)?.squeeze(1)?)?),
             ImageEmbedding::Pooled => self.embed_means(&image.means, Dropout::OFF, EmbeddedImages::Described),
         }
     }
@@ -77,7 +77,7 @@ impl Unimo {
             TextEmbedding::Token => first,
             TextEmbedding::Both => Tensor::cat(&[&first, &batch.means_of_tokens(hidden, rows)?], 1)?,
         };
-        unit(&self.linear("embed.text", &embedded)?)
+        ops::unit_rows(&self.linear("embed.text", &embedded)?)
     }
 
     /// Matching logits of jointly encoded pairs: hidden states of `[IMG]` and `[CLS]`, both `[n, hidden]` → `[n]`.
@@ -108,7 +108,7 @@ impl Unimo {
     /// # Errors
     /// Those of candle.
     pub fn temperature(&self) -> Result<Tensor> {
-        self.weight("temperature")?.exp()?.clamp(TEMPERATURE.0, TEMPERATURE.1)
+        ops::bounded_exp(self.weight("temperature")?, TEMPERATURE)
     }
 
     fn lm_transform(&self, hidden: &Tensor) -> Result<Tensor> {
@@ -158,10 +158,6 @@ impl Unimo {
     pub fn region_logits(&self, hidden: &Tensor) -> Result<Tensor> {
         self.linear("region.class", hidden)
     }
-}
-
-fn unit(x: &Tensor) -> Result<Tensor> {
-    x.broadcast_div(&(x.sqr()?.sum_keepdim(D::Minus1)? + 1e-12)?.sqrt()?)
 }
 
 #[cfg(test)]

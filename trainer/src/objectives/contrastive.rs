@@ -6,7 +6,6 @@ use std::ops::Range;
 use candle_core::{D, DType, Device, Result, Tensor};
 
 use crate::ops;
-use crate::ops::reference::log_softmax;
 
 /// Added to a picture's share of its texts, so that its logarithm is finite.
 const LEAST_SHARE: f64 = 1e-12;
@@ -48,7 +47,7 @@ pub(super) fn contrastive_part(
         own_images.clone().filter(|&image| is_described[image]).map(|image| (image - own_images.start) as u32).collect();
     if !described.is_empty() {
         let images = images.narrow(0, own_images.start, own_images.len())?;
-        let p = log_softmax(&similarities(&images, texts, temperature)?)?.exp()?;
+        let p = ops::log_softmax(&similarities(&images, texts, temperature)?)?.exp()?;
         let own = same(&own_images.clone().collect::<Vec<_>>(), image_of_text, images.device())?;
         let of_image = ops::select_rows(&(p * own)?.sum_keepdim(D::Minus1)?, &described.into())?;
         let all = is_described.iter().filter(|described| **described).count();
@@ -56,7 +55,7 @@ pub(super) fn contrastive_part(
     }
     if !own_texts.is_empty() {
         let texts = texts.narrow(0, own_texts.start, own_texts.len())?;
-        let log_p = log_softmax(&similarities(&texts, images, temperature)?)?;
+        let log_p = ops::log_softmax(&similarities(&texts, images, temperature)?)?;
         let own = same(&image_of_text[own_texts.clone()], &(0..n).collect::<Vec<_>>(), images.device())?;
         terms.push((log_p * own)?.sum(D::Minus1)?.sum_all()?.affine(half_of_mean(m), 0.0)?);
     }

@@ -6,7 +6,6 @@ use candle_core::{D, Tensor};
 use super::draft::RegionTargets;
 use crate::model::Unimo;
 use crate::ops;
-use crate::ops::reference::log_softmax;
 use crate::vision::Vision;
 
 /// What the masked regions of a pass were.
@@ -72,7 +71,7 @@ pub(super) fn region_regression(model: &Unimo, rows: &Tensor, features: &Tensor)
 /// Cross-entropy of the masked regions with their soft labels `[n, region_classes]` (its gradient is that of the
 /// Kullback–Leibler divergence).
 pub(super) fn region_classification(model: &Unimo, rows: &Tensor, labels: &Tensor) -> candle_core::Result<Tensor> {
-    let log_p = log_softmax(&model.region_logits(rows)?)?;
+    let log_p = ops::log_softmax(&model.region_logits(rows)?)?;
     (labels * log_p)?.sum(D::Minus1)?.mean_all()?.neg()
 }
 

@@ -6,6 +6,7 @@
 //! candle's differentiable operators ([`reference`](mod@reference)).
 
 mod attention;
+mod contrast;
 mod convolution;
 mod cross_entropy;
 #[cfg(any(feature = "cuda", test))]
@@ -20,6 +21,7 @@ pub mod reference;
 mod rows;
 
 pub use attention::{AttentionGroup, AttentionPlan, QueryBlock, attention};
+pub use contrast::{bounded_exp, log_softmax, unit_rows};
 pub use convolution::{convolution_relu6, depthwise_relu6, pointwise_relu6};
 pub use cross_entropy::tied_cross_entropy;
 pub use elementwise::{dropout_add, dropout_add_layer_norm, gelu, layer_norm, relu6};

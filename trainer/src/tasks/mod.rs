@@ -299,7 +299,7 @@ pub fn task_loss(logits: &Tensor, goal: Goal, targets: &[&[(u32, f32)]]) -> cand
     }
     let dense = crate::ops::from_host(dense, (n, classes), logits.device())?;
     let rows = match goal {
-        Goal::Class => (crate::ops::reference::log_softmax(logits)? * dense)?.sum(1)?.neg()?,
+        Goal::Class => (crate::ops::log_softmax(logits)? * dense)?.sum(1)?.neg()?,
         Goal::Value => (logits - dense)?.sqr()?.sum(1)?,
         // max(z, 0) − z·y + ln(1 + e^−|z|)
         Goal::Answer => (logits.relu()? - (logits * dense)? + (logits.abs()?.neg()?.exp()? + 1.0)?.log()?)?.sum(1)?,

@@ -8,6 +8,7 @@ mod adamw;
 mod attention;
 mod attention_tables;
 pub mod check;
+mod contrast;
 mod convolution;
 mod cross_entropy;
 mod elementwise;
@@ -30,6 +31,7 @@ pub mod uploads;
 
 pub use adamw::{DeviceAdamW, Tuned};
 pub use attention::attention;
+pub use contrast::{bounded_exp, log_softmax, unit_rows};
 pub use convolution::{depthwise_relu6, patches};
 pub use cross_entropy::{tied_cross_entropy, tied_cross_entropy_in_chunks};
 pub use elementwise::{dropout_add, gelu, relu6};

@@ -101,8 +101,7 @@ impl Uploads {
         Piece::new(self.stream.context(), count.next_power_of_two().max(LEAST))
     }
 
-    fn copied(&self, values: &[f32]) -> std::result::Result<CudaSlice<f32>, DriverError> {
-        let mut piece = self.piece(values.len())?;
+    fn copied(&self, values: &[f32], mut piece: Piece) -> std::result::Result<CudaSlice<f32>, DriverError> {
         // SAFETY: room for as many, which nobody else has.
         let own = unsafe {
             std::ptr::copy_nonoverlapping(values.as_ptr(), piece.at, values.len());
@@ -125,14 +124,15 @@ thread_local! {
     static AHEAD: RefCell<Option<Arc<Uploads>>> = const { RefCell::new(None) };
 }
 
-/// As [`from_host`](crate::ops::from_host), where [`ahead`] has asked for that.
+/// As [`from_host`](crate::ops::from_host), where [`ahead`] has asked for that and the host has memory for it.
 pub fn from_host(values: &[f32], shape: &Shape) -> Option<Result<Tensor>> {
     let uploads = AHEAD.with_borrow(Clone::clone)?;
+    let piece = uploads.piece(values.len()).ok()?;
     let tensor = |values| {
         let storage = f32::wrap_cuda_slice(values, uploads.device.clone());
         Tensor::from_storage(Storage::Cuda(storage), shape, BackpropOp::none(), false)
     };
-    Some(uploads.copied(values).w().map(tensor))
+    Some(uploads.copied(values, piece).w().map(tensor))
 }
 
 /// Uploads that were asked for beside what is computed.

@@ -43,6 +43,7 @@ pub fn all() -> Vec<Case<'static>> {
     let mut cases = Vec::new();
     cases.extend(norms());
     cases.extend(alone());
+    cases.extend(contrasts());
     cases.extend(products());
     cases.extend(losses());
     cases.extend(attentions());
@@ -105,6 +106,33 @@ fn norms() -> Vec<Case<'static>> {
     ];
     cases.extend([Element::F32, Element::Bf16].map(of_product));
     cases
+}
+
+/// What contrasts are made of.
+fn contrasts() -> Vec<Case<'static>> {
+    // More than a warp's lanes, and more than a block's threads, take at one time; rows that fill no block.
+    let unit = Case {
+        name: "rows of unit length".to_owned(),
+        inputs: vec![input(65, &[9, 70], 2.0)],
+        run: Box::new(|t| ops::unit_rows(&t[0])),
+        formula: Box::new(|v| formulas::unit_rows(&v[0], 70)),
+        tolerance: F32,
+    };
+    let softmax = Case {
+        name: "logarithms of softmax".to_owned(),
+        inputs: vec![input(66, &[5, 300], 8.0)],
+        run: Box::new(|t| ops::log_softmax(&t[0])),
+        formula: Box::new(|v| formulas::log_softmax(&v[0], 300)),
+        tolerance: F32,
+    };
+    let bounded = Case {
+        name: "exponentials within bounds".to_owned(),
+        inputs: vec![input(67, &[300], 3.0)],
+        run: Box::new(|t| ops::bounded_exp(&t[0], [0.2, 4.0])),
+        formula: Box::new(|v| v[0].iter().map(|x| x.exp().clamp(f64::from(0.2f32), 4.0)).collect()),
+        tolerance: F32,
+    };
+    vec![unit, softmax, bounded]
 }
 
 fn alone() -> Vec<Case<'static>> {

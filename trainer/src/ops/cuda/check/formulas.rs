@@ -95,6 +95,23 @@ pub fn relu6(x: &[f64]) -> Vec<f64> {
     x.iter().map(|x| x.clamp(0.0, 6.0)).collect()
 }
 
+pub fn unit_rows(x: &[f64], width: usize) -> Vec<f64> {
+    let of_row = |row: &[f64]| {
+        let length = (row.iter().map(|v| v * v).sum::<f64>() + 1e-12).sqrt();
+        row.iter().map(|v| v / length).collect::<Vec<f64>>()
+    };
+    x.chunks_exact(width).flat_map(of_row).collect()
+}
+
+pub fn log_softmax(x: &[f64], width: usize) -> Vec<f64> {
+    let of_row = |row: &[f64]| {
+        let most = row.iter().copied().fold(f64::NEG_INFINITY, f64::max);
+        let all = most + row.iter().map(|v| (v - most).exp()).sum::<f64>().ln();
+        row.iter().map(|v| v - all).collect::<Vec<f64>>()
+    };
+    x.chunks_exact(width).flat_map(of_row).collect()
+}
+
 /// Of every result's pixel nine pixels, all channels of each.
 pub fn patches(x: &[f64], plane: Plane) -> Vec<f64> {
     let Plane { side, stride, channels } = plane;

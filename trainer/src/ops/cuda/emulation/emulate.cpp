@@ -166,6 +166,8 @@ const Kernel kernels[] = {
     KERNEL(attention_keys_backward_bf16),
     KERNEL(attention_queries_backward),
     KERNEL(attention_queries_backward_bf16),
+    KERNEL(bounded_exp),
+    KERNEL(bounded_exp_backward),
     KERNEL(column_sums),
     KERNEL(column_sums_bf16),
     KERNEL(cross_entropy_rows),
@@ -191,6 +193,8 @@ const Kernel kernels[] = {
     KERNEL(layer_norm_backward),
     KERNEL(layer_norm_backward_bf16),
     KERNEL(layer_norm_bf16),
+    KERNEL(log_softmax),
+    KERNEL(log_softmax_backward),
     KERNEL(relu6),
     KERNEL(relu6_backward),
     KERNEL(relu6_backward_bf16),
@@ -206,6 +210,8 @@ const Kernel kernels[] = {
     KERNEL(to_bf16),
     KERNEL(to_f32),
     KERNEL(total),
+    KERNEL(unit_rows),
+    KERNEL(unit_rows_backward),
 };
 
 }  // namespace

@@ -120,6 +120,15 @@ OF_TYPE(float, )
 OF_TYPE(bf16, _bf16)
 #undef OF_TYPE
 
+// y = exp(x) within bounds.
+extern "C" __global__ void bounded_exp(const float* x, float* y, size_t count, float least, float most) {
+    FOR_EACH(i, count) y[i] = fminf(fmaxf(expf(x[i]), least), most);
+}
+
+extern "C" __global__ void bounded_exp_backward(const float* y, const float* dy, float* dx, size_t count, float least, float most) {
+    FOR_EACH(i, count) dx[i] = y[i] > least && y[i] < most ? dy[i] * y[i] : 0.0f;
+}
+
 // y = residual + dropout(x); with a null residual, the backward pass by x.
 extern "C" __global__ void dropout_add(
     const float* residual, const float* x, float* y, size_t count, uint32_t seed, uint32_t limit, float scale

@@ -1,6 +1,9 @@
 // Rows of a matrix: chosen, summed up. Sums run in a fixed order, so that a run repeats bit by bit.
 #include "device.cuh"
 
+// Added to the square of a row's length, as on the CPU.
+constexpr float LEAST_SQUARE = 1e-12f;
+
 // y[i] = table[ids[i]], rows of `width` values.
 extern "C" __global__ void select_rows(const float* table, const uint32_t* ids, float* y, size_t count, uint32_t width) {
     for (size_t i = blockIdx.x * size_t(blockDim.x) + threadIdx.x; i < count; i += size_t(gridDim.x) * blockDim.x) {
@@ -48,6 +51,54 @@ extern "C" __global__ void column_sums(const float* values, float* sums, uint32_
 
 extern "C" __global__ void column_sums_bf16(const bf16* values, float* sums, uint32_t rows, uint32_t width, uint32_t rows_each) {
     sum_columns(values, sums, Columns(rows, width, rows_each));
+}
+
+// Each row over its length, a warp for a row.
+extern "C" __global__ void unit_rows(const float* x, float* y, uint32_t rows, uint32_t width) {
+    uint32_t row = blockIdx.x * (blockDim.x / WARP) + threadIdx.x / WARP, lane = threadIdx.x % WARP;
+    if (row >= rows) return;
+    float square = 0;
+    for (uint32_t i = lane; i < width; i += WARP) square += x[size_t(row) * width + i] * x[size_t(row) * width + i];
+    float length = sqrtf(warp_sum(square) + LEAST_SQUARE);
+    for (uint32_t i = lane; i < width; i += WARP) y[size_t(row) * width + i] = x[size_t(row) * width + i] / length;
+}
+
+// dx = (dy − y (y · dy)) / length
+extern "C" __global__ void unit_rows_backward(
+    const float* x, const float* y, const float* dy, float* dx, uint32_t rows, uint32_t width
+) {
+    uint32_t row = blockIdx.x * (blockDim.x / WARP) + threadIdx.x / WARP, lane = threadIdx.x % WARP;
+    if (row >= rows) return;
+    size_t first = size_t(row) * width;
+    float square = 0, along = 0;
+    for (uint32_t i = lane; i < width; i += WARP) {
+        square += x[first + i] * x[first + i];
+        along += y[first + i] * dy[first + i];
+    }
+    float length = sqrtf(warp_sum(square) + LEAST_SQUARE);
+    along = warp_sum(along);
+    for (uint32_t i = lane; i < width; i += WARP) dx[first + i] = (dy[first + i] - y[first + i] * along) / length;
+}
+
+// Logarithms of the softmax of each row, a block for a row.
+extern "C" __global__ void log_softmax(const float* x, float* y, uint32_t width) {
+    SHARED(float, partial);
+    size_t first = size_t(blockIdx.x) * width;
+    float most = -INFINITY, sum = 0;
+    for (uint32_t i = threadIdx.x; i < width; i += blockDim.x) most = fmaxf(most, x[first + i]);
+    most = block_max(most, partial);
+    for (uint32_t i = threadIdx.x; i < width; i += blockDim.x) sum += expf(x[first + i] - most);
+    float all = most + logf(block_sum(sum, partial));
+    for (uint32_t i = threadIdx.x; i < width; i += blockDim.x) y[first + i] = x[first + i] - all;
+}
+
+extern "C" __global__ void log_softmax_backward(const float* y, const float* dy, float* dx, uint32_t width) {
+    SHARED(float, partial);
+    size_t first = size_t(blockIdx.x) * width;
+    float sum = 0;
+    for (uint32_t i = threadIdx.x; i < width; i += blockDim.x) sum += dy[first + i];
+    sum = block_sum(sum, partial);
+    for (uint32_t i = threadIdx.x; i < width; i += blockDim.x) dx[first + i] = dy[first + i] - expf(y[first + i]) * sum;
 }
 
 // A piece of an array that goes to `to[at]` and on: blockIdx.x is its number.

@@ -1,0 +1,97 @@
+//! What contrasts are made of (see [`crate::ops::unit_rows`] and its like).
+
+use candle_core::{Result, Shape, Tensor};
+
+use super::machine::{Grid, Kernel, Machine, WARP, arguments};
+use super::operator::{Input, OnMachine, Operator, Pass};
+
+struct UnitRows;
+
+impl UnitRows {
+    /// A warp for each row.
+    fn grid(rows: usize) -> Grid {
+        const WARPS: usize = 4;
+        Grid { blocks: [rows.div_ceil(WARPS).max(1), 1, 1], threads: WARPS * WARP, shared: 0 }
+    }
+}
+
+impl Operator for UnitRows {
+    const NAME: &'static str = "unit_rows";
+
+    fn forward<M: Machine>(&self, machine: &M, inputs: &[Input]) -> Result<(M::Values, Shape)> {
+        let (x, (rows, width)) = (&inputs[0], inputs[0].matrix());
+        let y = x.alike(machine)?;
+        let arguments = arguments![x.at, machine.at(&y), rows as u32, width as u32];
+        machine.launch(Kernel("rows", "unit_rows"), Self::grid(rows), arguments)?;
+        Ok((y, x.shape.clone()))
+    }
+
+    fn backward<M: Machine>(&self, machine: &M, pass: &Pass) -> Result<Vec<Option<M::Values>>> {
+        let (x, (rows, width)) = (&pass.inputs[0], pass.inputs[0].matrix());
+        let dx = x.alike(machine)?;
+        let arguments = arguments![x.at, pass.result.at, pass.gradient.at, machine.at(&dx), rows as u32, width as u32];
+        machine.launch(Kernel("rows", "unit_rows_backward"), Self::grid(rows), arguments)?;
+        Ok(vec![Some(dx)])
+    }
+}
+
+/// See [`unit_rows`](crate::ops::unit_rows).
+pub fn unit_rows(x: &Tensor) -> Result<Tensor> {
+    x.contiguous()?.apply_op1(OnMachine::of(UnitRows))
+}
+
+struct LogSoftmax;
+
+impl Operator for LogSoftmax {
+    const NAME: &'static str = "log_softmax";
+
+    fn forward<M: Machine>(&self, machine: &M, inputs: &[Input]) -> Result<(M::Values, Shape)> {
+        let (x, (rows, width)) = (&inputs[0], inputs[0].matrix());
+        let y = x.alike(machine)?;
+        let arguments = arguments![x.at, machine.at(&y), width as u32];
+        machine.launch(Kernel("rows", "log_softmax"), Grid::reducing(rows.max(1)), arguments)?;
+        Ok((y, x.shape.clone()))
+    }
+
+    fn backward<M: Machine>(&self, machine: &M, pass: &Pass) -> Result<Vec<Option<M::Values>>> {
+        let (rows, width) = pass.result.matrix();
+        let dx = pass.result.alike(machine)?;
+        let arguments = arguments![pass.result.at, pass.gradient.at, machine.at(&dx), width as u32];
+        machine.launch(Kernel("rows", "log_softmax_backward"), Grid::reducing(rows.max(1)), arguments)?;
+        Ok(vec![Some(dx)])
+    }
+}
+
+/// See [`log_softmax`](crate::ops::log_softmax).
+pub fn log_softmax(x: &Tensor) -> Result<Tensor> {
+    x.contiguous()?.apply_op1(OnMachine::of(LogSoftmax))
+}
+
+struct BoundedExp {
+    bounds: [f32; 2],
+}
+
+impl Operator for BoundedExp {
+    const NAME: &'static str = "bounded_exp";
+
+    fn forward<M: Machine>(&self, machine: &M, inputs: &[Input]) -> Result<(M::Values, Shape)> {
+        let ([least, most], x) = (self.bounds, &inputs[0]);
+        let y = x.alike(machine)?;
+        let arguments = arguments![x.at, machine.at(&y), x.count(), least, most];
+        machine.launch(Kernel("elementwise", "bounded_exp"), Grid::each(x.count()), arguments)?;
+        Ok((y, x.shape.clone()))
+    }
+
+    fn backward<M: Machine>(&self, machine: &M, pass: &Pass) -> Result<Vec<Option<M::Values>>> {
+        let ([least, most], y) = (self.bounds, pass.result);
+        let dx = y.alike(machine)?;
+        let arguments = arguments![y.at, pass.gradient.at, machine.at(&dx), y.count(), least, most];
+        machine.launch(Kernel("elementwise", "bounded_exp_backward"), Grid::each(y.count()), arguments)?;
+        Ok(vec![Some(dx)])
+    }
+}
+
+/// See [`bounded_exp`](crate::ops::bounded_exp).
+pub fn bounded_exp(x: &Tensor, bounds: [f32; 2]) -> Result<Tensor> {
+    x.contiguous()?.apply_op1(OnMachine::of(BoundedExp { bounds }))
+}
