@@ -124,8 +124,25 @@ impl Grid {
         Self { blocks: [count.div_ceil(THREADS).clamp(1, 1 << 16), 1, 1], threads: THREADS, shared: 0 }
     }
 
+    /// For `column_sums`, whose blocks leave a row of sums each, and the rows that a block takes: all, if that does not take a thread
+    /// long, and else as many as leave rows for one more such sum.
+    pub fn summing(rows: usize, width: usize) -> (Self, usize) {
+        /// Rows that a thread adds up, and how few and how many they may be.
+        const MANY: usize = 48;
+        const FEWEST: usize = 8;
+        const MOST: usize = 64;
+        let spans = width.div_ceil(8).max(1);
+        let turns = THREADS / spans.min(THREADS);
+        let each = match rows {
+            _ if rows <= 2 * MANY * turns => rows.max(1),
+            _ => rows.div_ceil(MANY * turns).clamp(FEWEST * turns, MOST * turns),
+        };
+        let blocks = [spans.div_ceil(THREADS), rows.div_ceil(each).max(1), 1];
+        (Self { blocks, threads: THREADS, shared: 8 * THREADS }, each)
+    }
+
     /// For kernels whose threads walk down a few columns of a matrix each (`Columns` of the kernels), and the rows that each takes:
-    /// many where there are many, because sums of columns leave a row for each block, and few where the device would be idle.
+    /// many where there are many, because those that sum leave a row for each block, and few where the device would be idle.
     pub fn columns(rows: usize, width: usize) -> (Self, usize) {
         /// Columns of a thread: `FEW` of the kernels.
         const FEW: usize = 8;
@@ -260,9 +277,11 @@ mod tests {
             assert!(threads % WARP == 0 && threads * 8 * blocks[0] >= width && each * blocks[1] >= rows, "{rows} of {width}");
             let (mut left, mut passes) = (rows, 0);
             while left > 1 {
-                (left, passes) = (Grid::columns(left, width).0.blocks[1], passes + 1);
+                let (Grid { blocks, threads, .. }, each) = Grid::summing(left, width);
+                assert!(threads * 8 * blocks[0] >= width && each * blocks[1] >= left, "{left} of {width}");
+                (left, passes) = (blocks[1], passes + 1);
             }
-            assert!(passes <= 4, "{rows} of {width}: {passes} passes");
+            assert!(passes <= 2 + usize::from(width > 1024), "{rows} of {width}: {passes} passes");
         }
     }
 

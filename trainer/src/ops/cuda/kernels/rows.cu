@@ -32,25 +32,38 @@ extern "C" __global__ void sum_rows(
     }
 }
 
-// sums[blockIdx.y] is the sum of the block's rows of values [rows, width].
+// sums[blockIdx.y] is the sum of the block's rows of values [rows, width]. As many threads as are left over when all columns have one
+// share out the rows, in turns, and add up in the order of these.
 template <typename T>
-__device__ __forceinline__ void sum_columns(const T* values, float* sums, Columns columns) {
-    if (columns.count == 0) return;
+__device__ __forceinline__ void sum_columns(const T* values, float* sums, uint32_t rows, uint32_t width, uint32_t rows_each) {
+    SHARED(float, partial);  // [threads, FEW]
+    uint32_t spans = min((width + FEW - 1) / FEW, blockDim.x), turns = blockDim.x / spans;
+    uint32_t turn = threadIdx.x / spans, column = (blockIdx.x * spans + threadIdx.x % spans) * FEW;
+    uint32_t count = turn < turns && column < width ? min(FEW, width - column) : 0;
+    uint32_t first = blockIdx.y * rows_each, end = min(first + rows_each, rows);
     float sum[FEW] = {}, some[FEW];
+    if (count > 0) {
 #pragma unroll 4
-    for (uint32_t row = columns.first; row < columns.end; row++) {
-        read_few(values + columns.at(row), columns.count, some);
-        for (uint32_t e = 0; e < FEW; e++) sum[e] += some[e];
+        for (uint32_t row = first + turn; row < end; row += turns) {
+            read_few(values + size_t(row) * width + column, count, some);
+            for (uint32_t e = 0; e < FEW; e++) sum[e] += some[e];
+        }
     }
-    write_few(sums + columns.at(blockIdx.y), columns.count, sum);
+    for (uint32_t e = 0; e < FEW; e++) partial[threadIdx.x * FEW + e] = sum[e];
+    __syncthreads();
+    if (turn > 0 || count == 0) return;
+    for (uint32_t other = 1; other < turns; other++) {
+        for (uint32_t e = 0; e < FEW; e++) sum[e] += partial[(other * spans + threadIdx.x) * FEW + e];
+    }
+    write_few(sums + size_t(blockIdx.y) * width + column, count, sum);
 }
 
 extern "C" __global__ void column_sums(const float* values, float* sums, uint32_t rows, uint32_t width, uint32_t rows_each) {
-    sum_columns(values, sums, Columns(rows, width, rows_each));
+    sum_columns(values, sums, rows, width, rows_each);
 }
 
 extern "C" __global__ void column_sums_bf16(const bf16* values, float* sums, uint32_t rows, uint32_t width, uint32_t rows_each) {
-    sum_columns(values, sums, Columns(rows, width, rows_each));
+    sum_columns(values, sums, rows, width, rows_each);
 }
 
 // Each row over its length, a warp for a row.
