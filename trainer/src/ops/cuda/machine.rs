@@ -132,12 +132,12 @@ impl Grid {
         const FEWEST: usize = 8;
         const MOST: usize = 64;
         let spans = width.div_ceil(8).max(1);
-        let turns = THREADS / spans.min(THREADS);
+        let turns = THREADS / spans.min(WARP);
         let each = match rows {
             _ if rows <= 2 * MANY * turns => rows.max(1),
             _ => rows.div_ceil(MANY * turns).clamp(FEWEST * turns, MOST * turns),
         };
-        let blocks = [spans.div_ceil(THREADS), rows.div_ceil(each).max(1), 1];
+        let blocks = [spans.div_ceil(WARP), rows.div_ceil(each).max(1), 1];
         (Self { blocks, threads: THREADS, shared: 8 * THREADS }, each)
     }
 
@@ -278,10 +278,10 @@ mod tests {
             let (mut left, mut passes) = (rows, 0);
             while left > 1 {
                 let (Grid { blocks, threads, .. }, each) = Grid::summing(left, width);
-                assert!(threads * 8 * blocks[0] >= width && each * blocks[1] >= left, "{left} of {width}");
+                assert!(WARP * 8 * blocks[0] >= width && threads == 256 && each * blocks[1] >= left, "{left} of {width}");
                 (left, passes) = (blocks[1], passes + 1);
             }
-            assert!(passes <= 2 + usize::from(width > 1024), "{rows} of {width}: {passes} passes");
+            assert!(passes <= 2, "{rows} of {width}: {passes} passes");
         }
     }
 

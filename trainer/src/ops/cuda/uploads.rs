@@ -86,6 +86,7 @@ impl Uploads {
 
     /// A piece that nothing reads, of so many values at least.
     fn piece(&self, count: usize) -> std::result::Result<Piece, DriverError> {
+        self.stream.context().bind_to_thread()?;
         let mut pieces = self.pieces();
         let all: usize = pieces.iter().map(|piece| piece.count).sum();
         let left = pieces.iter().position(|piece| piece.fits(count) && piece.is_left());

@@ -32,12 +32,12 @@ extern "C" __global__ void sum_rows(
     }
 }
 
-// sums[blockIdx.y] is the sum of the block's rows of values [rows, width]. As many threads as are left over when all columns have one
-// share out the rows, in turns, and add up in the order of these.
+// sums[blockIdx.y] is the sum of the block's rows of values [rows, width]. A block has the columns of a warp, or all if they are fewer,
+// and its threads share out the rows, in turns, and add up in the order of these.
 template <typename T>
 __device__ __forceinline__ void sum_columns(const T* values, float* sums, uint32_t rows, uint32_t width, uint32_t rows_each) {
-    SHARED(float, partial);  // [threads, FEW]
-    uint32_t spans = min((width + FEW - 1) / FEW, blockDim.x), turns = blockDim.x / spans;
+    SHARED(float, of_threads);  // [FEW, threads]
+    uint32_t spans = min((width + FEW - 1) / FEW, WARP), turns = blockDim.x / spans;
     uint32_t turn = threadIdx.x / spans, column = (blockIdx.x * spans + threadIdx.x % spans) * FEW;
     uint32_t count = turn < turns && column < width ? min(FEW, width - column) : 0;
     uint32_t first = blockIdx.y * rows_each, end = min(first + rows_each, rows);
@@ -49,11 +49,11 @@ __device__ __forceinline__ void sum_columns(const T* values, float* sums, uint32
             for (uint32_t e = 0; e < FEW; e++) sum[e] += some[e];
         }
     }
-    for (uint32_t e = 0; e < FEW; e++) partial[threadIdx.x * FEW + e] = sum[e];
+    for (uint32_t e = 0; e < FEW; e++) of_threads[e * blockDim.x + threadIdx.x] = sum[e];
     __syncthreads();
     if (turn > 0 || count == 0) return;
     for (uint32_t other = 1; other < turns; other++) {
-        for (uint32_t e = 0; e < FEW; e++) sum[e] += partial[(other * spans + threadIdx.x) * FEW + e];
+        for (uint32_t e = 0; e < FEW; e++) sum[e] += of_threads[e * blockDim.x + other * spans + threadIdx.x];
     }
     write_few(sums + size_t(blockIdx.y) * width + column, count, sum);
 }
