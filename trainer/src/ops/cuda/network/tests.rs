@@ -2,6 +2,9 @@ use candle_core::Device;
 
 use super::super::check::networks::{apart, by_result, composed, network, passed, pictures, weights};
 use super::super::emulation::{Emulated, computing_in, emulated};
+use super::super::machine::Address;
+use super::super::recording::Reserved;
+use super::runs::pieces;
 use super::*;
 
 fn of_pictures(seed: u32, count: usize) -> Tensor {
