@@ -91,12 +91,20 @@ pub fn matching_loss(logits: &Tensor, labels: &[f32]) -> candle_core::Result<Ten
 mod testing {
     use unimo::tokenizer::Tokenizer;
 
+    use super::{Source, Vocabulary};
     use crate::backbone::{self, Backbone};
     use crate::corpus::Corpus;
     use crate::features::FeatureCache;
     use crate::scenes::{CorpusOptions, write_corpus};
     use crate::shards::read_shards;
     use crate::tokenizer_training;
+    use crate::vision::Vision;
+
+    /// What steps draw from: six scenes, five captions each.
+    pub fn source<'a>(corpus: &'a Corpus, vision: &'a Vision, vocabulary: &'a Vocabulary) -> Source<'a> {
+        const FIRST_TEXT: [usize; 6] = [0, 5, 10, 15, 20, 25];
+        Source { corpus, tfidf: None, first_text: &FIRST_TEXT, vision, vocabulary, task: None, writing: None, critic: None }
+    }
 
     /// Six scenes, each in a plain and a mirrored view, for a backbone of which so many blocks are trained.
     pub fn six_scenes(folder: &std::path::Path, trained_blocks: usize) -> (Corpus, Backbone, Tokenizer) {

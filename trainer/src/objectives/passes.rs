@@ -209,7 +209,7 @@ mod tests {
 
     use candle_core::Device;
 
-    use super::super::testing::six_scenes;
+    use super::super::testing::{six_scenes, source};
     use super::super::{Orders, Vocabulary};
     use super::*;
     use crate::model::ModelConfig;
@@ -227,16 +227,8 @@ mod tests {
         let model = Unimo::new(config, 1, &Device::Cpu).unwrap();
         for chunks in [1, 2] {
             let vision = Vision::new(backbone.clone(), 1, &Device::Cpu).unwrap();
-            let source = Source {
-                corpus: &corpus,
-                tfidf: None,
-                first_text: &(0..6).map(|i| i * 5).collect::<Vec<_>>(),
-                vision: &vision,
-                vocabulary: &Vocabulary::of(&tokenizer),
-                task: None,
-                writing: None,
-                critic: None,
-            };
+            let vocabulary = Vocabulary::of(&tokenizer);
+            let source = source(&corpus, &vision, &vocabulary);
             let recipe =
                 format!("steps = 2\nviews = 2\n[batch]\nimages = 3\nchunks = {chunks}\ncaptions = 1\ncontrast_captions = 1");
             let recipe = Recipe::from_toml(&recipe).unwrap();

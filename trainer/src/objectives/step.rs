@@ -269,7 +269,7 @@ mod tests {
     use super::super::comparison::Comparison;
     use super::super::members::Members;
     use super::super::tally::{CONTRAST, CROSS_MODAL};
-    use super::super::testing::six_scenes;
+    use super::super::testing::{six_scenes, source};
     use super::super::{Tally, Vocabulary};
     use super::*;
     use crate::model::{Dropout, ImageEmbedding, ModelConfig, RegionStatistics};
@@ -317,16 +317,8 @@ mod tests {
         let mut model = Unimo::new(config, 1, &Device::Cpu).unwrap();
         let deviation = (0..width).map(|i| 0.5 + (i % 7) as f32 / 4.0).collect();
         model.set_statistics(RegionStatistics { mean: vec![0.25; width], deviation }).unwrap();
-        let source = Source {
-            corpus: &corpus,
-            tfidf: None,
-            first_text: &(0..6).map(|i| i * 5).collect::<Vec<_>>(),
-            vision: &Vision::new(backbone, 0, &Device::Cpu).unwrap(),
-            vocabulary: &Vocabulary::of(&tokenizer),
-            task: None,
-            writing: None,
-            critic: None,
-        };
+        let (vision, vocabulary) = (Vision::new(backbone, 0, &Device::Cpu).unwrap(), Vocabulary::of(&tokenizer));
+        let source = source(&corpus, &vision, &vocabulary);
 
         // Of every picture and view the mean of what is shown, as its record has it.
         let mut order = Orders::default();

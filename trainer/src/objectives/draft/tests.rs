@@ -3,7 +3,7 @@
 use candle_core::Device;
 
 use super::super::masked_regions::MaskedRegions;
-use super::super::testing::six_scenes;
+use super::super::testing::{six_scenes, source};
 use super::super::{Orders, StepBatch, Vocabulary};
 use super::*;
 use crate::detections::{DetectionCache, write_line};
@@ -44,16 +44,8 @@ fn rewritten_captions_are_false_and_paraphrases_true_of_their_picture() {
     rewrite(&job, &|_| ()).unwrap();
     assert_eq!(corpus.add_rewrites(&out, &tokenizer, 48).unwrap(), 6);
 
-    let source = Source {
-        corpus: &corpus,
-        tfidf: None,
-        first_text: &(0..6).map(|i| i * 5).collect::<Vec<_>>(),
-        vision: &vision,
-        vocabulary: &Vocabulary::of(&tokenizer),
-        task: None,
-        writing: None,
-        critic: None,
-    };
+    let vocabulary = Vocabulary::of(&tokenizer);
+    let source = source(&corpus, &vision, &vocabulary);
     let recipe = "steps = 1\nviews = 2\n[batch]\nimages = 6\ncaptions = 1\nmatch_images = 6\nmatch_negatives = 1\n\
                   match_rewrites = 1\nmatch_sentences = 1\nmatch_paraphrases = 1\n";
     let recipe = Recipe::from_toml(recipe).unwrap();

@@ -19,6 +19,15 @@ use crate::ops::f32_slice;
 thread_local! {
     static ORDER: Cell<Option<u32>> = const { Cell::new(None) };
     static PRECISION: Cell<Option<Precision>> = const { Cell::new(None) };
+    static RECORDINGS: Cell<u32> = const { Cell::new(u32::MAX) };
+}
+
+/// Runs `f` with machines of this thread that refuse to record after so many recordings.
+pub fn recording_only<R>(recordings: u32, f: impl FnOnce() -> R) -> R {
+    let before = RECORDINGS.replace(recordings);
+    let result = f();
+    RECORDINGS.set(before);
+    result
 }
 
 /// What this thread computes products in, where that is not what the whole process does.
@@ -301,6 +310,10 @@ impl Records for Emulated {
     }
 
     fn record<T>(&self, work: impl FnOnce() -> Result<T>) -> Result<(T, Vec<Call>)> {
+        match RECORDINGS.get().checked_sub(1) {
+            Some(left) => RECORDINGS.set(left),
+            None => candle_core::bail!("this machine does not record"),
+        }
         let before = self.recorded().replace(Vec::new());
         assert!(before.is_none(), "a recording inside another");
         let made = work();

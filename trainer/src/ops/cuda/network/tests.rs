@@ -1,7 +1,7 @@
 use candle_core::Device;
 
 use super::super::check::networks::{apart, by_result, composed, network, passed, pictures, weights};
-use super::super::emulation::{Emulated, computing_in, emulated};
+use super::super::emulation::{Emulated, computing_in, emulated, recording_only};
 use super::super::machine::Address;
 use super::super::recording::Reserved;
 use super::runs::pieces;
@@ -66,6 +66,22 @@ fn a_pass_whose_results_are_gone_is_done_again() {
         });
     }
     assert_eq!(runs.recorded(), 1);
+}
+
+/// Neither way, or only forward.
+#[test]
+fn a_machine_that_does_not_record_is_asked_anew_each_time() {
+    for recordings in [0, 1] {
+        let vars = weights(&Device::Cpu, Precision::F32).unwrap();
+        let (network, runs) = (network(&vars, false).unwrap(), Runs::default());
+        for pass in 0..4 {
+            let x = of_pictures(pass, 2);
+            let expected = composed(&vars, &network, &x).unwrap();
+            let found = recording_only(recordings, || emulated(0, || passed(&runs, &network, &x))).unwrap();
+            assert_near(&found, &expected, Precision::F32, &format!("{recordings} recordings, pass {pass}"));
+        }
+        assert_eq!(runs.recorded(), 0);
+    }
 }
 
 #[test]
