@@ -26,7 +26,8 @@ pub struct Nvidia {
     apart: Option<Arc<Apart>>,
 }
 
-/// Of a machine whose work is recorded: other threads upload on candle's stream meanwhile, and that is none of the recording's business.
+/// Of a machine whose work is recorded. Other threads use candle's stream meanwhile (sums over ranks; uploads, where the host has no
+/// memory for those beside it), and that is none of the recording's business.
 struct Apart {
     stream: Arc<CudaStream>,
     blas: CudaBlas,
