@@ -26,6 +26,8 @@ use crate::device;
 use crate::evaluation::{self, Extent};
 use crate::model::{Dropout, ModelConfig, Unimo};
 use crate::objectives::{Orders, Source, StepBatch, Tally};
+#[cfg(feature = "cuda")]
+use crate::ops::cuda::layers::Counts;
 use crate::optimizer::AdamW;
 use crate::parallel::{self, Alone, Collective, Connected, Passes};
 use crate::recipe::Recipe;
@@ -357,6 +359,11 @@ impl Loop<'_> {
             "waited": data.waited,
             "drawn": data.drawn,
         });
+        #[cfg(feature = "cuda")]
+        if self.model.device().is_cuda() {
+            let Counts { passes, replayed, recordings } = self.model.passes_through_layers();
+            entry["graphs"] = json!({"passes": passes, "replayed": replayed, "recorded": recordings});
+        }
         if self.ranks.ranks() > 1 {
             entry["ranks"] = json!(self.ranks.ranks());
         }

@@ -32,7 +32,7 @@ enum Layers {
     Composed(Vec<Layer>),
     /// On the kernels for CUDA devices.
     #[cfg(any(feature = "cuda", test))]
-    InKernels(Box<dyn layers::Kept>),
+    InKernels(layers::Forward),
 }
 
 /// One layer of a forward pass, cut off from those before and after it.
@@ -62,6 +62,14 @@ impl Unimo {
     /// [`Passed::backward`] or [`Passed::backward_by_layer`]; so has every pass on a CUDA device, where layers go no other way.
     pub fn set_backward_by_layer(&mut self, on: bool) {
         self.goes_by_layer = on;
+    }
+
+    /// How often batches went through the layers on the kernels for CUDA devices, and how often as a recording of an earlier pass of the
+    /// same shape.
+    #[cfg(any(feature = "cuda", test))]
+    #[must_use]
+    pub fn passes_through_layers(&self) -> layers::Counts {
+        self.runs.counts()
     }
 
     /// Runs the layers over embedded rows `x`, `[rows, hidden]`; what they give is a leaf if anything is kept.
@@ -109,7 +117,7 @@ impl Unimo {
             first_kept: if x.track_op() { 0 } else { all.clone().find(is_trained).unwrap_or(all.end) },
             checkpointing: self.checkpoints_activations,
         };
-        let (hidden, kept) = layers::run(x, all.map(given).collect::<Result<_>>()?, common)?;
+        let (hidden, kept) = self.runs.forward(x, all.map(given).collect::<Result<_>>()?, common)?;
         let Some(kept) = kept else { return Ok((hidden, None)) };
         let hidden = Var::from_tensor(&hidden)?;
         let kept = Kept { embedded: x.track_op().then(|| x.clone()), layers: Layers::InKernels(kept), hidden };
@@ -162,7 +170,7 @@ impl Passed {
             Layers::InKernels(layers) => {
                 let Some(gradient) = carried else { return Ok(all) };
                 let wanted: HashSet<TensorId> = by.iter().map(|var| var.id()).collect();
-                carried = layers.backward(&gradient, &mut |number, by_weights| {
+                carried = model.runs.backward(layers, &gradient, &mut |number, by_weights| {
                     for (part, gradient) in layers::WEIGHTS.into_iter().zip(by_weights) {
                         let weight = model.weight(&format!("layers.{number}.{part}"))?;
                         if let (Some(gradient), true) = (gradient, wanted.contains(&weight.id())) {
@@ -181,138 +189,4 @@ impl Passed {
 }
 
 #[cfg(test)]
-mod tests {
-    use std::collections::BTreeMap;
-
-    use candle_core::Device;
-
-    use super::super::{ModelConfig, Packer, Regions};
-    use super::*;
-    use crate::ops::Precision;
-    use crate::ops::cuda::emulation::{computing_in, emulated};
-
-    /// A model of three layers, a batch of a text and a pair for it, and where their texts start.
-    fn model_and_batch() -> (Unimo, PackedBatch, [usize; 2]) {
-        let config = ModelConfig { grid: 2, region_feature: 3, layers: 3, ..ModelConfig::named("pico").unwrap() };
-        let model = Unimo::new(config, 1, &Device::Cpu).unwrap();
-        let features: Vec<f32> = (0..12).map(|v| (v as f32 * 0.7).sin()).collect();
-        let mut packer = Packer::new(&model);
-        let text = packer.text(&[0, 7, 2], false);
-        let pair = packer.pair(Regions::visible(&features), &[0, 9, 2]).texts[0];
-        let batch = packer.finish(&Device::Cpu).unwrap();
-        (model, batch, [text, pair])
-    }
-
-    /// What may be trained, how many layers of it, and the last of the layers that the pass goes back to.
-    const TRAINED: [(&[&str], usize, Option<usize>); 5] = [
-        (&[], 3, Some(0)),
-        (&["layers.2.", "embed."], 1, Some(2)),
-        (&["layers.1."], 1, Some(1)),
-        (&["text."], 0, Some(0)),
-        (&["embed.", "temperature"], 0, None),
-    ];
-
-    /// Gradients by name of a loss that reads tokens (tied to their embeddings) and an embedding, and the layers that were said to be
-    /// complete. Their gradients are those that they had then.
-    fn by_name(model: &Unimo, batch: &PackedBatch, [text, pair]: [usize; 2]) -> (BTreeMap<String, Vec<f32>>, Vec<usize>) {
-        let passed = model.forward(batch, None, Dropout::of(0.3, 5)).unwrap();
-        let by_layer = model.checkpoints_activations || model.goes_by_layer || ops::cuda::works_on(&Device::Cpu);
-        assert_eq!(passed.kept.is_some(), by_layer && passed.hidden.track_op());
-        assert!(passed.kept.is_none() || passed.hidden.is_variable(), "activations hang on the hidden states");
-        let words = model.language_loss(&model.rows(&passed.hidden, &[text, pair]).unwrap(), vec![7, 9], 0.1).unwrap();
-        let embedding = model.text_embedding(batch, &passed.hidden, &[text]).unwrap();
-        let loss = (words + embedding.narrow(1, 0, 3).unwrap().sum_all().unwrap()).unwrap();
-        let by: Vec<Var> = model.weights().values().cloned().collect();
-        let (mut left, mut taken) = (Vec::new(), GradStore::default());
-        let mut complete = |layer: usize, all: &mut GradStore| {
-            left.push(layer);
-            for (_, var) in model.trained().filter(|(name, _)| name.starts_with(&format!("layers.{layer}."))) {
-                taken.insert(var, all.remove(var).unwrap());
-            }
-            Ok(())
-        };
-        let mut found = passed.backward_by_layer(model, batch, loss, &by, &mut complete).unwrap();
-        for var in &by {
-            let Some(gradient) = taken.remove(var) else { continue };
-            assert!(found.insert(var, gradient).is_none(), "what was complete goes on");
-        }
-        let of = |(name, var): (&String, &Var)| Some((name.clone(), found.get(var)?.flatten_all().unwrap().to_vec1().unwrap()));
-        let named: BTreeMap<String, Vec<f32>> = model.weights().iter().filter_map(of).collect();
-        assert_eq!(found.get_ids().count(), named.len(), "something else is kept");
-        assert!(by.iter().filter_map(|var| found.get(var)).all(|gradient| !gradient.track_op()), "a graph is kept");
-        (named, left)
-    }
-
-    #[test]
-    fn gradients_are_those_of_a_pass_through_all_at_once() {
-        let (mut model, batch, texts) = model_and_batch();
-        for (trained, count, last) in TRAINED {
-            model.train_only(&trained.iter().map(|&name| name.to_owned()).collect::<Vec<_>>()).unwrap();
-            model.set_activation_checkpointing(false);
-            model.set_backward_by_layer(false);
-            let (expected, left) = by_name(&model, &batch, texts);
-            assert!(left.is_empty());
-            let of_layers = expected.keys().filter(|name| name.ends_with("attention.qkv.weight")).count();
-            assert_eq!(of_layers, count);
-            for (recomputed, by_layer) in [(true, false), (false, true), (true, true)] {
-                model.set_activation_checkpointing(recomputed);
-                model.set_backward_by_layer(by_layer);
-                let (found, left) = by_name(&model, &batch, texts);
-                assert_eq!(left, last.map_or(Vec::new(), |last| (last..3).rev().collect()));
-                assert_eq!(expected.keys().collect::<Vec<_>>(), found.keys().collect::<Vec<_>>(), "{trained:?}");
-                // The token embeddings' parts are summed in another order.
-                assert_near(&expected, &found, 1e-6);
-            }
-        }
-    }
-
-    /// In units of each weight's largest gradient.
-    fn assert_near(expected: &BTreeMap<String, Vec<f32>>, found: &BTreeMap<String, Vec<f32>>, tolerance: f32) {
-        assert_eq!(expected.keys().collect::<Vec<_>>(), found.keys().collect::<Vec<_>>());
-        for (name, expected) in expected {
-            let largest = expected.iter().fold(0.0, |most: f32, value| most.max(value.abs()));
-            assert!(largest > 0.0, "{name} does not move");
-            for (expected, found) in expected.iter().zip(&found[name]) {
-                assert!((expected - found).abs() <= tolerance * largest, "{name}: {found} is not {expected}");
-            }
-        }
-    }
-
-    #[test]
-    fn gradients_in_kernels_are_those_of_the_composed_layers() {
-        let (mut model, batch, texts) = model_and_batch();
-        for (trained, _, last) in TRAINED {
-            model.train_only(&trained.iter().map(|&name| name.to_owned()).collect::<Vec<_>>()).unwrap();
-            model.set_activation_checkpointing(false);
-            let (expected, _) = by_name(&model, &batch, texts);
-            for recomputed in [false, true] {
-                model.set_activation_checkpointing(recomputed);
-                let (found, left) = emulated(1, || by_name(&model, &batch, texts));
-                assert_eq!(left, last.map_or(Vec::new(), |last| (last..3).rev().collect()));
-                // Sums of products in another order, through three layers.
-                assert_near(&expected, &found, 2e-4);
-            }
-        }
-    }
-
-    /// What was stored in bf16 has nothing in its lower half, which products of rounded factors alone would leave there.
-    #[test]
-    fn layers_in_kernels_store_what_they_give_in_the_precision_of_their_products() {
-        let (model, batch, _) = model_and_batch();
-        for (precision, stored) in [(Precision::F32, false), (Precision::Bf16, true)] {
-            let pass = || model.forward(&batch, None, Dropout::OFF).unwrap().hidden;
-            let hidden = emulated(0, || computing_in(precision, pass)).flatten_all().unwrap().to_vec1::<f32>().unwrap();
-            assert_eq!(hidden.iter().all(|value| value.to_bits() & 0xffff == 0), stored, "{precision:?}");
-        }
-    }
-
-    #[test]
-    fn a_loss_that_reads_no_hidden_state_runs_no_layer_again() {
-        let (mut model, batch, _) = model_and_batch();
-        model.set_activation_checkpointing(true);
-        let passed = model.forward(&batch, None, Dropout::OFF).unwrap();
-        let by: Vec<Var> = model.weights().values().cloned().collect();
-        let found = passed.backward(&model, &batch, model.temperature().unwrap(), &by).unwrap();
-        assert!(found.get_ids().count() == 1 && found.get(&model.weights()["temperature"]).is_some());
-    }
-}
+mod tests;

@@ -78,6 +78,9 @@ pub struct Unimo {
     statistics: RegionStatistics,
     checkpoints_activations: bool,
     goes_by_layer: bool,
+    /// Passes through the layers on the kernels for CUDA devices.
+    #[cfg(any(feature = "cuda", test))]
+    runs: ops::cuda::layers::Runs,
 }
 
 /// Names under which a checkpoint holds the region statistics, beside the weights.
@@ -123,6 +126,8 @@ impl Unimo {
             statistics,
             checkpoints_activations: false,
             goes_by_layer: false,
+            #[cfg(any(feature = "cuda", test))]
+            runs: ops::cuda::layers::Runs::default(),
         }
     }
 

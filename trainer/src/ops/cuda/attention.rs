@@ -1,12 +1,10 @@
 //! Attention over packed sequences, forward and backward, without its probabilities in memory.
 
-use std::sync::Arc;
-
 use candle_core::{Result, Shape, Tensor};
 
-use super::attention_tables::Tables;
+use super::attention_tables::{Placed, Tables};
 use super::dropout;
-use super::machine::{Argument, Element, Grid, Kernel, Machine, WARP, arguments};
+use super::machine::{Address, Argument, Element, Grid, Kernel, Machine, WARP, arguments};
 use super::operator::{Input, Kept, OnMachine, Operator, Pass};
 use crate::ops::AttentionPlan;
 
@@ -81,33 +79,39 @@ pub(super) struct Attended<V> {
     pub(super) logarithms: V,
 }
 
-/// Attention of one layer and pass.
+/// Attention over rows of one plan.
 pub(super) struct Attention {
     kernels: Kernels,
     element: Element,
-    tables: Arc<Tables>,
     heads: usize,
     keep: f32,
-    seed: u32,
-    /// Logarithm of each row's and head's sum of exponentials.
-    logarithms: Kept,
+    /// Tiles of queries and of keys.
+    tiles: [usize; 2],
+}
+
+/// Which kernels take heads of `depth` values that are stored so.
+fn kernels(depth: usize, element: Element) -> Result<Kernels> {
+    if depth > WIDEST_HEAD {
+        candle_core::bail!("attention: heads of {depth} values are wider than {WIDEST_HEAD}, the widest on a CUDA device");
+    }
+    let on_tensor_cores = (element == Element::Bf16).then(|| Kernels::tensor_cores(depth)).flatten();
+    Ok(on_tensor_cores.unwrap_or_else(|| Kernels::floats(depth, element)))
 }
 
 impl Attention {
-    /// Of what is stored as `element`, of heads of `depth` values.
-    pub(super) fn new(
-        plan: &Arc<AttentionPlan>,
+    /// Of what is stored as `element`, of heads of `depth` values, of whose probabilities the share `keep` is kept. Also what it is told
+    /// of a plan and of rows behind it, up to so many.
+    pub(super) fn of_plan(
+        plan: &AttentionPlan,
+        rows: usize,
         (heads, depth): (usize, usize),
-        (rate, seed): (f32, u32),
+        keep: f32,
         element: Element,
-    ) -> Result<Self> {
-        if depth > WIDEST_HEAD {
-            candle_core::bail!("attention: heads of {depth} values are wider than {WIDEST_HEAD}, the widest on a CUDA device");
-        }
-        let on_tensor_cores = (element == Element::Bf16).then(|| Kernels::tensor_cores(depth)).flatten();
-        let kernels = on_tensor_cores.unwrap_or_else(|| Kernels::floats(depth, element));
-        let tables = Tables::shared(plan, kernels.tile);
-        Ok(Self { kernels, element, tables, heads, keep: 1.0 - rate, seed, logarithms: Kept::default() })
+    ) -> Result<(Self, Tables)> {
+        let kernels = kernels(depth, element)?;
+        let tables = Tables::of(plan, kernels.tile).with_rows_to(plan.rows(), rows).filled();
+        let tiles = [tables.query_tiles(), tables.key_tiles()];
+        Ok((Self { kernels, element, heads, keep, tiles }, tables))
     }
 
     /// Rows, hidden and width of a head.
@@ -116,28 +120,22 @@ impl Attention {
         Ok((rows, width / 3, width / 3 / self.heads))
     }
 
-    /// The plan's tables, on the machine.
-    pub(super) fn upload<M: Machine>(&self, machine: &M) -> Result<[M::Words; 3]> {
-        let Tables { queries, keys, segments, .. } = &*self.tables;
-        Ok([machine.upload(queries)?, machine.upload(keys)?, machine.upload(segments)?])
-    }
-
     /// What every kernel ends with: heads, their width if it is asked for, and the draws.
-    fn last_arguments(&self, depth: usize) -> Vec<Argument> {
+    fn last_arguments(&self, depth: usize, seed: Address) -> Vec<Argument> {
         let (limit, scale) = dropout(self.keep);
         let wide = self.kernels.any_width.then_some(Argument::Word(depth as u32));
-        let draws = arguments![self.seed, limit, scale];
+        let draws = arguments![seed, limit, scale];
         [Argument::Word(self.heads as u32)].into_iter().chain(wide).chain(draws.iter().copied()).collect()
     }
 
-    /// The forward pass. The tables are what [`Self::upload`] gave for the plan.
-    pub(super) fn of<M: Machine>(&self, machine: &M, qkv: &Input, [queries, ..]: &[M::Words; 3]) -> Result<Attended<M::Values>> {
+    /// The forward pass. The tables are those of the plan.
+    pub(super) fn forward<M: Machine>(&self, machine: &M, qkv: &Input, placed: Placed) -> Result<Attended<M::Values>> {
         let (rows, hidden, depth) = self.sizes(qkv)?;
         let y = machine.allocate(self.element.words(rows * hidden))?;
         let logarithms = machine.allocate(rows * self.heads)?;
-        let first = arguments![qkv.at, machine.words_at(queries), machine.at(&y), machine.at(&logarithms)];
-        let arguments = [&first[..], &self.last_arguments(depth)].concat();
-        self.kernels.launch(machine, 0, [self.tables.query_tiles(), self.heads], &arguments)?;
+        let first = arguments![qkv.at, placed.queries, machine.at(&y), machine.at(&logarithms)];
+        let arguments = [&first[..], &self.last_arguments(depth, placed.seed)].concat();
+        self.kernels.launch(machine, 0, [self.tiles[0], self.heads], &arguments)?;
         Ok(Attended { made: (y, Shape::from((rows, hidden))), logarithms })
     }
 
@@ -147,26 +145,43 @@ impl Attention {
         machine: &M,
         pass: &Pass,
         logarithms: &M::Values,
-        [queries, keys, segments]: &[M::Words; 3],
+        placed: Placed,
     ) -> Result<M::Values> {
         let (qkv, dy) = (pass.inputs[0].at, pass.gradient.at);
         let (rows, _, depth) = self.sizes(&pass.inputs[0])?;
         let (delta, dqkv) = (machine.allocate(rows * self.heads)?, pass.inputs[0].alike(machine)?);
         let (sums, projections, to) = (machine.at(logarithms), machine.at(&delta), machine.at(&dqkv));
-        let (count, last) = (rows * self.heads, self.last_arguments(depth));
+        let (count, last) = (rows * self.heads, self.last_arguments(depth, placed.seed));
         let of_rows = Grid { blocks: [count.div_ceil(4).max(1), 1, 1], threads: 4 * WARP, shared: 0 };
         let arguments = arguments![pass.result.at, dy, projections, count as u32, depth as u32];
         let names = ["attention_delta", "attention_delta_bf16"];
         machine.launch(Kernel::on(self.element, "attention", names), of_rows, arguments)?;
-        let first = arguments![qkv, machine.words_at(queries), dy, sums, projections, to];
-        self.kernels.launch(machine, 1, [self.tables.query_tiles(), self.heads], &[&first[..], &last].concat())?;
-        let first = arguments![qkv, machine.words_at(keys), machine.words_at(segments), dy, sums, projections, to];
-        self.kernels.launch(machine, 2, [self.tables.key_tiles(), self.heads], &[&first[..], &last].concat())?;
+        let first = arguments![qkv, placed.queries, dy, sums, projections, to];
+        self.kernels.launch(machine, 1, [self.tiles[0], self.heads], &[&first[..], &last].concat())?;
+        let first = arguments![qkv, placed.keys, placed.segments, dy, sums, projections, to];
+        self.kernels.launch(machine, 2, [self.tiles[1], self.heads], &[&first[..], &last].concat())?;
         Ok(dqkv)
     }
 }
 
-impl Operator for Attention {
+/// Attention by itself.
+struct Alone {
+    attention: Attention,
+    tables: Tables,
+    seed: u32,
+    /// Logarithm of each row's and head's sum of exponentials.
+    logarithms: Kept,
+}
+
+impl Alone {
+    fn upload<M: Machine>(&self, machine: &M) -> Result<(M::Words, Placed)> {
+        let words = machine.upload(&self.tables.words([self.seed]))?;
+        let placed = Placed::at(machine.words_at(&words), self.tables.lengths());
+        Ok((words, placed))
+    }
+}
+
+impl Operator for Alone {
     const NAME: &'static str = "attention";
 
     fn activations(&self) -> usize {
@@ -174,29 +189,24 @@ impl Operator for Attention {
     }
 
     fn forward<M: Machine>(&self, machine: &M, inputs: &[Input]) -> Result<(M::Values, Shape)> {
-        let Attended { made, logarithms } = self.of(machine, &inputs[0], &self.upload(machine)?)?;
+        let (_words, placed) = self.upload(machine)?;
+        let Attended { made, logarithms } = self.attention.forward(machine, &inputs[0], placed)?;
         self.logarithms.put(logarithms);
         Ok(made)
     }
 
     fn backward<M: Machine>(&self, machine: &M, pass: &Pass) -> Result<Vec<Option<M::Values>>> {
         let logarithms = self.logarithms.take::<M::Values>(Self::NAME)?;
-        Ok(vec![Some(self.gradient(machine, pass, &logarithms, &self.upload(machine)?)?)])
+        let (_words, placed) = self.upload(machine)?;
+        Ok(vec![Some(self.attention.gradient(machine, pass, &logarithms, placed)?)])
     }
 }
 
 /// See [`attention`](crate::ops::attention), which has checked plan and shape. Stored as `element` within; in bf16 its products are on
 /// tensor cores, where heads are as wide as the kernels for that are made for.
-pub fn attention(
-    qkv: &Tensor,
-    plan: &Arc<AttentionPlan>,
-    heads: usize,
-    rate: f32,
-    seed: u32,
-    element: Element,
-) -> Result<Tensor> {
-    let op = Attention::new(plan, (heads, qkv.dim(1)? / 3 / heads), (rate, seed), element)?;
-    qkv.contiguous()?.apply_op1(OnMachine::within(op, element))
+pub fn attention(qkv: &Tensor, plan: &AttentionPlan, heads: usize, rate: f32, seed: u32, element: Element) -> Result<Tensor> {
+    let (attention, tables) = Attention::of_plan(plan, plan.rows(), (heads, qkv.dim(1)? / 3 / heads), 1.0 - rate, element)?;
+    qkv.contiguous()?.apply_op1(OnMachine::within(Alone { attention, tables, seed, logarithms: Kept::default() }, element))
 }
 
 #[cfg(test)]

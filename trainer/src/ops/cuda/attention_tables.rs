@@ -1,14 +1,14 @@
 //! An attention plan as the kernels read it: tiles of queries, tiles of keys, and who sees the latter.
 
 use std::collections::BTreeSet;
-use std::sync::{Arc, Mutex, Weak};
 
+use super::machine::Address;
 use crate::ops::{AttentionPlan, QueryBlock};
 
 /// Words of a `QueryTile`, a `KeyTile` and a `Segment`.
 const WORDS: [usize; 3] = [8, 4, 6];
 
-/// The tables, their entries one after another.
+/// The tables, their entries one after another. Tiles without rows are passed over.
 #[derive(Debug, Default, PartialEq, Eq)]
 pub struct Tables {
     /// The most rows of a tile.
@@ -82,20 +82,59 @@ impl Tables {
         self.keys.extend([start + first, count, before, segments].map(|word| word as u32));
     }
 
-    /// Those that were asked for last are kept: all layers of a step share one plan.
-    pub fn shared(plan: &Arc<AttentionPlan>, tile: usize) -> Arc<Self> {
-        static LAST: Mutex<Option<(Weak<AttentionPlan>, Arc<Tables>)>> = Mutex::new(None);
-        let mut last = LAST.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
-        if let Some((of, tables)) = &*last {
-            // The weak reference keeps the plan's place from being taken by another one.
-            if std::ptr::eq(of.as_ptr(), Arc::as_ptr(plan)) && tables.tile == tile {
-                return Arc::clone(tables);
-            }
+    /// With rows behind those of the plan: each tile of them sees itself and nothing else.
+    pub fn with_rows_to(mut self, first: usize, end: usize) -> Self {
+        for start in (first..end).step_by(self.tile) {
+            let rows = 0..self.tile.min(end - start);
+            let block = QueryBlock { rows: rows.clone(), context: 0..0, causal: false };
+            self.add_queries(start, &block);
+            self.add_keys(start, &[block], 0, rows.end);
         }
-        let tables = Arc::new(Self::of(plan, tile));
-        *last = Some((Arc::downgrade(plan), Arc::clone(&tables)));
-        tables
+        self
     }
+
+    /// With as many tiles that nothing is in, and segments that nobody asks for, as make numbers of them that repeat.
+    pub fn filled(mut self) -> Self {
+        for (table, words) in [&mut self.queries, &mut self.keys, &mut self.segments].into_iter().zip(WORDS) {
+            table.resize(filled(table.len() / words, 16).next_multiple_of(4) * words, 0);
+        }
+        self
+    }
+
+    /// Numbers of words of the three.
+    pub fn lengths(&self) -> [usize; 3] {
+        [&self.queries, &self.keys, &self.segments].map(Vec::len)
+    }
+
+    /// All three and seeds, as they lie where [`Placed`] finds them.
+    pub fn words(&self, seeds: impl IntoIterator<Item = u32>) -> Vec<u32> {
+        [&self.queries, &self.keys, &self.segments].into_iter().flatten().copied().chain(seeds).collect()
+    }
+}
+
+/// Where a pass finds its tables, and what it draws by.
+#[derive(Debug, Clone, Copy)]
+pub struct Placed {
+    pub queries: Address,
+    pub keys: Address,
+    pub segments: Address,
+    /// The seed; behind it those that follow, where there are more.
+    pub seed: Address,
+}
+
+impl Placed {
+    /// In what [`Tables::words`] of tables of these lengths gave.
+    pub fn at(at: Address, [queries, keys, segments]: [usize; 3]) -> Self {
+        let keys_at = at.after(queries);
+        let segments_at = keys_at.after(keys);
+        Self { queries: at, keys: keys_at, segments: segments_at, seed: segments_at.after(segments) }
+    }
+}
+
+/// The next larger number of those that are used for shapes, so that these repeat: a multiple of a power of two of about a part of it
+/// (`1 / parts` and less than twice that).
+pub fn filled(count: usize, parts: usize) -> usize {
+    count.next_multiple_of(count.div_ceil(parts).max(1).next_power_of_two())
 }
 
 #[cfg(test)]
@@ -128,5 +167,43 @@ mod tests {
             [121, 2, 20, 18, 1, 0],
         ];
         assert_eq!(rows(&tables.segments, 6), segments);
+    }
+
+    #[test]
+    fn numbers_are_filled_up_by_a_small_part_of_them() {
+        for (count, parts, expected) in
+            [(0, 64, 0), (1, 64, 1), (64, 64, 64), (65, 64, 66), (257, 128, 260), (14_000, 128, 14_080)]
+        {
+            assert_eq!(filled(count, parts), expected, "{count} in {parts} parts");
+        }
+        for count in 1..20_000 {
+            let more = filled(count, 128) - count;
+            assert!(64 * more <= count + 64, "{count} rows and {more} more");
+        }
+    }
+
+    /// Rows behind the plan's see those of their tile; tiles without rows end the tables.
+    #[test]
+    fn tables_are_filled_up() {
+        let block = QueryBlock { rows: 0..5, context: 0..0, causal: true };
+        let plan = AttentionPlan { groups: vec![AttentionGroup { start: 0, len: 5, blocks: vec![block] }] };
+        let tables = Tables::of(&plan, 4).with_rows_to(5, 12).filled();
+        let mut queries = vec![0, 4, 0, 5, 0, 0, 1, 0, 4, 1, 0, 5, 0, 0, 1, 0, 5, 4, 5, 4, 5, 0, 0, 0, 9, 3, 9, 3, 9, 0, 0, 0];
+        assert_eq!(tables.queries, queries);
+        assert_eq!(tables.keys, [0, 4, 0, 1, 4, 1, 1, 1, 5, 4, 2, 1, 9, 3, 3, 1]);
+        assert_eq!(tables.segments[12..], [5, 4, 4, 0, 0, 0, 9, 3, 3, 0, 0, 0]);
+        let more = Tables::of(&plan, 4).with_rows_to(5, 13).filled();
+        queries[25] = 4;
+        queries[27] = 4;
+        assert_eq!((more.query_tiles(), &more.queries), (4, &queries));
+        let most = Tables::of(&plan, 4).with_rows_to(5, 14).filled();
+        assert_eq!((most.query_tiles(), most.key_tiles()), (8, 8));
+        assert!(most.queries[40..].iter().chain(&most.keys[20..]).all(|&word| word == 0));
+        let words = most.words([7, 8]);
+        let placed = Placed::at(Address(1_000), most.lengths());
+        let at = |Address(at): Address| ((at - 1_000) / 4) as usize;
+        assert_eq!(words[at(placed.keys)..][..4], most.keys[..4]);
+        assert_eq!(words[at(placed.segments)..][..6], most.segments[..6]);
+        assert_eq!(words[at(placed.seed)..], [7, 8]);
     }
 }

@@ -155,6 +155,8 @@ pub enum Call {
     Kernel(Kernel, Grid, Vec<Argument>),
     /// A matrix product.
     Product(Product),
+    /// So much memory whose values are of no use any more.
+    Forgotten(Address, usize),
 }
 
 /// The emulated device.
@@ -211,6 +213,13 @@ impl Machine for Emulated {
         let mut memory = Values::new(words.len(), 0);
         memory.words_mut()[GUARD..GUARD + words.len()].copy_from_slice(words);
         Ok(memory)
+    }
+
+    fn overwrite(&self, words: &mut Values, with: &[u32]) -> Result<()> {
+        assert!(self.recorded().is_none(), "an upload would be done once and not recorded");
+        assert_eq!(words.count, with.len());
+        words.words_mut()[GUARD..GUARD + with.len()].copy_from_slice(with);
+        Ok(())
     }
 
     fn at(&self, values: &Values) -> Address {
@@ -300,6 +309,16 @@ impl Machine for Emulated {
         }
         Ok(())
     }
+
+    fn forget(&self, at: Address, count: usize) -> Result<()> {
+        if let Some(recorded) = &mut *self.recorded() {
+            recorded.push(Call::Forgotten(at, count));
+            return Ok(());
+        }
+        // SAFETY: as a kernel's, the caller's memory.
+        unsafe { std::slice::from_raw_parts_mut(at.0 as *mut u32, count) }.fill(f32::NAN.to_bits());
+        Ok(())
+    }
 }
 
 impl Records for Emulated {
@@ -325,6 +344,7 @@ impl Records for Emulated {
         calls.iter().try_for_each(|call| match call {
             Call::Kernel(kernel, grid, arguments) => self.launch(*kernel, *grid, arguments),
             Call::Product(product) => self.multiply(product),
+            Call::Forgotten(at, count) => self.forget(*at, *count),
         })
     }
 }

@@ -13,8 +13,8 @@ const SHARED_VALUES: usize = 48 * 1024 / 4;
 /// they are dropped out, as `[2 or 3, hidden]`.
 pub(super) struct LayerNorm {
     pub(super) eps: f32,
-    /// Seed and share kept, of a sum.
-    pub(super) dropout: Option<(u32, f32)>,
+    /// The share kept, of a sum.
+    pub(super) keep: Option<f32>,
 }
 
 /// Where its parameters lie, `[hidden]` each, in f32.
@@ -23,6 +23,8 @@ pub(super) struct Parameters {
     pub(super) bias: Address,
     /// What is added to the values before they are dropped out, such as the bias of the product that they are; or nowhere.
     pub(super) added: Address,
+    /// The seed that they are dropped out by; nowhere if none are.
+    pub(super) seed: Address,
 }
 
 /// Gradients of a LayerNorm.
@@ -36,8 +38,8 @@ pub(super) struct Gradients<V> {
 }
 
 impl LayerNorm {
-    /// What lies where, in one array.
-    fn parameters(inputs: &[Input]) -> Result<(&[Input], Parameters)> {
+    /// What lies where, in one array but for the seed.
+    fn parameters(inputs: &[Input], seed: Address) -> Result<(&[Input], Parameters)> {
         let Some((parameters, summands)) = inputs.split_last() else { candle_core::bail!("layer_norm: no inputs") };
         let width = summands.first().map_or(0, |first| first.matrix().1);
         let (at, rows) = match parameters.shape.dims() {
@@ -45,12 +47,12 @@ impl LayerNorm {
             other => candle_core::bail!("layer_norm: {other:?} parameters, hidden {width}"),
         };
         let added = if rows == 3 { at.after(2 * width) } else { Address::NULL };
-        Ok((summands, Parameters { weight: at, bias: at.after(width), added }))
+        Ok((summands, Parameters { weight: at, bias: at.after(width), added, seed }))
     }
 
     /// Residual and values, their rows and columns, and what they are stored as.
     fn summands(&self, summands: &[Input]) -> Result<([Address; 2], [usize; 2], Element)> {
-        let (x, residual) = match (summands, self.dropout) {
+        let (x, residual) = match (summands, self.keep) {
             ([x], None) => (x, Address::NULL),
             ([residual, x], Some(_)) if residual.shape == x.shape && residual.element == x.element => (x, residual.at),
             _ => candle_core::bail!("layer_norm: {} summands that do not fit", summands.len()),
@@ -59,18 +61,16 @@ impl LayerNorm {
         Ok(([residual, x.at], [rows, width], x.element))
     }
 
-    /// Seed, limit and scale.
-    fn draws(&self) -> (u32, u32, f32) {
-        let (seed, keep) = self.dropout.unwrap_or((0, 1.0));
-        let (limit, scale) = dropout(keep);
-        (seed, limit, scale)
+    /// Limit and scale.
+    fn draws(&self) -> (u32, f32) {
+        dropout(self.keep.unwrap_or(1.0))
     }
 
     /// The result, of one or two summands.
     pub(super) fn of<M: Machine>(&self, machine: &M, summands: &[Input], parameters: &Parameters) -> Result<(M::Values, Shape)> {
         let ([residual, x], [rows, width], element) = self.summands(summands)?;
-        let Parameters { weight, bias, added } = *parameters;
-        let (y, (seed, limit, scale)) = (summands[0].alike(machine)?, self.draws());
+        let Parameters { weight, bias, added, seed } = *parameters;
+        let (y, (limit, scale)) = (summands[0].alike(machine)?, self.draws());
         let grid = Grid { blocks: [rows.div_ceil(4).max(1), 1, 1], threads: 4 * WARP, shared: 0 };
         let (to, count, wide) = (machine.at(&y), rows as u32, width as u32);
         let arguments = arguments![residual, x, added, weight, bias, to, count, wide, self.eps, seed, limit, scale];
@@ -87,7 +87,7 @@ impl LayerNorm {
         gradient: &Input,
     ) -> Result<Gradients<M::Values>> {
         let ([residual, x], [rows, width], element) = self.summands(summands)?;
-        let Parameters { weight, added, .. } = *parameters;
+        let Parameters { weight, added, seed, .. } = *parameters;
         let parts = if added == Address::NULL { 2 } else { 3 };
         // Sums lie in spans of eight columns.
         let sums_of_warp = parts * width.next_multiple_of(8);
@@ -99,9 +99,9 @@ impl LayerNorm {
         let each = (rows / 512).clamp(8, 32);
         let blocks = rows.div_ceil(each).max(1);
         let (by_sum, partial) = (summands[0].alike(machine)?, machine.allocate(blocks * parts * width)?);
-        let by_x = self.dropout.map(|_| summands[0].alike(machine)).transpose()?;
+        let by_x = self.keep.map(|_| summands[0].alike(machine)).transpose()?;
         let dx = by_x.as_ref().map_or(Address::NULL, |dx| machine.at(dx));
-        let (seed, limit, scale) = self.draws();
+        let (limit, scale) = self.draws();
         let grid = Grid { blocks: [blocks, 1, 1], threads: warps * WARP, shared: warps * sums_of_warp };
         let of_values = arguments![residual, x, added, weight, gradient.at, machine.at(&by_sum), dx, machine.at(&partial)];
         let of_rows = arguments![rows as u32, width as u32, each as u32, self.eps, seed, limit, scale];
@@ -112,21 +112,38 @@ impl LayerNorm {
     }
 }
 
-impl Operator for LayerNorm {
+/// A LayerNorm by itself.
+struct Alone {
+    norm: LayerNorm,
+    seed: u32,
+}
+
+impl Alone {
+    /// The seed where kernels read it, and what holds it there.
+    fn upload<M: Machine>(&self, machine: &M) -> Result<(Option<M::Words>, Address)> {
+        let words = self.norm.keep.map(|_| machine.upload(&[self.seed])).transpose()?;
+        let at = words.as_ref().map_or(Address::NULL, |words| machine.words_at(words));
+        Ok((words, at))
+    }
+}
+
+impl Operator for Alone {
     const NAME: &'static str = "layer_norm";
 
     fn activations(&self) -> usize {
-        1 + usize::from(self.dropout.is_some())
+        1 + usize::from(self.norm.keep.is_some())
     }
 
     fn forward<M: Machine>(&self, machine: &M, inputs: &[Input]) -> Result<(M::Values, Shape)> {
-        let (summands, parameters) = Self::parameters(inputs)?;
-        self.of(machine, summands, &parameters)
+        let (_words, seed) = self.upload(machine)?;
+        let (summands, parameters) = LayerNorm::parameters(inputs, seed)?;
+        self.norm.of(machine, summands, &parameters)
     }
 
     fn backward<M: Machine>(&self, machine: &M, pass: &Pass) -> Result<Vec<Option<M::Values>>> {
-        let (summands, parameters) = Self::parameters(pass.inputs)?;
-        let Gradients { by_sum, by_x, by_parameters } = self.gradients(machine, summands, &parameters, pass.gradient)?;
+        let (_words, seed) = self.upload(machine)?;
+        let (summands, parameters) = LayerNorm::parameters(pass.inputs, seed)?;
+        let Gradients { by_sum, by_x, by_parameters } = self.norm.gradients(machine, summands, &parameters, pass.gradient)?;
         Ok([Some(by_sum), by_x, Some(by_parameters)].into_iter().flatten().map(Some).collect())
     }
 }
@@ -144,9 +161,9 @@ pub fn layer_norm(
     let parameters = Tensor::stack(parameters, 0)?;
     let x = x.contiguous()?;
     match residual {
-        None => x.apply_op2(&parameters, OnMachine::within(LayerNorm { eps, dropout: None }, element)),
+        None => x.apply_op2(&parameters, OnMachine::within(Alone { norm: LayerNorm { eps, keep: None }, seed: 0 }, element)),
         Some((residual, rate, seed)) => {
-            let op = LayerNorm { eps, dropout: Some((seed, 1.0 - rate)) };
+            let op = Alone { norm: LayerNorm { eps, keep: Some(1.0 - rate) }, seed };
             residual.contiguous()?.apply_op3(&x, &parameters, OnMachine::within(op, element))
         }
     }

@@ -250,6 +250,8 @@ pub trait Machine: Clone + 'static {
     fn zeros(&self, count: usize) -> Result<Self::Values>;
     /// Words copied from the host, which need not be kept.
     fn upload(&self, words: &[u32]) -> Result<Self::Words>;
+    /// Copies other words, as many, to where these lie, after the kernels that were asked for before.
+    fn overwrite(&self, words: &mut Self::Words, with: &[u32]) -> Result<()>;
     /// Where values lie.
     fn at(&self, values: &Self::Values) -> Address;
     /// Where words lie.
@@ -258,6 +260,11 @@ pub trait Machine: Clone + 'static {
     fn launch(&self, kernel: Kernel, grid: Grid, arguments: &[Argument]) -> Result<()>;
     /// Asks for a matrix product, under the same condition.
     fn multiply(&self, product: &Product) -> Result<()>;
+
+    /// Tells that what lies in `count` 32-bit values is of no use any more; where memory is watched, it is written over.
+    fn forget(&self, _at: Address, _count: usize) -> Result<()> {
+        Ok(())
+    }
 }
 
 /// An argument list, each of its own type.

@@ -14,6 +14,7 @@ mod cross_entropy;
 mod elementwise;
 #[cfg(test)]
 pub mod emulation;
+mod gathering;
 mod layer_norm;
 pub mod layers;
 #[cfg(feature = "cuda")]

@@ -96,16 +96,21 @@ impl Nvidia {
 
     /// A copy of host values, made without waiting for the device.
     fn copied<T: DeviceRepr + 'static>(&self, values: &[T]) -> Result<CudaSlice<T>> {
+        // SAFETY: any bits are values of the types that are copied, and all of them are written.
+        let mut memory = unsafe { self.device.alloc::<T>(values.len().max(1)) }?;
+        self.copy_to(&mut memory, values)?;
+        Ok(memory)
+    }
+
+    fn copy_to<T: DeviceRepr + 'static>(&self, memory: &mut CudaSlice<T>, values: &[T]) -> Result<()> {
         /// 64 KB: what is copied from the host at one time without it waiting for the device ("Asynchronous Concurrent Execution" of
         /// the CUDA C++ Programming Guide).
         const AT_ONCE: usize = 64 << 10;
         let count = AT_ONCE / size_of::<T>();
-        // SAFETY: any bits are values of the types that are copied, and all of them are written.
-        let mut memory = unsafe { self.device.alloc::<T>(values.len().max(1)) }?;
         for (part, start) in values.chunks(count).zip((0..).step_by(count)) {
             self.device.memcpy_htod(part, &mut memory.slice_mut(start..start + part.len()))?;
         }
-        Ok(memory)
+        Ok(())
     }
 
     fn address<T>(&self, slice: &CudaSlice<T>) -> Address {
@@ -173,6 +178,13 @@ impl Machine for Nvidia {
 
     fn upload(&self, words: &[u32]) -> Result<CudaSlice<u32>> {
         self.copied(words)
+    }
+
+    fn overwrite(&self, words: &mut CudaSlice<u32>, with: &[u32]) -> Result<()> {
+        if words.len() != with.len().max(1) {
+            candle_core::bail!("{} words where {} lie", with.len(), words.len());
+        }
+        self.copy_to(words, with)
     }
 
     fn at(&self, values: &CudaSlice<f32>) -> Address {

@@ -9,6 +9,7 @@ use std::sync::{Arc, Mutex, MutexGuard};
 
 use candle_core::{Result, Shape, Tensor};
 
+use super::attention_tables::filled;
 use super::machine::{Address, Argument, Element, Grid, Kernel, Machine, Product};
 use super::operator::Input;
 
@@ -28,7 +29,7 @@ pub trait Records: Machine + Send {
     fn replay(&self, recording: &Self::Recording) -> Result<()>;
 }
 
-/// A machine that keeps its memory: what is given back is lent again to the next who asks for as much, and to nobody else.
+/// A machine that keeps its memory: what is given back is lent again to whoever asks for that much or less, and given to nobody else.
 pub struct Reserved<M: Machine> {
     machine: M,
     store: Arc<Mutex<Store<M>>>,
@@ -40,18 +41,68 @@ impl<M: Machine> Clone for Reserved<M> {
     }
 }
 
-/// Memory that was allocated once.
-struct Store<M: Machine> {
-    all: Vec<M::Values>,
-    /// Numbers of those that are not lent, by their size.
-    left: BTreeMap<usize, Vec<usize>>,
+/// 32-bit values that are lent together, 256 bytes: what any kernel or library may want an array to begin at.
+const UNIT: usize = 64;
+
+/// Memory that was allocated once, in pieces.
+struct Store<M: Machine>(Vec<Piece<M>>);
+
+struct Piece<M: Machine> {
+    values: M::Values,
+    /// What is not lent: where each range of units begins, and how many they are. No two touch each other.
+    left: BTreeMap<usize, usize>,
+}
+
+impl<M: Machine> Store<M> {
+    /// The smallest range of so many units that is left: its piece, its first unit and how long it is.
+    fn find(&self, units: usize) -> Option<(usize, usize, usize)> {
+        let ranges = self
+            .0
+            .iter()
+            .enumerate()
+            .flat_map(|(piece, Piece { left, .. })| left.iter().map(move |(&first, &count)| (piece, first, count)));
+        ranges.filter(|&(_, _, count)| count >= units).min_by_key(|&(_, _, count)| count)
+    }
+
+    /// Lends so many units, of a new piece if they fit nowhere.
+    fn lend(&mut self, machine: &M, units: usize) -> Result<(usize, usize)> {
+        let (piece, first, count) = match self.find(units) {
+            Some(found) => found,
+            None => {
+                // The next who asks may want a little more.
+                let count = filled(units, 16);
+                self.0.push(Piece { values: machine.allocate(count * UNIT)?, left: BTreeMap::from([(0, count)]) });
+                (self.0.len() - 1, 0, count)
+            }
+        };
+        let left = &mut self.0[piece].left;
+        left.remove(&first);
+        if count > units {
+            left.insert(first + units, count - units);
+        }
+        Ok((piece, first))
+    }
+
+    fn take_back(&mut self, piece: usize, mut first: usize, mut units: usize) {
+        let left = &mut self.0[piece].left;
+        if let Some(behind) = left.remove(&(first + units)) {
+            units += behind;
+        }
+        if let Some((&before, &count)) = left.range(..first).next_back()
+            && before + count == first
+        {
+            (first, units) = (before, count + units);
+        }
+        left.insert(first, units);
+    }
 }
 
 /// Memory of a [`Reserved`] machine.
 pub struct Lent<M: Machine> {
     at: Address,
-    number: usize,
-    count: usize,
+    piece: usize,
+    first: usize,
+    units: usize,
     store: Arc<Mutex<Store<M>>>,
 }
 
@@ -61,15 +112,21 @@ fn locked<M: Machine>(store: &Mutex<Store<M>>) -> MutexGuard<'_, Store<M>> {
 
 impl<M: Machine> Drop for Lent<M> {
     fn drop(&mut self) {
-        locked(&self.store).left.entry(self.count).or_default().push(self.number);
+        locked(&self.store).take_back(self.piece, self.first, self.units);
     }
 }
 
 impl<M: Machine> Reserved<M> {
     /// Without memory yet.
     pub fn of(machine: &M) -> Self {
-        let store = Store { all: Vec::new(), left: BTreeMap::new() };
-        Self { machine: machine.clone(), store: Arc::new(Mutex::new(store)) }
+        Self { machine: machine.clone(), store: Arc::new(Mutex::new(Store(Vec::new()))) }
+    }
+
+    /// 32-bit values that it keeps.
+    #[cfg(test)]
+    pub fn kept(&self) -> usize {
+        let units = |piece: &Piece<M>| piece.left.values().sum::<usize>();
+        locked(&self.store).0.iter().map(units).sum::<usize>() * UNIT
     }
 
     fn unlike<T>(what: &str) -> Result<T> {
@@ -90,16 +147,12 @@ impl<M: Machine> Machine for Reserved<M> {
     }
 
     fn allocate(&self, count: usize) -> Result<Lent<M>> {
+        let units = count.div_ceil(UNIT).max(1);
         let mut store = locked(&self.store);
-        let number = match store.left.get_mut(&count).and_then(Vec::pop) {
-            Some(number) => number,
-            None => {
-                let values = self.machine.allocate(count)?;
-                store.all.push(values);
-                store.all.len() - 1
-            }
-        };
-        Ok(Lent { at: self.machine.at(&store.all[number]), number, count, store: Arc::clone(&self.store) })
+        let (piece, first) = store.lend(&self.machine, units)?;
+        let at = self.machine.at(&store.0[piece].values).after(first * UNIT);
+        self.machine.forget(at, units * UNIT)?;
+        Ok(Lent { at, piece, first, units, store: Arc::clone(&self.store) })
     }
 
     fn zeros(&self, count: usize) -> Result<Lent<M>> {
@@ -109,6 +162,10 @@ impl<M: Machine> Machine for Reserved<M> {
     }
 
     fn upload(&self, _words: &[u32]) -> Result<M::Words> {
+        Self::unlike("take tables from the host: a recording has those of the first time")
+    }
+
+    fn overwrite(&self, _words: &mut M::Words, _with: &[u32]) -> Result<()> {
         Self::unlike("take tables from the host: a recording has those of the first time")
     }
 
@@ -126,5 +183,57 @@ impl<M: Machine> Machine for Reserved<M> {
 
     fn multiply(&self, product: &Product) -> Result<()> {
         self.machine.multiply(product)
+    }
+
+    fn forget(&self, at: Address, count: usize) -> Result<()> {
+        self.machine.forget(at, count)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::emulation::Emulated;
+    use super::*;
+
+    fn read<M: Machine>(machine: &Reserved<M>, lent: &Lent<M>, count: usize) -> Vec<f32> {
+        // SAFETY: so many values of the host's memory, which is held.
+        unsafe { std::slice::from_raw_parts(machine.at(lent).0 as *const f32, count) }.to_vec()
+    }
+
+    /// What is lent goes back, and two who have some at one time do not share it.
+    #[test]
+    fn reserved_memory_is_lent_to_one_at_a_time() {
+        let machine = Reserved::of(&Emulated::on_this_thread());
+        let mut lent: Vec<_> =
+            [5, 700, 64, 65, 3_000].into_iter().map(|count| (machine.allocate(count).unwrap(), count)).collect();
+        for _ in 0..4 {
+            let mut ranges: Vec<_> = lent.iter().map(|(lent, count)| (machine.at(lent).0, 4 * *count as u64)).collect();
+            ranges.sort_unstable();
+            assert!(ranges.windows(2).all(|pair| pair[0].0 + pair[0].1 <= pair[1].0), "{ranges:?}");
+            assert!(ranges.iter().all(|(at, _)| at % 16 == 0));
+            let count = lent.remove(1).1;
+            lent.push((machine.allocate(count / 2 + 1).unwrap(), count / 2 + 1));
+        }
+        let [(_, two), (_, one)] = [lent.remove(0), lent.remove(0)];
+        let zeros = machine.zeros(one.max(two)).unwrap();
+        assert!(read(&machine, &zeros, one.max(two)).iter().all(|&value| value == 0.0));
+        assert!(read(&machine, &machine.allocate(9).unwrap(), 9).iter().all(|value| value.is_nan()), "what was there shows");
+    }
+
+    /// Ranges that touch become one again, whatever the order in which they come back.
+    #[test]
+    fn reserved_memory_that_came_back_is_enough_for_the_next() {
+        let machine = Reserved::of(&Emulated::on_this_thread());
+        drop(machine.allocate(6 * UNIT).unwrap());
+        for order in [[0, 1, 2], [0, 2, 1], [1, 0, 2], [1, 2, 0], [2, 0, 1], [2, 1, 0]] {
+            let mut parts: Vec<_> = (0..3).map(|_| Some(machine.allocate(2 * UNIT).unwrap())).collect();
+            order.into_iter().for_each(|part| parts[part] = None);
+            drop(machine.allocate(6 * UNIT).unwrap());
+        }
+        assert_eq!(machine.kept(), 6 * UNIT);
+        // A little more than was asked for first is there.
+        let most = 1_000 * UNIT;
+        [most, most + UNIT, most / 3].into_iter().for_each(|count| drop(machine.allocate(count).unwrap()));
+        assert_eq!(machine.kept(), 6 * UNIT + filled(1_000, 16) * UNIT);
     }
 }

@@ -17,6 +17,8 @@ pub struct Steps {
     pub losses: Vec<f64>,
     /// Gradients of the first step, by weight.
     pub gradients: BTreeMap<String, Vec<f32>>,
+    /// Steps whose pass through the layers was replayed.
+    pub replayed: u64,
 }
 
 /// Pictures of a step.
@@ -31,7 +33,7 @@ pub fn first_steps(device: &Device) -> Result<Steps> {
     let (regions, width) = (config.regions(), config.region_feature);
     let model = Unimo::new(config, 5, device)?;
     let mut optimizer = AdamW::new(OptimizerConfig::default(), model.weights());
-    let mut steps = Steps { losses: Vec::new(), gradients: BTreeMap::new() };
+    let mut steps = Steps { losses: Vec::new(), gradients: BTreeMap::new(), replayed: 0 };
     for step in 0..3u32 {
         let features: Vec<Vec<f32>> =
             (0..PICTURES).map(|picture| values(40 + 10 * step + picture as u32, regions * width)).collect();
@@ -79,6 +81,7 @@ pub fn first_steps(device: &Device) -> Result<Steps> {
         optimizer.step(&gradients, 1e-2)?.read()?;
         steps.losses.push(f64::from(value));
     }
+    steps.replayed = model.passes_through_layers().replayed;
     Ok(steps)
 }
 
@@ -111,6 +114,10 @@ impl Steps {
         }
         let name = format!("{} gradients in {precision:?}, worst {of}", expected.gradients.len());
         outcomes.push(Outcome { name, error: worst, tolerance: of_gradients });
+        // All steps are of one shape.
+        let as_wanted = self.replayed + 1 == self.losses.len() as u64;
+        let name = format!("{} of {} steps replayed in {precision:?}", self.replayed, self.losses.len());
+        outcomes.push(Outcome { name, error: if as_wanted { 0.0 } else { f64::INFINITY }, tolerance: 0.0 });
         outcomes
     }
 }

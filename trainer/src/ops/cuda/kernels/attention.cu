@@ -24,8 +24,7 @@ struct Heads {
 
 template <typename T>
 __device__ __forceinline__ void attend(
-    float* shared, const T* qkv, const QueryTile* tiles, T* y, float* logarithms, uint32_t heads, uint32_t depth, uint32_t seed,
-    uint32_t limit, float scale
+    float* shared, const T* qkv, const QueryTile* tiles, T* y, float* logarithms, uint32_t heads, uint32_t depth, Dropout of_pass
 ) {
     float *queries = shared, *keys = queries + STAYING * depth, *values = keys + PASSING * (depth + 1);
     QueryTile tile = tiles[blockIdx.x];
@@ -33,7 +32,7 @@ __device__ __forceinline__ void attend(
     uint32_t lane = threadIdx.x % WARP, warp = threadIdx.x / WARP;
     Heads<T> query = {qkv, stride, head * depth, depth}, key = {qkv, stride, hidden + head * depth, depth};
     Heads<T> value = {qkv, stride, 2 * hidden + head * depth, depth};
-    Dropout dropout = of_block(seed, limit, scale, tile.block, head);
+    Dropout dropout = of_block(of_pass, tile.block, head);
     for (uint32_t i = threadIdx.x; i < STAYING * depth; i += blockDim.x) {
         query.load(queries + i, i / depth < tile.count, tile.first + i / depth, i % depth, 1.0f / sqrtf(depth));
     }
@@ -63,7 +62,7 @@ __device__ __forceinline__ void attend(
             float correction = expf(most[r] - largest), weight = seen ? expf(score[r] - largest) : 0.0f;
             most[r] = largest;
             sum[r] = sum[r] * correction + warp_sum(weight);
-            score[r] = limit == 0xffffffffu ? weight : dropout(weight, i * width + column);
+            score[r] = of_pass.limit == 0xffffffffu ? weight : dropout(weight, i * width + column);
             for (uint32_t c = 0; c < OF_LANE; c++) out[r][c] *= correction;
         }
         for (uint32_t j = 0; j < PASSING; j++) {
@@ -100,7 +99,7 @@ __device__ __forceinline__ void project(const T* y, const T* dy, float* delta, u
 template <typename T>
 __device__ __forceinline__ void attend_queries_backward(
     float* shared, const T* qkv, const QueryTile* tiles, const T* dy, const float* logarithms, const float* delta, T* dqkv,
-    uint32_t heads, uint32_t depth, uint32_t seed, uint32_t limit, float scale
+    uint32_t heads, uint32_t depth, Dropout of_pass
 ) {
     float *queries = shared, *gradients = queries + STAYING * depth;
     float *keys = gradients + STAYING * depth, *values = keys + PASSING * (depth + 1);
@@ -109,7 +108,7 @@ __device__ __forceinline__ void attend_queries_backward(
     uint32_t lane = threadIdx.x % WARP, warp = threadIdx.x / WARP;
     Heads<T> query = {qkv, stride, head * depth, depth}, key = {qkv, stride, hidden + head * depth, depth};
     Heads<T> value = {qkv, stride, 2 * hidden + head * depth, depth}, gradient = {dy, hidden, head * depth, depth};
-    Dropout dropout = of_block(seed, limit, scale, tile.block, head);
+    Dropout dropout = of_block(of_pass, tile.block, head);
     float root = 1.0f / sqrtf(depth);
     for (uint32_t i = threadIdx.x; i < STAYING * depth; i += blockDim.x) {
         bool present = i / depth < tile.count;
@@ -146,7 +145,7 @@ __device__ __forceinline__ void attend_queries_backward(
         for (uint32_t r = 0; r < OF_WARP; r++) {
             uint32_t i = number + warp * OF_WARP + r;
             bool seen = column < end && warp * OF_WARP + r < tile.count && (!tile.causal || column <= tile.context_rows + i);
-            if (limit != 0xffffffffu) by_weight[r] = dropout(by_weight[r], i * width + column);
+            if (of_pass.limit != 0xffffffffu) by_weight[r] = dropout(by_weight[r], i * width + column);
             score[r] = seen ? expf(score[r] - logarithm[r]) * (by_weight[r] - projection[r]) * root : 0.0f;
         }
         for (uint32_t j = 0; j < PASSING; j++) {
@@ -170,7 +169,7 @@ __device__ __forceinline__ void attend_queries_backward(
 template <typename T>
 __device__ __forceinline__ void attend_keys_backward(
     float* shared, const T* qkv, const KeyTile* tiles, const Segment* segments, const T* dy, const float* logarithms,
-    const float* delta, T* dqkv, uint32_t heads, uint32_t depth, uint32_t seed, uint32_t limit, float scale
+    const float* delta, T* dqkv, uint32_t heads, uint32_t depth, Dropout of_pass
 ) {
     float *keys = shared, *values = keys + STAYING * depth;
     float *queries = values + STAYING * depth, *gradients = queries + PASSING * (depth + 1);
@@ -188,7 +187,7 @@ __device__ __forceinline__ void attend_keys_backward(
     float by_key[OF_WARP][OF_LANE] = {}, by_value[OF_WARP][OF_LANE] = {};
     for (uint32_t number = tile.segment; number < tile.segment + tile.segments; number++) {
         Segment segment = segments[number];
-        Dropout dropout = of_block(seed, limit, scale, segment.block, head);
+        Dropout dropout = of_block(of_pass, segment.block, head);
         // Rows before the first that sees a key of the tile need not pass.
         for (uint32_t start = segment.causal ? segment.first_seen : 0; start < segment.rows; start += PASSING) {
             __syncthreads();
@@ -215,7 +214,7 @@ __device__ __forceinline__ void attend_keys_backward(
                 uint32_t k = warp * OF_WARP + r, index = i * segment.width + segment.column + k;
                 bool seen = present && (!segment.causal || i >= segment.first_seen + k);
                 float weight = seen ? expf(score[r] - logarithm) : 0.0f, kept = weight;
-                if (limit != 0xffffffffu) {
+                if (of_pass.limit != 0xffffffffu) {
                     kept = dropout(weight, index);
                     by_weight[r] = dropout(by_weight[r], index);
                 }
@@ -246,11 +245,11 @@ __device__ __forceinline__ void attend_keys_backward(
 
 #define OF_TYPE(T, suffix)                                                                                                      \
     extern "C" __global__ void attention##suffix(                                                                               \
-        const T* qkv, const QueryTile* tiles, T* y, float* logarithms, uint32_t heads, uint32_t depth, uint32_t seed,           \
+        const T* qkv, const QueryTile* tiles, T* y, float* logarithms, uint32_t heads, uint32_t depth, const uint32_t* seed,    \
         uint32_t limit, float scale                                                                                             \
     ) {                                                                                                                         \
         SHARED(float, shared);                                                                                                  \
-        attend(shared, qkv, tiles, y, logarithms, heads, depth, seed, limit, scale);                                            \
+        attend(shared, qkv, tiles, y, logarithms, heads, depth, seeded(seed, limit, scale));                                    \
     }                                                                                                                           \
     extern "C" __global__ void attention_delta##suffix(                                                                         \
         const T* y, const T* dy, float* delta, uint32_t count, uint32_t depth                                                   \
@@ -259,17 +258,19 @@ __device__ __forceinline__ void attend_keys_backward(
     }                                                                                                                           \
     extern "C" __global__ void attention_queries_backward##suffix(                                                              \
         const T* qkv, const QueryTile* tiles, const T* dy, const float* logarithms, const float* delta, T* dqkv,                \
-        uint32_t heads, uint32_t depth, uint32_t seed, uint32_t limit, float scale                                              \
+        uint32_t heads, uint32_t depth, const uint32_t* seed, uint32_t limit, float scale                                       \
     ) {                                                                                                                         \
         SHARED(float, shared);                                                                                                  \
-        attend_queries_backward(shared, qkv, tiles, dy, logarithms, delta, dqkv, heads, depth, seed, limit, scale);             \
+        attend_queries_backward(shared, qkv, tiles, dy, logarithms, delta, dqkv, heads, depth, seeded(seed, limit, scale));     \
     }                                                                                                                           \
     extern "C" __global__ void attention_keys_backward##suffix(                                                                 \
         const T* qkv, const KeyTile* tiles, const Segment* segments, const T* dy, const float* logarithms, const float* delta,  \
-        T* dqkv, uint32_t heads, uint32_t depth, uint32_t seed, uint32_t limit, float scale                                     \
+        T* dqkv, uint32_t heads, uint32_t depth, const uint32_t* seed, uint32_t limit, float scale                              \
     ) {                                                                                                                         \
         SHARED(float, shared);                                                                                                  \
-        attend_keys_backward(shared, qkv, tiles, segments, dy, logarithms, delta, dqkv, heads, depth, seed, limit, scale);      \
+        attend_keys_backward(                                                                                                   \
+            shared, qkv, tiles, segments, dy, logarithms, delta, dqkv, heads, depth, seeded(seed, limit, scale)                 \
+        );                                                                                                                      \
     }
 
 OF_TYPE(float, )

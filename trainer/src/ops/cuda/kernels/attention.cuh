@@ -26,6 +26,6 @@ struct Segment {
 };
 
 // Draws of one block of rows and head: `Attention::drop` of ../../attention.rs.
-__device__ __forceinline__ Dropout of_block(uint32_t seed, uint32_t limit, float scale, uint32_t block, uint32_t head) {
-    return {seed ^ (block * 0x85ebca6bu) ^ (head * 0xc2b2ae35u), limit, scale};
+__device__ __forceinline__ Dropout of_block(Dropout of_pass, uint32_t block, uint32_t head) {
+    return {of_pass.seed ^ (block * 0x85ebca6bu) ^ (head * 0xc2b2ae35u), of_pass.limit, of_pass.scale};
 }

@@ -141,8 +141,7 @@ struct Seen {
 
 template <uint32_t DEPTH>
 __device__ __forceinline__ void forward(
-    bf16* shared, const bf16* qkv, const QueryTile* tiles, bf16* y, float* logarithms, uint32_t heads, uint32_t seed,
-    uint32_t limit, float scale
+    bf16* shared, const bf16* qkv, const QueryTile* tiles, bf16* y, float* logarithms, uint32_t heads, Dropout of_pass
 ) {
     constexpr uint32_t PITCH = Head<DEPTH>::PITCH;
     Work<DEPTH> work(heads);
@@ -153,7 +152,7 @@ __device__ __forceinline__ void forward(
     sums += warp * SIDE * PITCH_OF_SUMS;
     Seen seen(tiles[blockIdx.x]);
     Head<DEPTH> query = work.part(qkv, 0), key = work.part(qkv, 1), value = work.part(qkv, 2);
-    Dropout dropout = of_block(seed, limit, scale, seen.tile.block, work.head);
+    Dropout dropout = of_block(of_pass, seen.tile.block, work.head);
     query.load(queries, STAYING, [&](uint32_t j) { return seen.query(j); });
     bool busy = warp * SIDE < seen.tile.count;
     uint32_t i = seen.number + warp * SIDE + own;
@@ -196,7 +195,7 @@ __device__ __forceinline__ void forward(
                 uint32_t column = start + part + first + c;
                 float score = sums[own * PITCH_OF_SUMS + first + c] * work.root;
                 float weight = seen.sees(i, column) ? expf(score - logarithm) : 0.0f;
-                if (limit != 0xffffffffu) weight = dropout(weight, i * seen.width + column);
+                if (of_pass.limit != 0xffffffffu) weight = dropout(weight, i * seen.width + column);
                 shares[own * PITCH_OF_SHARES + first + c] = __float2bfloat16(weight);
             }
             __syncwarp();
@@ -212,7 +211,7 @@ __device__ __forceinline__ void forward(
 template <uint32_t DEPTH>
 __device__ __forceinline__ void queries_backward(
     bf16* shared, const bf16* qkv, const QueryTile* tiles, const bf16* dy, const float* logarithms, const float* delta,
-    bf16* dqkv, uint32_t heads, uint32_t seed, uint32_t limit, float scale
+    bf16* dqkv, uint32_t heads, Dropout of_pass
 ) {
     constexpr uint32_t PITCH = Head<DEPTH>::PITCH;
     Work<DEPTH> work(heads);
@@ -224,7 +223,7 @@ __device__ __forceinline__ void queries_backward(
     float* by_weight = sums + SIDE * PITCH_OF_SUMS;
     Seen seen(tiles[blockIdx.x]);
     Head<DEPTH> query = work.part(qkv, 0), key = work.part(qkv, 1), value = work.part(qkv, 2), gradient = work.gradient(dy);
-    Dropout dropout = of_block(seed, limit, scale, seen.tile.block, work.head);
+    Dropout dropout = of_block(of_pass, seen.tile.block, work.head);
     query.load(queries, STAYING, [&](uint32_t j) { return seen.query(j); });
     gradient.load(gradients, STAYING, [&](uint32_t j) { return seen.query(j); });
     bool busy = warp * SIDE < seen.tile.count, present = warp * SIDE + own < seen.tile.count;
@@ -246,7 +245,7 @@ __device__ __forceinline__ void queries_backward(
             for (uint32_t c = 0; c < OF_LANE; c++) {
                 uint32_t column = start + part + first + c, place = own * PITCH_OF_SUMS + first + c;
                 float by = by_weight[place];
-                if (limit != 0xffffffffu) by = dropout(by, i * seen.width + column);
+                if (of_pass.limit != 0xffffffffu) by = dropout(by, i * seen.width + column);
                 bool counts = present && seen.sees(i, column);
                 float by_score = counts ? expf(sums[place] * work.root - logarithm) * (by - projection) * work.root : 0.0f;
                 shares[own * PITCH_OF_SHARES + first + c] = __float2bfloat16(by_score);
@@ -263,7 +262,7 @@ __device__ __forceinline__ void queries_backward(
 template <uint32_t DEPTH>
 __device__ __forceinline__ void keys_backward(
     bf16* shared, const bf16* qkv, const KeyTile* tiles, const Segment* segments, const bf16* dy, const float* logarithms,
-    const float* delta, bf16* dqkv, uint32_t heads, uint32_t seed, uint32_t limit, float scale
+    const float* delta, bf16* dqkv, uint32_t heads, Dropout of_pass
 ) {
     constexpr uint32_t PITCH = Head<DEPTH>::PITCH;
     Work<DEPTH> work(heads);
@@ -288,7 +287,7 @@ __device__ __forceinline__ void keys_backward(
     clear<DEPTH>(by_value);
     for (uint32_t number = tile.segment; number < tile.segment + tile.segments; number++) {
         Segment segment = segments[number];
-        Dropout dropout = of_block(seed, limit, scale, segment.block, work.head);
+        Dropout dropout = of_block(of_pass, segment.block, work.head);
         // Rows before the first that sees a key of the tile need not pass.
         for (uint32_t start = segment.causal ? segment.first_seen : 0; start < segment.rows; start += PASSING) {
             auto query_row = [&](uint32_t j) { return start + j < segment.rows ? segment.block + start + j : 0xffffffffu; };
@@ -312,7 +311,7 @@ __device__ __forceinline__ void keys_backward(
                     bool counts = i < segment.rows && (!segment.causal || i >= segment.first_seen + k);
                     float weight = counts ? expf(sums[own * PITCH_OF_SUMS + first + c] * work.root - logarithm[j]) : 0.0f;
                     float kept = weight, by = by_weight[own * PITCH_OF_SUMS + first + c];
-                    if (limit != 0xffffffffu) {
+                    if (of_pass.limit != 0xffffffffu) {
                         kept = dropout(weight, index);
                         by = dropout(by, index);
                     }
@@ -337,28 +336,31 @@ __device__ __forceinline__ void keys_backward(
 // Names of the kernels end with the width of a head.
 #define OF_DEPTH(depth)                                                                                                         \
     extern "C" __global__ void __launch_bounds__(128) attention_bf16_##depth(                                                   \
-        const bf16* qkv, const QueryTile* tiles, bf16* y, float* logarithms, uint32_t heads, uint32_t seed, uint32_t limit,     \
+        const bf16* qkv, const QueryTile* tiles, bf16* y, float* logarithms, uint32_t heads, const uint32_t* seed,              \
+        uint32_t limit,                                                                                                         \
         float scale                                                                                                             \
     ) {                                                                                                                         \
         SHARED(float, shared);                                                                                                  \
         auto place = reinterpret_cast<bf16*>(shared);                                                                           \
-        tensor::forward<depth>(place, qkv, tiles, y, logarithms, heads, seed, limit, scale);                                    \
+        tensor::forward<depth>(place, qkv, tiles, y, logarithms, heads, seeded(seed, limit, scale));                            \
     }                                                                                                                           \
     extern "C" __global__ void __launch_bounds__(128) attention_bf16_queries_backward_##depth(                                  \
         const bf16* qkv, const QueryTile* tiles, const bf16* dy, const float* logarithms, const float* delta, bf16* dqkv,       \
-        uint32_t heads, uint32_t seed, uint32_t limit, float scale                                                              \
+        uint32_t heads, const uint32_t* seed, uint32_t limit, float scale                                                       \
     ) {                                                                                                                         \
         SHARED(float, shared);                                                                                                  \
         auto place = reinterpret_cast<bf16*>(shared);                                                                           \
-        tensor::queries_backward<depth>(place, qkv, tiles, dy, logarithms, delta, dqkv, heads, seed, limit, scale);             \
+        tensor::queries_backward<depth>(place, qkv, tiles, dy, logarithms, delta, dqkv, heads, seeded(seed, limit, scale));     \
     }                                                                                                                           \
     extern "C" __global__ void __launch_bounds__(128) attention_bf16_keys_backward_##depth(                                     \
         const bf16* qkv, const KeyTile* tiles, const Segment* segments, const bf16* dy, const float* logarithms,                \
-        const float* delta, bf16* dqkv, uint32_t heads, uint32_t seed, uint32_t limit, float scale                              \
+        const float* delta, bf16* dqkv, uint32_t heads, const uint32_t* seed, uint32_t limit, float scale                       \
     ) {                                                                                                                         \
         SHARED(float, shared);                                                                                                  \
         auto place = reinterpret_cast<bf16*>(shared);                                                                           \
-        tensor::keys_backward<depth>(place, qkv, tiles, segments, dy, logarithms, delta, dqkv, heads, seed, limit, scale);      \
+        tensor::keys_backward<depth>(                                                                                           \
+            place, qkv, tiles, segments, dy, logarithms, delta, dqkv, heads, seeded(seed, limit, scale)                         \
+        );                                                                                                                      \
     }
 
 OF_DEPTH(32)

@@ -114,6 +114,11 @@ struct Dropout {
     }
 };
 
+// With a seed that lies in memory, where the next pass of the same kernels has another one; nowhere if nothing is dropped.
+__device__ __forceinline__ Dropout seeded(const uint32_t* seed, uint32_t limit, float scale) {
+    return {limit == 0xffffffffu ? 0 : *seed, limit, scale};
+}
+
 // What a thread has of a row-major matrix: FEW columns, of the rows from `first` on to `end`.
 struct Columns {
     uint32_t width, column, count, first, end;

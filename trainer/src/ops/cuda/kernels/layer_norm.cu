@@ -32,8 +32,8 @@ struct Row {
 };
 
 // A lane's columns of a row: FEW from each `i` on, `count` of them there.
-#define FOR_LANE(i, count, width)                                                                  \
-    for (uint32_t i = threadIdx.x % WARP * FEW, count; i < (width); i += WARP * FEW)               \
+#define FOR_LANE(i, count, width)                                                                                               \
+    for (uint32_t i = threadIdx.x % WARP * FEW, count; i < (width); i += WARP * FEW)                                            \
         if (count = min(FEW, (width) - i), true)
 
 template <typename T>
@@ -126,20 +126,20 @@ __device__ __forceinline__ void normalise_backward(
     }
 }
 
-// `residual` and `added` may be null; `limit` is that of Dropout, 0xffffffff drops nothing.
+// `residual` and `added` may be null; `limit` is that of Dropout, 0xffffffff drops nothing and reads no seed.
 #define OF_TYPE(T, suffix)                                                                                                      \
     extern "C" __global__ void layer_norm##suffix(                                                                              \
         const T* residual, const T* x, const float* added, const float* weight, const float* bias, T* y, uint32_t rows,         \
-        uint32_t width, float eps, uint32_t seed, uint32_t limit, float scale                                                   \
+        uint32_t width, float eps, const uint32_t* seed, uint32_t limit, float scale                                            \
     ) {                                                                                                                         \
-        normalise(residual, x, added, weight, bias, y, rows, width, eps, {seed, limit, scale});                                 \
+        normalise(residual, x, added, weight, bias, y, rows, width, eps, seeded(seed, limit, scale));                           \
     }                                                                                                                           \
     extern "C" __global__ void layer_norm_backward##suffix(                                                                     \
         const T* residual, const T* x, const float* added, const float* weight, const T* dy, T* ds, T* dx, float* partial,      \
-        uint32_t rows, uint32_t width, uint32_t rows_each, float eps, uint32_t seed, uint32_t limit, float scale                \
+        uint32_t rows, uint32_t width, uint32_t rows_each, float eps, const uint32_t* seed, uint32_t limit, float scale         \
     ) {                                                                                                                         \
         SHARED(float, sums);                                                                                                    \
-        Dropout dropout = {seed, limit, scale};                                                                                 \
+        Dropout dropout = seeded(seed, limit, scale);                                                                           \
         normalise_backward(                                                                                                     \
             residual, x, added, weight, dy, ds, dx, partial, sums, rows, width, rows_each, eps, dropout                         \
         );                                                                                                                      \

@@ -7,33 +7,14 @@ use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use candle_core::{Result, Shape, Tensor};
 
-use super::super::machine::{Address, Element, Grid, Kernel, Machine, THREADS, arguments};
+use super::super::gathering::Gathering;
+use super::super::machine::{Element, Machine};
 use super::super::operator::{Input, on_machine};
 use super::super::recording::{Lent, Records, Reserved};
 use super::super::{Precision, copy, round_to, widen_to};
 use super::{Gradients, Made, NAME, OnMachine, array};
 use crate::ops::network::Network;
 use crate::ops::precision;
-
-/// Gathers gradients: of each piece, where it lies, where it goes to, and how long it is. Returns words for the kernel, the number of
-/// pieces, where each gradient begins, and how many values there are in all.
-pub(super) fn pieces(gradients: &[(Address, usize)]) -> (Vec<u32>, usize, Vec<usize>, usize) {
-    /// Values of a piece, what one block copies.
-    const PIECE: usize = 1 << 12;
-    let (mut words, mut count, mut starts, mut at) = (Vec::new(), 0, Vec::new(), 0usize);
-    for &(from, values) in gradients {
-        starts.push(at);
-        for start in (0..values).step_by(PIECE) {
-            let Address(address) = from.after(start);
-            let piece = [address as u32, (address >> 32) as u32, (at + start) as u32, PIECE.min(values - start) as u32];
-            words.extend(piece);
-            count += 1;
-        }
-        // Each begins in a place of sixteen bytes.
-        at += values.next_multiple_of(4);
-    }
-    (words, count, starts, at)
-}
 
 /// A pass through a network, to be taken back.
 #[derive(Debug)]
@@ -77,14 +58,6 @@ struct Recorded<M: Records> {
     gathering: Gathering<M>,
     /// Hold what the recordings work on.
     _gradients: Gradients<Reserved<M>>,
-}
-
-/// How gradients become tensors.
-struct Gathering<M: Machine> {
-    table: M::Words,
-    count: usize,
-    starts: Vec<usize>,
-    values: usize,
 }
 
 struct OneUse<M: Records> {
@@ -141,21 +114,7 @@ impl<M: Records> OneUse<M> {
 
     fn gathering(&self, gradients: &Gradients<Reserved<M>>) -> Result<Gathering<M>> {
         let places: Vec<_> = gradients.iter().map(|(values, count)| (self.reserved.at(values), *count)).collect();
-        let (words, count, starts, values) = pieces(&places);
-        Ok(Gathering { table: self.machine.upload(&words)?, count, starts, values })
-    }
-
-    fn gathered(&self, network: &Network, gathering: &Gathering<M>) -> Result<Vec<Tensor>> {
-        let all = self.machine.allocate(gathering.values)?;
-        let grid = Grid { blocks: [gathering.count, 1, 1], threads: THREADS, shared: 0 };
-        let arguments = arguments![self.machine.words_at(&gathering.table), self.machine.at(&all)];
-        self.machine.launch(Kernel("rows", "gather_pieces"), grid, arguments)?;
-        let all = self.machine.tensor(all, &Shape::from(gathering.values))?;
-        network
-            .weights()
-            .zip(&gathering.starts)
-            .map(|(of, &start)| all.narrow(0, start, of.elem_count())?.reshape(of.shape()))
-            .collect()
+        Gathering::of(&self.machine, &places)
     }
 
     /// Records both passes.
@@ -233,14 +192,14 @@ impl<M: Records> Passes for OneUse<M> {
         self.store(by_result, &gradient)?;
         if let Stage::Recorded(recorded) = &self.stage {
             self.machine.replay(&recorded.backward)?;
-            return self.gathered(network, &recorded.gathering);
+            return recorded.gathering.gathered(&self.machine, network.weights().map(Tensor::shape));
         }
         let made = std::mem::take(&mut self.made);
         let gradients = self.on(network).backward(made, &gradient)?;
         if matches!(self.stage, Stage::First) {
             self.stage = Stage::Done;
         }
-        self.gathered(network, &self.gathering(&gradients)?)
+        self.gathering(&gradients)?.gathered(&self.machine, network.weights().map(Tensor::shape))
     }
 }
 

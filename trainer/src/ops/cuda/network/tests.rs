@@ -1,10 +1,7 @@
 use candle_core::Device;
 
 use super::super::check::networks::{apart, by_result, composed, network, passed, pictures, weights};
-use super::super::emulation::{Emulated, computing_in, emulated, recording_only};
-use super::super::machine::Address;
-use super::super::recording::Reserved;
-use super::runs::pieces;
+use super::super::emulation::{computing_in, emulated, recording_only};
 use super::*;
 
 fn of_pictures(seed: u32, count: usize) -> Tensor {
@@ -120,28 +117,4 @@ fn what_was_recorded_of_other_pictures_or_weights_is_not_taken() {
         let error = runs.backward(&of_vars, &three, &forward, &gradient).unwrap_err();
         assert!(error.to_string().contains("a gradient of [2, 4, 10] by [3, 4, 10]"), "{error}");
     });
-}
-
-/// What is lent goes back, and two who have some at one time do not share it.
-#[test]
-fn reserved_memory_is_lent_to_one_at_a_time() {
-    let machine = Reserved::of(&Emulated::on_this_thread());
-    let [first, second] = [(), ()].map(|()| machine.allocate(5).unwrap());
-    let [at_first, at_second] = [&first, &second].map(|lent| machine.at(lent));
-    assert_ne!(at_first, at_second);
-    drop(second);
-    assert_ne!(machine.at(&machine.allocate(6).unwrap()), at_second);
-    let zeros = machine.zeros(5).unwrap();
-    assert_eq!(machine.at(&zeros), at_second);
-    // SAFETY: five values of the host's memory, which is held.
-    let read = unsafe { std::slice::from_raw_parts(machine.at(&zeros).0 as *const f32, 5) };
-    assert_eq!(read, [0.0; 5]);
-}
-
-/// 5,000 values in two pieces, then three that begin in a place of sixteen bytes.
-#[test]
-fn gradients_are_gathered_in_pieces() {
-    let (words, count, starts, values) = pieces(&[(Address(0x1_0000_0010), 5_000), (Address(64), 3)]);
-    let expected = [0x10, 1, 0, 4096, 0x10 + 4 * 4096, 1, 4096, 904, 64, 0, 5_000, 3];
-    assert_eq!((words, count, starts, values), (expected.to_vec(), 3, vec![0, 5_000], 5_004));
 }

@@ -1,0 +1,269 @@
+use std::collections::BTreeMap;
+
+use candle_core::Device;
+
+use super::super::{ModelConfig, Packer, Regions};
+use super::layers::Counts;
+use super::*;
+use crate::ops::Precision;
+use crate::ops::cuda::emulation::{computing_in, emulated, recording_only};
+
+fn model_of(layers: usize) -> Unimo {
+    let config = ModelConfig { grid: 2, region_feature: 3, layers, ..ModelConfig::named("pico").unwrap() };
+    Unimo::new(config, 1, &Device::Cpu).unwrap()
+}
+
+/// A model of three layers, a batch of a text and a pair for it, and where their texts start.
+fn model_and_batch() -> (Unimo, PackedBatch, [usize; 2]) {
+    let model = model_of(3);
+    let features: Vec<f32> = (0..12).map(|v| (v as f32 * 0.7).sin()).collect();
+    let mut packer = Packer::new(&model);
+    let text = packer.text(&[0, 7, 2], false);
+    let pair = packer.pair(Regions::visible(&features), &[0, 9, 2]).texts[0];
+    let batch = packer.finish(&Device::Cpu).unwrap();
+    (model, batch, [text, pair])
+}
+
+/// What may be trained, how many layers of it, and the last of the layers that the pass goes back to.
+const TRAINED: [(&[&str], usize, Option<usize>); 5] = [
+    (&[], 3, Some(0)),
+    (&["layers.2.", "embed."], 1, Some(2)),
+    (&["layers.1."], 1, Some(1)),
+    (&["text."], 0, Some(0)),
+    (&["embed.", "temperature"], 0, None),
+];
+
+/// Gradients by name of a loss that reads tokens (tied to their embeddings) and an embedding, and the layers that were said to be
+/// complete. Their gradients are those that they had then.
+fn by_name(model: &Unimo, batch: &PackedBatch, texts: [usize; 2]) -> (BTreeMap<String, Vec<f32>>, Vec<usize>) {
+    gradients_of(model, batch, texts, Dropout::of(0.3, 5))
+}
+
+fn gradients_of(
+    model: &Unimo,
+    batch: &PackedBatch,
+    [text, pair]: [usize; 2],
+    dropout: Dropout,
+) -> (BTreeMap<String, Vec<f32>>, Vec<usize>) {
+    let passed = model.forward(batch, None, dropout).unwrap();
+    let by_layer = model.checkpoints_activations || model.goes_by_layer || ops::cuda::works_on(&Device::Cpu);
+    assert_eq!(passed.kept.is_some(), by_layer && passed.hidden.track_op());
+    assert!(passed.kept.is_none() || passed.hidden.is_variable(), "activations hang on the hidden states");
+    let words = model.language_loss(&model.rows(&passed.hidden, &[text, pair]).unwrap(), vec![7, 9], 0.1).unwrap();
+    let embedding = model.text_embedding(batch, &passed.hidden, &[text]).unwrap();
+    let loss = (words + embedding.narrow(1, 0, 3).unwrap().sum_all().unwrap()).unwrap();
+    let by: Vec<Var> = model.weights().values().cloned().collect();
+    let (mut left, mut taken) = (Vec::new(), GradStore::default());
+    let mut complete = |layer: usize, all: &mut GradStore| {
+        left.push(layer);
+        for (_, var) in model.trained().filter(|(name, _)| name.starts_with(&format!("layers.{layer}."))) {
+            taken.insert(var, all.remove(var).unwrap());
+        }
+        Ok(())
+    };
+    let mut found = passed.backward_by_layer(model, batch, loss, &by, &mut complete).unwrap();
+    for var in &by {
+        let Some(gradient) = taken.remove(var) else { continue };
+        assert!(found.insert(var, gradient).is_none(), "what was complete goes on");
+    }
+    let named = named(model, &found);
+    assert_eq!(found.get_ids().count(), named.len(), "something else is kept");
+    assert!(by.iter().filter_map(|var| found.get(var)).all(|gradient| !gradient.track_op()), "a graph is kept");
+    (named, left)
+}
+
+#[test]
+fn gradients_are_those_of_a_pass_through_all_at_once() {
+    let (mut model, batch, texts) = model_and_batch();
+    for (trained, count, last) in TRAINED {
+        model.train_only(&trained.iter().map(|&name| name.to_owned()).collect::<Vec<_>>()).unwrap();
+        model.set_activation_checkpointing(false);
+        model.set_backward_by_layer(false);
+        let (expected, left) = by_name(&model, &batch, texts);
+        assert!(left.is_empty());
+        let of_layers = expected.keys().filter(|name| name.ends_with("attention.qkv.weight")).count();
+        assert_eq!(of_layers, count);
+        for (recomputed, by_layer) in [(true, false), (false, true), (true, true)] {
+            model.set_activation_checkpointing(recomputed);
+            model.set_backward_by_layer(by_layer);
+            let (found, left) = by_name(&model, &batch, texts);
+            assert_eq!(left, last.map_or(Vec::new(), |last| (last..3).rev().collect()));
+            assert_eq!(expected.keys().collect::<Vec<_>>(), found.keys().collect::<Vec<_>>(), "{trained:?}");
+            // The token embeddings' parts are summed in another order.
+            assert_near(&expected, &found, 1e-6);
+        }
+    }
+}
+
+fn named(model: &Unimo, found: &GradStore) -> BTreeMap<String, Vec<f32>> {
+    let of = |(name, var): (&String, &Var)| Some((name.clone(), found.get(var)?.flatten_all().unwrap().to_vec1().unwrap()));
+    model.weights().iter().filter_map(of).collect()
+}
+
+/// In units of each weight's largest gradient.
+fn assert_near(expected: &BTreeMap<String, Vec<f32>>, found: &BTreeMap<String, Vec<f32>>, tolerance: f32) {
+    assert_eq!(expected.keys().collect::<Vec<_>>(), found.keys().collect::<Vec<_>>());
+    for (name, expected) in expected {
+        let largest = expected.iter().fold(0.0, |most: f32, value| most.max(value.abs()));
+        assert!(largest > 0.0, "{name} does not move");
+        for (expected, found) in expected.iter().zip(&found[name]) {
+            assert!((expected - found).abs() <= tolerance * largest, "{name}: {found} is not {expected}");
+        }
+    }
+}
+
+#[test]
+fn gradients_in_kernels_are_those_of_the_composed_layers() {
+    let (mut model, batch, texts) = model_and_batch();
+    for (trained, _, last) in TRAINED {
+        model.train_only(&trained.iter().map(|&name| name.to_owned()).collect::<Vec<_>>()).unwrap();
+        model.set_activation_checkpointing(false);
+        let (expected, _) = by_name(&model, &batch, texts);
+        for recomputed in [false, true] {
+            model.set_activation_checkpointing(recomputed);
+            let (found, left) = emulated(1, || by_name(&model, &batch, texts));
+            assert_eq!(left, last.map_or(Vec::new(), |last| (last..3).rev().collect()));
+            // Sums of products in another order, through three layers.
+            assert_near(&expected, &found, 2e-4);
+        }
+    }
+}
+
+/// What was stored in bf16 has nothing in its lower half, which products of rounded factors alone would leave there.
+#[test]
+fn layers_in_kernels_store_what_they_give_in_the_precision_of_their_products() {
+    let (model, batch, _) = model_and_batch();
+    for (precision, stored) in [(Precision::F32, false), (Precision::Bf16, true)] {
+        let pass = || model.forward(&batch, None, Dropout::OFF).unwrap().hidden;
+        let hidden = emulated(0, || computing_in(precision, pass)).flatten_all().unwrap().to_vec1::<f32>().unwrap();
+        assert_eq!(hidden.iter().all(|value| value.to_bits() & 0xffff == 0), stored, "{precision:?}");
+    }
+}
+
+#[test]
+fn a_loss_that_reads_no_hidden_state_runs_no_layer_again() {
+    let (mut model, batch, _) = model_and_batch();
+    model.set_activation_checkpointing(true);
+    let passed = model.forward(&batch, None, Dropout::OFF).unwrap();
+    let by: Vec<Var> = model.weights().values().cloned().collect();
+    let found = passed.backward(&model, &batch, model.temperature().unwrap(), &by).unwrap();
+    assert!(found.get_ids().count() == 1 && found.get(&model.weights()["temperature"]).is_some());
+}
+
+/// A batch of texts of such lengths and a pair, and where the first and the pair's text start.
+fn batch_of(model: &Unimo, lengths: &[u32], seed: u32) -> (PackedBatch, [usize; 2]) {
+    let features: Vec<f32> = (0..12).map(|v| ((v + seed) as f32 * 0.7).sin()).collect();
+    let mut packer = Packer::new(model);
+    let text = |length: u32| (0..length).map(|i| 3 + (5 * i + 11 * length + seed) % 40).collect::<Vec<u32>>();
+    let starts: Vec<usize> = (0..).zip(lengths).map(|(i, &length)| packer.text(&text(length), i % 2 == 0)).collect();
+    let pair = packer.pair(Regions::visible(&features), &text(6)).texts[0];
+    (packer.finish(&Device::Cpu).unwrap(), [starts[0], pair])
+}
+
+/// Lengths of texts whose batches are filled up to the same shape, 260 rows, of which the pair has eleven; so are the tiles that these
+/// are cut into. Without [`MORE`] of them the first and the third are alike, with 130 rows.
+const ALIKE: [[u32; 9]; 4] = [
+    [13, 13, 13, 13, 13, 13, 13, 13, 15],
+    [15, 11, 13, 14, 12, 13, 13, 13, 17],
+    [12, 13, 14, 13, 12, 13, 14, 13, 14],
+    [16, 10, 13, 12, 14, 13, 13, 13, 16],
+];
+const MORE: [u32; 8] = [16; 8];
+
+/// As an optimizer moves them: where they lie.
+fn move_weights(model: &Unimo) {
+    for var in model.weights().values() {
+        var.set(&(var.as_tensor() * 0.97).unwrap()).unwrap();
+    }
+}
+
+#[test]
+fn passes_that_are_replayed_are_those_of_the_composed_layers() {
+    let cases: [(Precision, &[&str], bool, &[u32]); 5] = [
+        (Precision::F32, &[], false, &MORE),
+        (Precision::F32, &[], true, &[]),
+        (Precision::F32, &["layers.1.attention."], false, &[]),
+        (Precision::Bf16, &[], false, &MORE),
+        (Precision::Bf16, &["layers.1."], true, &[]),
+    ];
+    for (precision, trained, recomputed, more) in cases {
+        let mut model = model_of(2);
+        model.train_only(&trained.iter().map(|&name| name.to_owned()).collect::<Vec<_>>()).unwrap();
+        model.set_activation_checkpointing(recomputed);
+        let lengths = if more.is_empty() { [0, 2, 0, 2] } else { [0, 1, 2, 3] }.map(|i| [&ALIKE[i], more].concat());
+        for (pass, lengths) in (0..).zip(lengths) {
+            let (batch, texts) = batch_of(&model, &lengths, 7 * pass);
+            let rows = if more.is_empty() { [130, 129, 130, 129] } else { [258, 260, 257, 259] };
+            assert_eq!(batch.rows(), rows[pass as usize]);
+            let dropout = Dropout::of(0.3, 5 + u64::from(pass));
+            let (expected, _) = gradients_of(&model, &batch, texts, dropout);
+            let of_kernels = || computing_in(precision, || gradients_of(&model, &batch, texts, dropout));
+            let (found, left) = emulated(2, of_kernels);
+            assert_eq!(left, if trained.is_empty() { vec![1, 0] } else { vec![1] });
+            assert_near(&expected, &found, if precision == Precision::Bf16 { 8e-2 } else { 2e-4 });
+            let counts = Counts { passes: 1 + u64::from(pass), replayed: pass.into(), recordings: pass.min(1).into() };
+            assert_eq!(model.passes_through_layers(), counts);
+            move_weights(&model);
+        }
+    }
+}
+
+/// So a run that is resumed, and asks where the other one replays, is the same run.
+#[test]
+fn passes_that_are_replayed_give_bit_by_bit_what_those_give_that_are_asked_for() {
+    for precision in [Precision::F32, Precision::Bf16] {
+        let model = model_of(2);
+        let (batch, texts) = batch_of(&model, &ALIKE[1], 3);
+        let pass = || computing_in(precision, || gradients_of(&model, &batch, texts, Dropout::of(0.2, 9)));
+        let asked = emulated(0, pass);
+        for time in 0..2 {
+            assert!(emulated(0, pass) == asked, "{precision:?}, {time}");
+        }
+        assert_eq!(model.passes_through_layers().replayed, 2);
+    }
+}
+
+#[test]
+fn a_pass_that_another_one_came_after_is_done_again() {
+    let model = model_of(2);
+    let batches = [batch_of(&model, &ALIKE[0], 1), batch_of(&model, &ALIKE[2], 2), batch_of(&model, &[9, 4], 3)];
+    let dropout = Dropout::of(0.2, 4);
+    let by: Vec<Var> = model.weights().values().cloned().collect();
+    let loss = |passed: &Passed| {
+        let hidden = &passed.hidden;
+        let by = (0..hidden.elem_count()).map(|i| (i as f32 * 0.37).sin()).collect::<Vec<_>>();
+        (hidden * Tensor::from_vec(by, hidden.shape(), &Device::Cpu).unwrap()).unwrap().sum_all().unwrap()
+    };
+    let backward = |passed: Passed, batch: &PackedBatch| {
+        let loss = loss(&passed);
+        named(&model, &passed.backward(&model, batch, loss, &by).unwrap())
+    };
+    let forward = |batch: &PackedBatch| model.forward(batch, None, dropout).unwrap();
+    let expected = batches.each_ref().map(|(batch, _)| backward(forward(batch), batch));
+    emulated(1, || {
+        for time in 0..3 {
+            let passes = batches.each_ref().map(|(batch, _)| forward(batch));
+            for ((passed, (batch, _)), expected) in passes.into_iter().zip(&batches).zip(&expected) {
+                assert_near(expected, &backward(passed, batch), 2e-4);
+            }
+            assert_eq!(model.passes_through_layers().passes, 6 * (time + 1));
+        }
+    });
+    assert_eq!(model.passes_through_layers().recordings, 2);
+}
+
+/// At once, or in the middle of the way back.
+#[test]
+fn a_machine_that_does_not_record_is_asked_for_every_layer() {
+    for recordings in [0, 2] {
+        let model = model_of(2);
+        for pass in 0..3 {
+            let (batch, texts) = batch_of(&model, &ALIKE[0], pass);
+            let dropout = Dropout::of(0.2, pass.into());
+            let (expected, _) = gradients_of(&model, &batch, texts, dropout);
+            let (found, _) = recording_only(recordings, || emulated(0, || gradients_of(&model, &batch, texts, dropout)));
+            assert_near(&expected, &found, 2e-4);
+        }
+        assert_eq!(model.passes_through_layers(), Counts { passes: 3, replayed: 0, recordings: 0 });
+    }
+}
