@@ -47,12 +47,9 @@ impl Unimo {
     /// # Errors
     /// Those of candle, as of a model that embeds hidden states.
     pub fn embed_means(&self, means: &Tensor, dropout: Dropout, kind: EmbeddedImages) -> Result<Tensor> {
-        if dropout.features == 0.0 {
-            return ops::unit_rows(&self.linear("embed.image", means)?);
-        }
         // Behind the sites of the layers.
         let site = dropout.site(1 + 3 * self.config.layers + kind as usize);
-        ops::unit_rows(&self.linear("embed.image", &ops::dropout_add(&means.zeros_like()?, means, dropout.features, site)?)?)
+        ops::unit_rows(&self.linear("embed.image", &ops::dropout(means, dropout.features, site)?)?)
     }
 
     /// Unified-space embeddings of encoded images, `[batch, embedding]`, unit length.

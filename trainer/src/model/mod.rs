@@ -325,10 +325,8 @@ impl Unimo {
         if let (Some(features), Some(boxes)) = (&features, &batch.boxes) {
             parts.push(self.embed_regions(&features.rows, boxes)?);
         }
-        let mut x = ops::select_rows(&Tensor::cat(&parts, 0)?, &batch.order)?;
-        if dropout.rate > 0.0 {
-            x = ops::dropout_add(&x.zeros_like()?, &x, dropout.rate, dropout.site(0))?;
-        }
+        let x = ops::select_rows(&Tensor::cat(&parts, 0)?, &batch.order)?;
+        let mut x = ops::dropout(&x, dropout.rate, dropout.site(0))?;
         #[cfg(any(feature = "cuda", test))]
         if ops::cuda::works_on(&self.device) {
             let (hidden, kept) = self.layers_in_kernels(&x, batch, dropout)?;

@@ -40,24 +40,21 @@ pub(super) fn contrastive_part(
     let (n, m) = (images.dim(0)?, texts.dim(0)?);
     let mut is_described = vec![false; n];
     image_of_text.iter().for_each(|&image| is_described[image] = true);
-    let half_of_mean = |count: usize| -0.5 / count as f64;
+    let described = is_described.iter().filter(|described| **described).count();
+    let numbers = |of: &[usize]| of.iter().map(|&number| number as u32).collect::<Vec<u32>>();
+    let (of_images, of_texts) = (numbers(&(0..n).collect::<Vec<_>>()), numbers(image_of_text));
+    // Of these rows with all columns.
+    let term = |[rows, columns]: [&Tensor; 2], own: &Range<usize>, numbers: [&[u32]; 2], least: f64, count: usize| {
+        let products = rows.narrow(0, own.start, own.len())?.matmul(&columns.t()?)?;
+        let [of_rows, of_columns] = numbers;
+        ops::log_shares(&products, temperature, [&of_rows[own.clone()], of_columns], [least, -0.5 / count as f64])
+    };
     let mut terms = Vec::new();
-    // Rows of this part whose images are described.
-    let described: Vec<u32> =
-        own_images.clone().filter(|&image| is_described[image]).map(|image| (image - own_images.start) as u32).collect();
-    if !described.is_empty() {
-        let images = images.narrow(0, own_images.start, own_images.len())?;
-        let p = ops::log_softmax(&similarities(&images, texts, temperature)?)?.exp()?;
-        let own = same(&own_images.clone().collect::<Vec<_>>(), image_of_text, images.device())?;
-        let of_image = ops::select_rows(&(p * own)?.sum_keepdim(D::Minus1)?, &described.into())?;
-        let all = is_described.iter().filter(|described| **described).count();
-        terms.push((of_image + LEAST_SHARE)?.log()?.sum_all()?.affine(half_of_mean(all), 0.0)?);
+    if own_images.clone().any(|image| is_described[image]) {
+        terms.push(term([images, texts], own_images, [&of_images, &of_texts], LEAST_SHARE, described)?);
     }
     if !own_texts.is_empty() {
-        let texts = texts.narrow(0, own_texts.start, own_texts.len())?;
-        let log_p = ops::log_softmax(&similarities(&texts, images, temperature)?)?;
-        let own = same(&image_of_text[own_texts.clone()], &(0..n).collect::<Vec<_>>(), images.device())?;
-        terms.push((log_p * own)?.sum(D::Minus1)?.sum_all()?.affine(half_of_mean(m), 0.0)?);
+        terms.push(term([texts, images], own_texts, [&of_texts, &of_images], 0.0, m)?);
     }
     terms.into_iter().map(Ok).reduce(|sum, term| sum? + term?).transpose()
 }

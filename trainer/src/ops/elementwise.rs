@@ -76,7 +76,7 @@ impl CustomOp3 for LayerNorm {
 /// # Errors
 /// Shapes that do not fit, or a dtype other than f32.
 pub fn layer_norm(x: &Tensor, weight: &Tensor, bias: &Tensor, eps: f32) -> Result<Tensor> {
-    on_cuda!(x.device(), super::cuda::layer_norm(x, None, &[weight, bias], eps, super::cuda::Element::F32));
+    on_cuda!(x.device(), super::cuda::layer_norm(x, weight, bias, eps));
     x.contiguous()?.apply_op3(weight, bias, LayerNorm { eps })
 }
 
@@ -173,6 +173,19 @@ impl CustomOp2 for DropoutAdd {
     }
 }
 
+/// Values that are dropped with probability `rate`, and the others over `1 - rate`. The mask is a function of `seed` and position: that of
+/// [`dropout_add`].
+///
+/// # Errors
+/// A dtype other than f32.
+pub fn dropout(x: &Tensor, rate: f32, seed: u32) -> Result<Tensor> {
+    if rate == 0.0 {
+        return Ok(x.clone());
+    }
+    on_cuda!(x.device(), super::cuda::dropout(x, rate, seed));
+    dropout_add(&x.zeros_like()?, x, rate, seed)
+}
+
 /// `residual + dropout(x)`, both `[…]` of one shape; `rate` 0 adds only. The mask is a function of `seed` and position.
 ///
 /// # Errors
@@ -201,7 +214,7 @@ pub fn dropout_add_layer_norm(
 ) -> Result<Tensor> {
     on_cuda!(
         x.device(),
-        super::cuda::layer_norm(x, Some((residual, rate, seed)), &[weight, bias], eps, super::cuda::Element::F32)
+        super::cuda::dropout_add_layer_norm((residual, x), (rate, seed), &[weight, bias], eps, super::cuda::Element::F32)
     );
     layer_norm(&dropout_add(residual, x, rate, seed)?, weight, bias, eps)
 }

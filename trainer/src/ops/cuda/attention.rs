@@ -3,7 +3,7 @@
 use candle_core::{Result, Shape, Tensor};
 
 use super::attention_tables::{Placed, Tables};
-use super::dropout;
+use super::draws;
 use super::machine::{Address, Argument, Element, Grid, Kernel, Machine, WARP, arguments};
 use super::operator::{Input, Kept, OnMachine, Operator, Pass};
 use crate::ops::AttentionPlan;
@@ -122,7 +122,7 @@ impl Attention {
 
     /// What every kernel ends with: heads, their width if it is asked for, and the draws.
     fn last_arguments(&self, depth: usize, seed: Address) -> Vec<Argument> {
-        let (limit, scale) = dropout(self.keep);
+        let (limit, scale) = draws(self.keep);
         let wide = self.kernels.any_width.then_some(Argument::Word(depth as u32));
         let draws = arguments![seed, limit, scale];
         [Argument::Word(self.heads as u32)].into_iter().chain(wide).chain(draws.iter().copied()).collect()

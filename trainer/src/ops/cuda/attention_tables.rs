@@ -95,8 +95,11 @@ impl Tables {
 
     /// With as many tiles that nothing is in, and segments that nobody asks for, as make numbers of them that repeat.
     pub fn filled(mut self) -> Self {
-        for (table, words) in [&mut self.queries, &mut self.keys, &mut self.segments].into_iter().zip(WORDS) {
-            table.resize(filled(table.len() / words, 16).next_multiple_of(4) * words, 0);
+        // What is filled up costs next to nothing: blocks of threads that end at once, and a few words more to be copied.
+        for ((table, words), parts) in
+            [&mut self.queries, &mut self.keys, &mut self.segments].into_iter().zip(WORDS).zip([8, 8, 4])
+        {
+            table.resize(filled(table.len() / words, parts).next_multiple_of(4) * words, 0);
         }
         self
     }

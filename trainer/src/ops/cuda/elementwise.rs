@@ -4,7 +4,7 @@ use candle_core::{Result, Shape, Tensor};
 
 use super::machine::{Address, Element, Grid, Kernel, Machine, arguments};
 use super::operator::{Input, OnMachine, Operator, Pass};
-use super::{all_column_sums, dropout};
+use super::{all_column_sums, draws};
 
 /// `GELU(x + bias)`, or without a second input `GELU(x)`.
 pub(super) struct Gelu;
@@ -99,7 +99,7 @@ struct DropoutAdd {
 
 impl DropoutAdd {
     fn run<M: Machine>(&self, machine: &M, residual: Address, x: Address, count: usize) -> Result<M::Values> {
-        let (y, (limit, scale)) = (machine.allocate(count)?, dropout(self.keep));
+        let (y, (limit, scale)) = (machine.allocate(count)?, draws(self.keep));
         let arguments = arguments![residual, x, machine.at(&y), count, self.seed, limit, scale];
         machine.launch(Kernel("elementwise", "dropout_add"), Grid::each(count), arguments)?;
         Ok(y)
@@ -121,6 +121,25 @@ impl Operator for DropoutAdd {
         };
         Ok(vec![by_residual, Some(self.run(machine, Address::NULL, pass.gradient.at, count)?)])
     }
+}
+
+struct Dropout(DropoutAdd);
+
+impl Operator for Dropout {
+    const NAME: &'static str = "dropout";
+
+    fn forward<M: Machine>(&self, machine: &M, inputs: &[Input]) -> Result<(M::Values, Shape)> {
+        Ok((self.0.run(machine, Address::NULL, inputs[0].at, inputs[0].count())?, inputs[0].shape.clone()))
+    }
+
+    fn backward<M: Machine>(&self, machine: &M, pass: &Pass) -> Result<Vec<Option<M::Values>>> {
+        Ok(vec![Some(self.0.run(machine, Address::NULL, pass.gradient.at, pass.gradient.count())?)])
+    }
+}
+
+/// See [`dropout`](crate::ops::dropout).
+pub fn dropout(x: &Tensor, rate: f32, seed: u32) -> Result<Tensor> {
+    x.contiguous()?.apply_op1(OnMachine::of(Dropout(DropoutAdd { seed, keep: 1.0 - rate })))
 }
 
 /// See [`dropout_add`](crate::ops::dropout_add).

@@ -4,13 +4,12 @@ use candle_core::{Result, Shape, Tensor};
 
 use super::machine::{Address, Element, Grid, Kernel, Machine, WARP, arguments};
 use super::operator::{Input, OnMachine, Operator, Pass};
-use super::{all_column_sums, dropout};
+use super::{all_column_sums, copy, draws};
 
 /// Values that a block may add up in its shared memory, 48 KiB on every device.
 const SHARED_VALUES: usize = 48 * 1024 / 4;
 
-/// Inputs: the residual where there is one, the normalised values, and weight, bias and perhaps what is added to the values before
-/// they are dropped out, as `[2 or 3, hidden]`.
+/// LayerNorm of one array or of the sum of two.
 pub(super) struct LayerNorm {
     pub(super) eps: f32,
     /// The share kept, of a sum.
@@ -38,18 +37,6 @@ pub(super) struct Gradients<V> {
 }
 
 impl LayerNorm {
-    /// What lies where, in one array but for the seed.
-    fn parameters(inputs: &[Input], seed: Address) -> Result<(&[Input], Parameters)> {
-        let Some((parameters, summands)) = inputs.split_last() else { candle_core::bail!("layer_norm: no inputs") };
-        let width = summands.first().map_or(0, |first| first.matrix().1);
-        let (at, rows) = match parameters.shape.dims() {
-            [rows @ (2 | 3), of_row] if *of_row == width => (parameters.at, *rows),
-            other => candle_core::bail!("layer_norm: {other:?} parameters, hidden {width}"),
-        };
-        let added = if rows == 3 { at.after(2 * width) } else { Address::NULL };
-        Ok((summands, Parameters { weight: at, bias: at.after(width), added, seed }))
-    }
-
     /// Residual and values, their rows and columns, and what they are stored as.
     fn summands(&self, summands: &[Input]) -> Result<([Address; 2], [usize; 2], Element)> {
         let (x, residual) = match (summands, self.keep) {
@@ -63,7 +50,7 @@ impl LayerNorm {
 
     /// Limit and scale.
     fn draws(&self) -> (u32, f32) {
-        dropout(self.keep.unwrap_or(1.0))
+        draws(self.keep.unwrap_or(1.0))
     }
 
     /// The result, of one or two summands.
@@ -112,59 +99,100 @@ impl LayerNorm {
     }
 }
 
-/// A LayerNorm by itself.
-struct Alone {
+/// A LayerNorm of one array by itself. Inputs: this, weight and bias.
+struct OfOne {
+    norm: LayerNorm,
+}
+
+impl OfOne {
+    fn parameters(inputs: &[Input]) -> Result<(&[Input], Parameters)> {
+        match inputs {
+            [x, weight, bias] if [weight, bias].iter().all(|of| of.shape.elem_count() == x.matrix().1) => {
+                let (added, seed) = (Address::NULL, Address::NULL);
+                Ok((&inputs[..1], Parameters { weight: weight.at, bias: bias.at, added, seed }))
+            }
+            _ => candle_core::bail!("layer_norm: weight and bias that do not fit the values"),
+        }
+    }
+}
+
+impl Operator for OfOne {
+    const NAME: &'static str = "layer_norm";
+
+    fn forward<M: Machine>(&self, machine: &M, inputs: &[Input]) -> Result<(M::Values, Shape)> {
+        let (x, parameters) = Self::parameters(inputs)?;
+        self.norm.of(machine, x, &parameters)
+    }
+
+    fn backward<M: Machine>(&self, machine: &M, pass: &Pass) -> Result<Vec<Option<M::Values>>> {
+        let (x, parameters) = Self::parameters(pass.inputs)?;
+        let Gradients { by_sum, by_parameters, .. } = self.norm.gradients(machine, x, &parameters, pass.gradient)?;
+        let width = x[0].matrix().1;
+        // By the weight in front, where it may stay.
+        let by_bias = machine.allocate(width)?;
+        copy(machine, machine.at(&by_parameters).after(width), machine.at(&by_bias), width)?;
+        Ok(vec![Some(by_sum), Some(by_parameters), Some(by_bias)])
+    }
+}
+
+/// A LayerNorm of a sum by itself. Inputs: the residual, what is dropped out, and weight, bias and perhaps what is added to the values
+/// before they are dropped out, as `[2 or 3, hidden]`.
+struct OfSum {
     norm: LayerNorm,
     seed: u32,
 }
 
-impl Alone {
-    /// The seed where kernels read it, and what holds it there.
-    fn upload<M: Machine>(&self, machine: &M) -> Result<(Option<M::Words>, Address)> {
-        let words = self.norm.keep.map(|_| machine.upload(&[self.seed])).transpose()?;
-        let at = words.as_ref().map_or(Address::NULL, |words| machine.words_at(words));
-        Ok((words, at))
+impl OfSum {
+    /// What lies where, in one array but for the seed.
+    fn parameters(inputs: &[Input], seed: Address) -> Result<(&[Input], Parameters)> {
+        let Some((parameters, summands)) = inputs.split_last() else { candle_core::bail!("layer_norm: no inputs") };
+        let width = summands.first().map_or(0, |first| first.matrix().1);
+        let (at, rows) = match parameters.shape.dims() {
+            [rows @ (2 | 3), of_row] if *of_row == width => (parameters.at, *rows),
+            other => candle_core::bail!("layer_norm: {other:?} parameters, hidden {width}"),
+        };
+        let added = if rows == 3 { at.after(2 * width) } else { Address::NULL };
+        Ok((summands, Parameters { weight: at, bias: at.after(width), added, seed }))
     }
 }
 
-impl Operator for Alone {
+impl Operator for OfSum {
     const NAME: &'static str = "layer_norm";
 
     fn activations(&self) -> usize {
-        1 + usize::from(self.norm.keep.is_some())
+        2
     }
 
     fn forward<M: Machine>(&self, machine: &M, inputs: &[Input]) -> Result<(M::Values, Shape)> {
-        let (_words, seed) = self.upload(machine)?;
-        let (summands, parameters) = LayerNorm::parameters(inputs, seed)?;
+        let seed = machine.upload(&[self.seed])?;
+        let (summands, parameters) = Self::parameters(inputs, machine.words_at(&seed))?;
         self.norm.of(machine, summands, &parameters)
     }
 
     fn backward<M: Machine>(&self, machine: &M, pass: &Pass) -> Result<Vec<Option<M::Values>>> {
-        let (_words, seed) = self.upload(machine)?;
-        let (summands, parameters) = LayerNorm::parameters(pass.inputs, seed)?;
+        let seed = machine.upload(&[self.seed])?;
+        let (summands, parameters) = Self::parameters(pass.inputs, machine.words_at(&seed))?;
         let Gradients { by_sum, by_x, by_parameters } = self.norm.gradients(machine, summands, &parameters, pass.gradient)?;
-        Ok([Some(by_sum), by_x, Some(by_parameters)].into_iter().flatten().map(Some).collect())
+        Ok(vec![Some(by_sum), by_x, Some(by_parameters)])
     }
 }
 
-/// See [`layer_norm`](crate::ops::layer_norm) and [`dropout_add_layer_norm`](crate::ops::dropout_add_layer_norm): with `residual`
-/// (the other summand, rate and seed), of the sum. `parameters` are weight, bias and perhaps what is added to `x` first. All others are
-/// stored as `element` within.
-pub fn layer_norm(
-    x: &Tensor,
-    residual: Option<(&Tensor, f32, u32)>,
+/// See [`layer_norm`](crate::ops::layer_norm).
+pub fn layer_norm(x: &Tensor, weight: &Tensor, bias: &Tensor, eps: f32) -> Result<Tensor> {
+    let op = OfOne { norm: LayerNorm { eps, keep: None } };
+    x.contiguous()?.apply_op3(&weight.contiguous()?, &bias.contiguous()?, OnMachine::of(op))
+}
+
+/// See [`dropout_add_layer_norm`](crate::ops::dropout_add_layer_norm). `parameters` are weight, bias and perhaps what is added to `x`
+/// first. All others are stored as `element` within.
+pub fn dropout_add_layer_norm(
+    (residual, x): (&Tensor, &Tensor),
+    (rate, seed): (f32, u32),
     parameters: &[&Tensor],
     eps: f32,
     element: Element,
 ) -> Result<Tensor> {
+    let op = OfSum { norm: LayerNorm { eps, keep: Some(1.0 - rate) }, seed };
     let parameters = Tensor::stack(parameters, 0)?;
-    let x = x.contiguous()?;
-    match residual {
-        None => x.apply_op2(&parameters, OnMachine::within(Alone { norm: LayerNorm { eps, keep: None }, seed: 0 }, element)),
-        Some((residual, rate, seed)) => {
-            let op = Alone { norm: LayerNorm { eps, keep: Some(1.0 - rate) }, seed };
-            residual.contiguous()?.apply_op3(&x, &parameters, OnMachine::within(op, element))
-        }
-    }
+    residual.contiguous()?.apply_op3(&x.contiguous()?, &parameters, OnMachine::within(op, element))
 }

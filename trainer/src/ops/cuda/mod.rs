@@ -32,11 +32,11 @@ pub mod uploads;
 
 pub use adamw::{DeviceAdamW, Tuned};
 pub use attention::attention;
-pub use contrast::{bounded_exp, log_softmax, unit_rows};
+pub use contrast::{bounded_exp, log_shares, log_softmax, unit_rows};
 pub use convolution::{depthwise_relu6, patches};
 pub use cross_entropy::{tied_cross_entropy, tied_cross_entropy_in_chunks};
-pub use elementwise::{dropout_add, gelu, relu6};
-pub use layer_norm::layer_norm;
+pub use elementwise::{dropout, dropout_add, gelu, relu6};
+pub use layer_norm::{dropout_add_layer_norm, layer_norm};
 pub use linear::{linear, linear_gelu};
 pub use machine::Element;
 #[cfg(feature = "cuda")]
@@ -59,7 +59,7 @@ pub fn works_on(device: &Device) -> bool {
 }
 
 /// The arguments of a kernel's `Dropout`: largest draw that keeps a value, and what it is multiplied by then.
-fn dropout(keep: f32) -> (u32, f32) {
+fn draws(keep: f32) -> (u32, f32) {
     (super::kernels::keep_limit(keep), 1.0 / keep)
 }
 

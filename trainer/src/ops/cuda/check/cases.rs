@@ -7,7 +7,8 @@ use anyhow::Result;
 use candle_core::{Device, Tensor, Var};
 
 use super::super::{
-    Element, attention, depthwise_relu6, layer_norm, linear, linear_gelu, patches, relu6, tied_cross_entropy_in_chunks,
+    Element, attention, depthwise_relu6, dropout_add_layer_norm, linear, linear_gelu, patches, relu6,
+    tied_cross_entropy_in_chunks,
 };
 use super::{Case, Outcome, error, formulas, read, values};
 use crate::ops::kernels::{self, Plane};
@@ -71,7 +72,7 @@ fn norms() -> Vec<Case<'static>> {
                 input(6, &[width], 1.0),
                 input(7, &[width], 1.0),
             ],
-            run: Box::new(move |t| layer_norm(&t[1], Some((&t[0], rate, seed)), &[&t[2], &t[3]], EPS, element)),
+            run: Box::new(move |t| dropout_add_layer_norm((&t[0], &t[1]), (rate, seed), &[&t[2], &t[3]], EPS, element)),
             formula: Box::new(move |v| {
                 let dropped = times(&v[1], &formulas::mask(v[1].len(), seed, 1.0 - rate));
                 formulas::layer_norm(&plus(&v[0], &dropped), &v[2], &v[3], eps)
@@ -85,7 +86,7 @@ fn norms() -> Vec<Case<'static>> {
         Case {
             name: format!("LayerNorm of a residual sum with a product's bias, stored in {element:?}"),
             inputs: shapes.iter().zip(4..).map(|(shape, seed)| input(seed, shape, 1.5)).collect(),
-            run: Box::new(move |t| layer_norm(&t[1], Some((&t[0], rate, seed)), &[&t[2], &t[3], &t[4]], EPS, element)),
+            run: Box::new(move |t| dropout_add_layer_norm((&t[0], &t[1]), (rate, seed), &[&t[2], &t[3], &t[4]], EPS, element)),
             formula: Box::new(move |v| {
                 let product = plus(&v[1], &v[4].repeat(rows));
                 let dropped = times(&product, &formulas::mask(product.len(), seed, 1.0 - rate));
@@ -132,7 +133,20 @@ fn contrasts() -> Vec<Case<'static>> {
         formula: Box::new(|v| v[0].iter().map(|x| x.exp().clamp(f64::from(0.2f32), 4.0)).collect()),
         tolerance: F32,
     };
-    vec![unit, softmax, bounded]
+    let shares = |name: &'static str, columns: u32, [least, factor]: [f64; 2]| {
+        // Row 3 has no column of its own, row 1 has many.
+        let numbers = [vec![2, 5, 9, 11, 2], (0..columns).map(|i| [5, 2, 5, 9, 7][i as usize % 5]).collect::<Vec<u32>>()];
+        let asked = numbers.clone();
+        Case {
+            name: format!("logarithms of shares of {columns} columns, {name}"),
+            inputs: vec![input(68, &[5, columns as usize], 0.5), (vec![], vec![0.2])],
+            run: Box::new(move |t| ops::log_shares(&t[0], &t[1], [&asked[0], &asked[1]], [least, factor])),
+            formula: Box::new(move |v| formulas::log_shares(&v[0], v[1][0], [&numbers[0], &numbers[1]], [least, factor])),
+            tolerance: F32,
+        }
+    };
+    let (bare, added) = (shares("bare", 70, [0.0, -0.1]), shares("with something added", 300, [0.05, -0.5]));
+    vec![unit, softmax, bounded, bare, added]
 }
 
 fn alone() -> Vec<Case<'static>> {
@@ -332,7 +346,7 @@ fn convolutions() -> Vec<Case<'static>> {
 pub fn draws(device: &Device) -> Result<Vec<Outcome>> {
     let (count, seed, rate) = (70_001, 0x1234_5678, 0.1);
     let x = Tensor::from_vec(values(25, count), count, device)?;
-    let got = read(&ops::dropout_add(&x.zeros_like()?, &x, rate, seed)?)?;
+    let got = read(&ops::dropout(&x, rate, seed)?)?;
     let mut expected = values(25, count);
     kernels::dropout_mask(&mut expected, seed, 0, 1.0 - rate);
     let differing = got.iter().zip(&expected).filter(|(got, expected)| got != expected).count();

@@ -112,6 +112,19 @@ pub fn log_softmax(x: &[f64], width: usize) -> Vec<f64> {
     x.chunks_exact(width).flat_map(of_row).collect()
 }
 
+/// See [`log_shares`](crate::ops::log_shares).
+pub fn log_shares(scores: &[f64], temperature: f64, numbers: [&[u32]; 2], [least, factor]: [f64; 2]) -> Vec<f64> {
+    let of_row = |(row, number): (&[f64], &u32)| {
+        let most = row.iter().copied().fold(f64::NEG_INFINITY, f64::max);
+        let sum = |own: bool| -> f64 {
+            let counted = row.iter().zip(numbers[1]).filter(|(_, column)| !own || *column == number);
+            counted.map(|(v, _)| ((v - most) / temperature).exp()).sum()
+        };
+        if numbers[1].contains(number) { (sum(true) / sum(false) + least).ln() } else { 0.0 }
+    };
+    vec![factor * scores.chunks_exact(numbers[1].len()).zip(numbers[0]).map(of_row).sum::<f64>()]
+}
+
 /// Of every result's pixel nine pixels, all channels of each.
 pub fn patches(x: &[f64], plane: Plane) -> Vec<f64> {
     let Plane { side, stride, channels } = plane;

@@ -193,6 +193,8 @@ const Kernel kernels[] = {
     KERNEL(layer_norm_backward),
     KERNEL(layer_norm_backward_bf16),
     KERNEL(layer_norm_bf16),
+    KERNEL(log_shares),
+    KERNEL(log_shares_backward),
     KERNEL(log_softmax),
     KERNEL(log_softmax_backward),
     KERNEL(relu6),

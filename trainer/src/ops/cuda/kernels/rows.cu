@@ -114,6 +114,72 @@ extern "C" __global__ void log_softmax_backward(const float* y, const float* dy,
     for (uint32_t i = threadIdx.x; i < width; i += blockDim.x) dx[first + i] = dy[first + i] - expf(y[first + i]) * sum;
 }
 
+// What a row's softmax over x / temperature gives to the columns that have the row's number: of all columns and of those alone the
+// largest value and the sum of exponentials, and the logarithm of the share. A block works on a row.
+struct Share {
+    float turn, most, sum, most_own, sum_own;
+
+    __device__ __forceinline__ Share(
+        const float* x, uint32_t width, const float* temperature, uint32_t number, const uint32_t* columns, float* partial
+    )
+        : turn(1.0f / *temperature), most(-INFINITY), sum(0), most_own(-INFINITY), sum_own(0) {
+        for (uint32_t i = threadIdx.x; i < width; i += blockDim.x) {
+            most = fmaxf(most, x[i]);
+            if (columns[i] == number) most_own = fmaxf(most_own, x[i]);
+        }
+        most = block_max(most, partial);
+        most_own = block_max(most_own, partial);
+        for (uint32_t i = threadIdx.x; i < width; i += blockDim.x) {
+            sum += expf((x[i] - most) * turn);
+            if (columns[i] == number) sum_own += expf((x[i] - most_own) * turn);
+        }
+        sum = block_sum(sum, partial);
+        sum_own = block_sum(sum_own, partial);
+    }
+
+    // Whether the row has columns of its own; only then has it a share.
+    __device__ __forceinline__ bool is_there() const { return sum_own > 0; }
+
+    __device__ __forceinline__ float logarithm() const { return (most_own - most) * turn + logf(sum_own) - logf(sum); }
+};
+
+// values[row] = ln(share + least), or the share's own logarithm where `least` is 0, which no small share is lost in; 0 of a row without
+// columns of its own. `numbers` are those of the rows, then those of the columns.
+extern "C" __global__ void log_shares(
+    const float* x, const float* temperature, const uint32_t* numbers, float* values, uint32_t width, float least
+) {
+    SHARED(float, partial);
+    Share share(x + size_t(blockIdx.x) * width, width, temperature, numbers[blockIdx.x], numbers + gridDim.x, partial);
+    float logarithm = least > 0 ? logf(expf(share.logarithm()) + least) : share.logarithm();
+    if (threadIdx.x == 0) values[blockIdx.x] = share.is_there() ? logarithm : 0.0f;
+}
+
+// Gradients of `factor` times the sum of the values of log_shares, of which `dy` is the gradient by that: by x, and each row's part of
+// that by the temperature.
+extern "C" __global__ void log_shares_backward(
+    const float* x, const float* temperature, const uint32_t* numbers, const float* dy, float* dx, float* by_temperature,
+    uint32_t width, float least, float factor
+) {
+    SHARED(float, partial);
+    const float* row = x + size_t(blockIdx.x) * width;
+    uint32_t number = numbers[blockIdx.x];
+    const uint32_t* columns = numbers + gridDim.x;
+    Share share(row, width, temperature, number, columns, partial);
+    float of_row = 0, by = share.is_there() ? *dy * factor : 0.0f;
+    if (least > 0) {
+        float value = expf(share.logarithm());
+        by = share.is_there() ? by * value / (value + least) : 0.0f;
+    }
+    for (uint32_t i = threadIdx.x; i < width; i += blockDim.x) {
+        float own = columns[i] == number ? expf((row[i] - share.most_own) * share.turn) / share.sum_own : 0.0f;
+        float of_score = by * (own - expf((row[i] - share.most) * share.turn) / share.sum);
+        dx[size_t(blockIdx.x) * width + i] = of_score * share.turn;
+        of_row -= of_score * row[i];
+    }
+    of_row = block_sum(of_row, partial) * share.turn * share.turn;
+    if (threadIdx.x == 0) by_temperature[blockIdx.x] = of_row;
+}
+
 // A piece of an array that goes to `to[at]` and on: blockIdx.x is its number.
 struct Copied {
     const float* from;

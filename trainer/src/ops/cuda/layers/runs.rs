@@ -190,7 +190,7 @@ impl<M: Records> Engine<M> {
     fn told(&self, pass: &Forward) -> Result<(Use, Attention, Vec<u32>)> {
         let Forward { x, layers, common, .. } = pass;
         let (rows, hidden) = x.dims2()?;
-        let rows = filled(rows, 128);
+        let rows = filled(rows, 128).next_multiple_of(16);
         let sizes = (common.heads, hidden / common.heads);
         let (attention, tables) =
             Attention::of_plan(&common.plan, rows, sizes, 1.0 - common.rate, Element::of(common.precision))?;
