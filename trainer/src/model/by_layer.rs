@@ -19,7 +19,8 @@ use crate::ops::{self, gradients};
 
 /// What a forward pass keeps for a backward pass by layers.
 pub(super) struct Kept {
-    /// What the layers were given, where a gradient goes on from it to what embeds the rows.
+    /// Where a gradient goes on from: what the layers were given, if it leads to what embeds the rows; features of regions, if a pass in
+    /// kernels was given such.
     embedded: Option<Tensor>,
     layers: Layers,
     /// What the last layer gave.
@@ -95,32 +96,49 @@ impl Unimo {
         Ok((hidden.as_tensor().clone(), Some(Kept { embedded, layers: Layers::Composed(layers), hidden })))
     }
 
-    /// The same where the kernels for CUDA devices work.
+    /// The whole pass where the kernels for CUDA devices work.
     #[cfg(any(feature = "cuda", test))]
-    pub(super) fn layers_in_kernels(&self, x: &Tensor, batch: &PackedBatch, dropout: Dropout) -> Result<(Tensor, Option<Kept>)> {
+    pub(super) fn pass_in_kernels(
+        &self,
+        features: Option<&Tensor>,
+        batch: &PackedBatch,
+        dropout: Dropout,
+    ) -> Result<(Tensor, Option<Kept>)> {
+        fn all<const N: usize>(weight: impl FnMut(usize) -> Result<Tensor>) -> Result<[Tensor; N]> {
+            let weights = (0..N).map(weight).collect::<Result<Vec<_>>>()?;
+            weights.try_into().map_err(|_| candle_core::Error::Msg("another number of weights".into()))
+        }
         let given = |number: usize| -> Result<layers::Given> {
-            let mut weights = Vec::with_capacity(layers::WEIGHTS.len());
-            for part in layers::WEIGHTS {
-                weights.push(self.weight(&format!("layers.{number}.{part}"))?.clone());
-            }
-            let Ok(weights) = weights.try_into() else { candle_core::bail!("a layer of another number of weights") };
-            Ok(layers::Given { weights, seeds: Self::sites(number).map(|site| dropout.site(site)) })
+            let weight = |i: usize| self.weight(&format!("layers.{number}.{}", layers::WEIGHTS[i])).cloned();
+            Ok(layers::Given { weights: all(weight)?, seeds: Self::sites(number).map(|site| dropout.site(site)) })
         };
         let is_trained = |number: &usize| self.trained().any(|(name, _)| name.starts_with(&format!("layers.{number}.")));
-        let all = 0..self.config.layers;
+        let embedding = layers::Embedding {
+            texts: [Arc::clone(&batch.ids), Arc::clone(&batch.positions)],
+            images: match (features, &batch.boxes) {
+                (Some(features), Some(boxes)) => Some([features.contiguous()?, boxes.contiguous()?]),
+                _ => None,
+            },
+            order: Arc::clone(&batch.order),
+            weights: all(|i| self.weight(layers::EMBEDDING_WEIGHTS[i]).cloned())?,
+            seed: dropout.site(0),
+        };
+        let features = embedding.images.as_ref().map(|[features, _]| features).filter(|features| features.track_op()).cloned();
+        let numbers = 0..self.config.layers;
         let common = layers::Common {
             plan: Arc::clone(&batch.plan),
             heads: self.config.heads,
             eps: LAYER_NORM_EPS,
             rate: dropout.rate,
             precision: ops::precision(),
-            first_kept: if x.track_op() { 0 } else { all.clone().find(is_trained).unwrap_or(all.end) },
+            first_kept: if embedding.is_tracked() { 0 } else { numbers.clone().find(is_trained).unwrap_or(numbers.end) },
             checkpointing: self.checkpoints_activations,
         };
-        let (hidden, kept) = self.runs.forward(x, all.map(given).collect::<Result<_>>()?, common)?;
-        let Some(kept) = kept else { return Ok((hidden, None)) };
+        let layers = numbers.map(given).collect::<Result<_>>()?;
+        let (hidden, kept) = self.runs.forward(&self.device, embedding, layers, common)?;
+        let Some(pass) = kept else { return Ok((hidden, None)) };
         let hidden = Var::from_tensor(&hidden)?;
-        let kept = Kept { embedded: x.track_op().then(|| x.clone()), layers: Layers::InKernels(kept), hidden };
+        let kept = Kept { embedded: features, layers: Layers::InKernels(pass), hidden };
         Ok((kept.hidden.as_tensor().clone(), Some(kept)))
     }
 }
@@ -170,7 +188,7 @@ impl Passed {
             Layers::InKernels(layers) => {
                 let Some(gradient) = carried else { return Ok(all) };
                 let wanted: HashSet<TensorId> = by.iter().map(|var| var.id()).collect();
-                carried = model.runs.backward(layers, &gradient, &mut |number, by_weights| {
+                let found = model.runs.backward(layers, &gradient, &mut |number, by_weights| {
                     for (part, gradient) in layers::WEIGHTS.into_iter().zip(by_weights) {
                         let weight = model.weight(&format!("layers.{number}.{part}"))?;
                         if let (Some(gradient), true) = (gradient, wanted.contains(&weight.id())) {
@@ -179,6 +197,16 @@ impl Passed {
                     }
                     complete(number, &mut all)
                 })?;
+                let Some(found) = found else { return Ok(all) };
+                let mut by_embedding = GradStore::default();
+                for (name, gradient) in layers::EMBEDDING_WEIGHTS.into_iter().zip(found.weights) {
+                    let weight = model.weight(name)?;
+                    if let (Some(gradient), true) = (gradient, wanted.contains(&weight.id())) {
+                        by_embedding.insert(weight, gradient);
+                    }
+                }
+                all.extend(by_embedding)?;
+                carried = found.features;
             }
         }
         if let (Some(embedded), Some(gradient)) = (embedded, carried) {

@@ -317,21 +317,22 @@ impl Unimo {
     /// # Errors
     /// Ids, positions or pictures out of range, and those of candle.
     pub fn forward(&self, batch: &PackedBatch, pictures: Option<&Tensor>, dropout: Dropout) -> candle_core::Result<Passed> {
+        let features = batch.features.as_ref().map(|features| features.standardised(pictures, &self.statistics)).transpose()?;
+        #[cfg(any(feature = "cuda", test))]
+        if ops::cuda::works_on(&self.device) {
+            let rows = features.as_ref().map(|features| &features.rows);
+            let (hidden, kept) = self.pass_in_kernels(rows, batch, dropout)?;
+            return Ok(Passed { hidden, features, dropout, kept });
+        }
         let mut parts = Vec::new();
         if !batch.ids.is_empty() {
             parts.push(self.embed_tokens(&batch.ids, &batch.positions)?);
         }
-        let features = batch.features.as_ref().map(|features| features.standardised(pictures, &self.statistics)).transpose()?;
         if let (Some(features), Some(boxes)) = (&features, &batch.boxes) {
             parts.push(self.embed_regions(&features.rows, boxes)?);
         }
         let x = ops::select_rows(&Tensor::cat(&parts, 0)?, &batch.order)?;
         let mut x = ops::dropout(&x, dropout.rate, dropout.site(0))?;
-        #[cfg(any(feature = "cuda", test))]
-        if ops::cuda::works_on(&self.device) {
-            let (hidden, kept) = self.layers_in_kernels(&x, batch, dropout)?;
-            return Ok(Passed { hidden, features, dropout, kept });
-        }
         if self.checkpoints_activations || self.goes_by_layer {
             let (hidden, kept) = self.layers_apart(x, batch, dropout)?;
             return Ok(Passed { hidden, features, dropout, kept });

@@ -1,22 +1,24 @@
-//! The Transformer's layers, forward and backward, without candle between their operators: activations stay in the machine's memory,
+//! The Transformer, from tokens and regions to its last hidden states, forward and backward, without candle between its operators: activations stay in the machine's memory,
 //! in bf16 where products are computed in it, and a gradient that comes from two sides is added up where it is made. candle clears
 //! memory for every gradient and adds to that, which would move more bytes than some of the operators do.
 //!
 //! Rows and tiles of attention are filled up so that shapes repeat. From the second pass of a shape on, the host asks for a recording:
 //! on a CUDA device, one graph forward and one for each layer on the way back.
 
+mod embedding;
 mod runs;
 mod stack;
 
 use std::any::Any;
 use std::sync::{Arc, Mutex, PoisonError};
 
-use candle_core::{Result, Tensor};
+use candle_core::{Device, Result, Tensor};
 
 use super::Precision;
 use super::operator::on_machine;
 use super::recording::Records;
 use crate::ops::AttentionPlan;
+pub use embedding::{ByEmbedding, EMBEDDING_WEIGHTS, Embedding};
 pub use runs::Counts;
 use runs::Engine;
 
@@ -76,10 +78,16 @@ pub type Gradients = [Option<Tensor>; WEIGHTS.len()];
 pub struct Forward {
     number: u64,
     /// All that it takes to be done again.
-    x: Tensor,
+    embedding: Embedding,
     layers: Vec<Given>,
     common: Common,
-    input_wanted: bool,
+}
+
+impl Forward {
+    /// Whether a gradient by the embedded rows leads anywhere.
+    fn input_wanted(&self) -> bool {
+        self.common.first_kept == 0 && self.embedding.is_tracked()
+    }
 }
 
 /// Passes through layers, of which the last forward pass can be taken back without being done again: its activations are there.
@@ -87,22 +95,26 @@ pub struct Forward {
 pub struct Runs(Mutex<Option<Box<dyn Any + Send>>>);
 
 impl Runs {
-    /// Runs `layers` over `x`, `[rows, hidden]` in f32; so is the result, which is a constant to candle. `None` where nothing is to be
-    /// taken back.
+    /// Embeds rows and runs `layers` over them: `[rows, hidden]` in f32, which is a constant to candle. `None` where nothing is to be taken
+    /// back.
     ///
     /// # Errors
     /// Shapes that do not fit each other or the plan, a device without kernels, and those of candle.
-    pub fn forward(&self, x: &Tensor, layers: Vec<Given>, common: Common) -> Result<(Tensor, Option<Forward>)> {
-        let (rows, hidden) = x.dims2()?;
-        common.plan.check(rows, hidden, common.heads)?;
-        let input_wanted = common.first_kept == 0 && x.track_op();
+    pub fn forward(
+        &self,
+        device: &Device,
+        embedding: Embedding,
+        layers: Vec<Given>,
+        common: Common,
+    ) -> Result<(Tensor, Option<Forward>)> {
+        common.plan.check(embedding.rows(), embedding.hidden(), common.heads)?;
         let leads_back = common.first_kept < layers.len();
-        let mut pass = Forward { number: 0, x: x.detach().contiguous()?, layers, common, input_wanted };
-        let hidden = on_machine!(x.device(), NAME, |machine| self.with(&machine, |engine| engine.forward(&mut pass)))?;
+        let mut pass = Forward { number: 0, embedding, layers, common };
+        let hidden = on_machine!(device, NAME, |machine| self.with(&machine, |engine| engine.forward(&mut pass)))?;
         Ok((hidden, leads_back.then_some(pass)))
     }
 
-    /// From the gradient by the last layer's result to that by what the first was given, if that was tracked. `complete` is told the
+    /// From the gradient by the last layer's result to those by what embeds the rows, if anything of that is tracked. `complete` is told the
     /// number of each layer, the last first, with the gradients by its weights. If another pass came after that one, it is done again.
     ///
     /// # Errors
@@ -112,9 +124,10 @@ impl Runs {
         mut pass: Forward,
         gradient: &Tensor,
         complete: &mut dyn FnMut(usize, Gradients) -> Result<()>,
-    ) -> Result<Option<Tensor>> {
-        if gradient.shape() != pass.x.shape() {
-            candle_core::bail!("{NAME}: a gradient of {:?} by {:?}", gradient.shape(), pass.x.shape());
+    ) -> Result<Option<ByEmbedding>> {
+        let shape = (pass.embedding.rows(), pass.embedding.hidden());
+        if gradient.dims2()? != shape {
+            candle_core::bail!("{NAME}: a gradient of {:?} by {shape:?}", gradient.shape());
         }
         let gradient = gradient.detach().contiguous()?;
         on_machine!(gradient.device(), NAME, |machine| self

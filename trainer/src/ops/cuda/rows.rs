@@ -4,7 +4,7 @@ use std::sync::Arc;
 
 use candle_core::{Result, Shape, Tensor};
 
-use super::machine::{Grid, Kernel, Machine, WARP, arguments};
+use super::machine::{Address, Grid, Kernel, Machine, WARP, arguments};
 use super::operator::{Input, OnMachine, Operator, Pass};
 
 /// Chosen rows, ordered for the backward pass: no two threads add to one row, and sums run in a fixed order.
@@ -40,45 +40,53 @@ impl Choosers {
     }
 }
 
+/// Rows `ids` of a table.
+pub(super) fn selected<M: Machine>(machine: &M, table: &Input, ids: &[u32]) -> Result<M::Values> {
+    let (rows, width) = table.matrix();
+    if let Some(bad) = ids.iter().find(|&&id| id as usize >= rows) {
+        candle_core::bail!("select_rows: row {bad} of {rows}");
+    }
+    let count = ids.len() * width;
+    let (y, ids) = (machine.allocate(count)?, machine.upload(ids)?);
+    let arguments = arguments![table.at, machine.words_at(&ids), machine.at(&y), count, width as u32];
+    machine.launch(Kernel("rows", "select_rows"), Grid::each(count), arguments)?;
+    Ok(y)
+}
+
+/// The gradient by a table `[rows, width]` of which rows `ids` were taken, of that by these.
+pub(super) fn by_table<M: Machine>(
+    machine: &M,
+    (rows, width): (usize, usize),
+    ids: &[u32],
+    gradient: Address,
+) -> Result<M::Values> {
+    let by_table = machine.zeros(rows * width)?;
+    let Choosers { order, starts, sources } = Choosers::of(ids);
+    if sources.is_empty() {
+        return Ok(by_table);
+    }
+    let grid = Grid { blocks: [sources.len(), width.div_ceil(WARP), 1], threads: 8 * WARP, shared: 8 * WARP };
+    let words = machine.upload(&[&order[..], &starts, &sources].concat())?;
+    let order_at = machine.words_at(&words);
+    let starts_at = order_at.after(order.len());
+    let (sources_at, to) = (starts_at.after(starts.len()), machine.at(&by_table));
+    let arguments = arguments![gradient, order_at, starts_at, sources_at, to, width as u32];
+    machine.launch(Kernel("rows", "sum_rows"), grid, arguments)?;
+    Ok(by_table)
+}
+
 impl Operator for SelectRows {
     const NAME: &'static str = "select_rows";
 
     fn forward<M: Machine>(&self, machine: &M, inputs: &[Input]) -> Result<(M::Values, Shape)> {
-        let (rows, width) = inputs[0].matrix();
-        if let Some(bad) = self.ids.iter().find(|&&id| id as usize >= rows) {
-            candle_core::bail!("select_rows: row {bad} of {rows}");
-        }
-        let (y, ids) = (machine.allocate(self.ids.len() * width)?, machine.upload(&self.ids)?);
-        let count = self.ids.len() * width;
-        let arguments = arguments![inputs[0].at, machine.words_at(&ids), machine.at(&y), count, width as u32];
-        machine.launch(Kernel("rows", "select_rows"), Grid::each(count), arguments)?;
-        Ok((y, Shape::from((self.ids.len(), width))))
+        Ok((selected(machine, &inputs[0], &self.ids)?, Shape::from((self.ids.len(), inputs[0].matrix().1))))
     }
 
     fn backward<M: Machine>(&self, machine: &M, pass: &Pass) -> Result<Vec<Option<M::Values>>> {
         if !pass.inputs[0].wanted {
             return Ok(vec![None]);
         }
-        let (rows, width) = pass.inputs[0].matrix();
-        let dtable = machine.zeros(rows * width)?;
-        let Choosers { order, starts, sources } = Choosers::of(&self.ids);
-        if sources.is_empty() {
-            return Ok(vec![Some(dtable)]);
-        }
-        let grid = Grid { blocks: [sources.len(), width.div_ceil(WARP), 1], threads: 8 * WARP, shared: 8 * WARP };
-        let tables = [order, starts, sources].map(|table| machine.upload(&table));
-        let [order, starts, sources] = tables;
-        let (order, starts, sources) = (order?, starts?, sources?);
-        let arguments = arguments![
-            pass.gradient.at,
-            machine.words_at(&order),
-            machine.words_at(&starts),
-            machine.words_at(&sources),
-            machine.at(&dtable),
-            width as u32
-        ];
-        machine.launch(Kernel("rows", "sum_rows"), grid, arguments)?;
-        Ok(vec![Some(dtable)])
+        Ok(vec![Some(by_table(machine, pass.inputs[0].matrix(), &self.ids, pass.gradient.at)?)])
     }
 }
 

@@ -11,6 +11,65 @@ extern "C" __global__ void select_rows(const float* table, const uint32_t* ids, 
     }
 }
 
+// What rows of two arrays are packed into: row r of y is row order[r] of both, one behind the other, with values dropped out; from row
+// `given` on, zeros. A thread has FEW columns of a row.
+template <typename T>
+__device__ __forceinline__ void pack(
+    const float* first, const float* second, uint32_t of_first, const uint32_t* order, T* y, uint32_t rows, uint32_t given,
+    uint32_t width, Dropout dropout
+) {
+    uint32_t spans = (width + FEW - 1) / FEW, place = blockIdx.x * blockDim.x + threadIdx.x;
+    uint32_t row = place / spans, column = place % spans * FEW, count = min(FEW, width - column);
+    if (row >= rows) return;
+    float values[FEW] = {};
+    if (row < given) {
+        uint32_t source = order[row];
+        const float* from = source < of_first ? first + size_t(source) * width : second + size_t(source - of_first) * width;
+        read_few(from + column, count, values);
+        if (dropout.limit != 0xffffffffu) {
+            for (uint32_t e = 0; e < FEW; e++) values[e] = dropout(values[e], row * width + column + e);
+        }
+    }
+    write_few(y + size_t(row) * width + column, count, values);
+}
+
+// The backward pass: rows of both arrays, one behind the other, of which row s is packed as row places[s].
+template <typename T>
+__device__ __forceinline__ void pack_backward(
+    const T* dy, float* by_first, float* by_second, uint32_t of_first, const uint32_t* places, uint32_t sources, uint32_t width,
+    Dropout dropout
+) {
+    uint32_t spans = (width + FEW - 1) / FEW, place = blockIdx.x * blockDim.x + threadIdx.x;
+    uint32_t source = place / spans, column = place % spans * FEW, count = min(FEW, width - column);
+    if (source >= sources) return;
+    uint32_t row = places[source];
+    float values[FEW];
+    read_few(dy + size_t(row) * width + column, count, values);
+    if (dropout.limit != 0xffffffffu) {
+        for (uint32_t e = 0; e < FEW; e++) values[e] = dropout(values[e], row * width + column + e);
+    }
+    float* to = source < of_first ? by_first + size_t(source) * width : by_second + size_t(source - of_first) * width;
+    write_few(to + column, count, values);
+}
+
+#define OF_TYPE(T, suffix)                                                                                                      \
+    extern "C" __global__ void pack_rows##suffix(                                                                               \
+        const float* first, const float* second, uint32_t of_first, const uint32_t* order, T* y, uint32_t rows, uint32_t given, \
+        uint32_t width, uint32_t seed, uint32_t limit, float scale                                                              \
+    ) {                                                                                                                         \
+        pack(first, second, of_first, order, y, rows, given, width, {seed, limit, scale});                                      \
+    }                                                                                                                           \
+    extern "C" __global__ void pack_rows_backward##suffix(                                                                      \
+        const T* dy, float* by_first, float* by_second, uint32_t of_first, const uint32_t* places, uint32_t sources,            \
+        uint32_t width, uint32_t seed, uint32_t limit, float scale                                                              \
+    ) {                                                                                                                         \
+        pack_backward(dy, by_first, by_second, of_first, places, sources, width, {seed, limit, scale});                         \
+    }
+
+OF_TYPE(float, )
+OF_TYPE(bf16, _bf16)
+#undef OF_TYPE
+
 // The backward pass: dtable[sources[s]] is the sum of the rows of dy that `order` lists from starts[s] to starts[s + 1]. Rows
 // that nobody chose are left alone. A block has eight warps and makes 32 columns of one row: blockIdx.x is s.
 extern "C" __global__ void sum_rows(

@@ -1,6 +1,6 @@
 //! Passes through the layers, on memory that stays, and their recordings.
 
-use candle_core::{Result, Tensor};
+use candle_core::{Result, Shape, Tensor};
 
 use super::super::attention::Attention;
 use super::super::attention_tables::{Placed, filled};
@@ -9,8 +9,9 @@ use super::super::machine::{Address, Element};
 use super::super::operator::Input;
 use super::super::recording::{Records, Reserved};
 use super::super::{Precision, copy, fill_rows, round_to, widen_to};
+use super::embedding::Summed;
 use super::stack::{Array, ByWeights, Left, Matrices, Stack};
-use super::{Forward, Gradients, NAME, WEIGHTS};
+use super::{ByEmbedding, Forward, Gradients, NAME, WEIGHTS};
 
 /// How many forward passes there were.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
@@ -86,6 +87,7 @@ struct RecordedLayer<M: Records> {
 /// The forward pass that was done last.
 struct Last<M: Records> {
     number: u64,
+    embedded: Summed<M>,
     /// What it has left, where it was no recording.
     asked: Option<Asked<M>>,
 }
@@ -144,21 +146,24 @@ impl<M: Records> Engine<M> {
             }
         }
         let number = self.counts.passes;
-        let (result, asked) = match &one.stage {
+        let embed = |to: &Input| pass.embedding.forward(&self.machine, &pass.common, to);
+        let (result, embedded, asked) = match &one.stage {
             Stage::Recorded(recorded) => {
-                self.store(&pass.x, &recorded.input)?;
+                let embedded = embed(&recorded.input)?;
                 self.machine.replay(&recorded.forward)?;
                 self.counts.replayed += 1;
-                (self.read(&recorded.result, pass)?, None)
+                (self.read(&recorded.result, pass)?, embedded, None)
             }
             _ => {
-                let (result, asked) = self.ask_forward(pass, &one, attention)?;
-                (self.read(&result.input(), pass)?, Some(asked))
+                let input = self.empty(&one)?;
+                let embedded = embed(&input.input())?;
+                let (result, asked) = self.ask_forward(pass, &one, attention, input)?;
+                (self.read(&result.input(), pass)?, embedded, Some(asked))
             }
         };
         self.uses.push(one);
         self.counts.passes += 1;
-        (pass.number, self.last) = (number, Some(Last { number, asked }));
+        (pass.number, self.last) = (number, Some(Last { number, embedded, asked }));
         Ok(result)
     }
 
@@ -168,29 +173,30 @@ impl<M: Records> Engine<M> {
         pass: &mut Forward,
         gradient: &Tensor,
         complete: &mut dyn FnMut(usize, Gradients) -> Result<()>,
-    ) -> Result<Option<Tensor>> {
+    ) -> Result<Option<ByEmbedding>> {
         if self.last.as_ref().is_none_or(|last| last.number != pass.number) {
             self.forward(pass)?;
         }
         // From now on, memory of its results is written to.
         let (Some(last), Some(mut one)) = (self.last.take(), self.uses.pop()) else { candle_core::bail!("{NAME}: no pass") };
-        let by_input = match (&one.stage, last.asked) {
-            (Stage::Recorded(recorded), None) => self.replay_backward(pass, recorded, gradient, complete),
-            (_, Some(asked)) => self.ask_backward(pass, &one, asked, gradient, complete),
+        let embedded = last.embedded;
+        let by_embedding = match (&one.stage, last.asked) {
+            (Stage::Recorded(recorded), None) => self.replay_backward(pass, recorded, embedded, gradient, complete),
+            (_, Some(asked)) => self.ask_backward(pass, &one, asked, embedded, gradient, complete),
             _ => candle_core::bail!("{NAME}: a pass has left nothing"),
         };
-        if matches!(one.stage, Stage::First) && by_input.is_ok() {
+        if matches!(one.stage, Stage::First) && by_embedding.is_ok() {
             one.stage = Stage::Done;
         }
         self.uses.push(one);
-        by_input
+        by_embedding
     }
 
     /// What a pass is used as, its attention, and the words that this is told: tables and seeds.
     fn told(&self, pass: &Forward) -> Result<(Use, Attention, Vec<u32>)> {
-        let Forward { x, layers, common, .. } = pass;
-        let (rows, hidden) = x.dims2()?;
-        let rows = filled(rows, 128).next_multiple_of(16);
+        let Forward { embedding, layers, common, .. } = pass;
+        let hidden = embedding.hidden();
+        let rows = filled(embedding.rows(), 128).next_multiple_of(16);
         let sizes = (common.heads, hidden / common.heads);
         let (attention, tables) =
             Attention::of_plan(&common.plan, rows, sizes, 1.0 - common.rate, Element::of(common.precision))?;
@@ -205,7 +211,7 @@ impl<M: Records> Engine<M> {
             precision: common.precision,
             first_kept: common.first_kept,
             checkpointing: common.checkpointing,
-            input_wanted: pass.input_wanted,
+            input_wanted: pass.input_wanted(),
             weights: weights.collect::<Result<_>>()?,
         };
         let words = tables.words(layers.iter().flat_map(|given| given.seeds));
@@ -255,9 +261,18 @@ impl<M: Records> Engine<M> {
         Ok(Laid { matrices, pieces })
     }
 
-    fn ask_forward(&self, pass: &Forward, one: &OneUse<M>, attention: Attention) -> Result<(Array<Reserved<M>>, Asked<M>)> {
-        let input = Array::empty(&self.memory, one.used_as.shape, one.used_as.element())?;
-        self.store(&pass.x, &input.input())?;
+    /// Memory for rows, with nothing in particular in it.
+    fn empty(&self, one: &OneUse<M>) -> Result<Array<Reserved<M>>> {
+        Array::empty(&self.memory, one.used_as.shape, one.used_as.element())
+    }
+
+    fn ask_forward(
+        &self,
+        pass: &Forward,
+        one: &OneUse<M>,
+        attention: Attention,
+        input: Array<Reserved<M>>,
+    ) -> Result<(Array<Reserved<M>>, Asked<M>)> {
         let laid = self.laid(pass, one)?;
         let (result, left) = self.stack(pass, one, &attention, &laid).forward(input)?;
         Ok((result, Asked { attention, laid, left }))
@@ -268,12 +283,13 @@ impl<M: Records> Engine<M> {
         pass: &Forward,
         one: &OneUse<M>,
         asked: Asked<M>,
+        embedded: Summed<M>,
         gradient: &Tensor,
         complete: &mut dyn FnMut(usize, Gradients) -> Result<()>,
-    ) -> Result<Option<Tensor>> {
+    ) -> Result<Option<ByEmbedding>> {
         let Asked { attention, laid, left } = asked;
         let stack = self.stack(pass, one, &attention, &laid);
-        let mut by = Array::empty(&self.memory, one.used_as.shape, one.used_as.element())?;
+        let mut by = self.empty(one)?;
         self.store(gradient, &by.input())?;
         for of_layer in left.into_iter().rev() {
             let (number, wanted) = (of_layer.number, goes_on(pass, of_layer.number));
@@ -284,28 +300,29 @@ impl<M: Records> Engine<M> {
             let Some(by_input) = by_input else { return Ok(None) };
             by = by_input;
         }
-        self.read(&by.input(), pass).map(Some)
+        pass.embedding.backward(&self.machine, &pass.common, embedded, &by.input()).map(Some)
     }
 
     fn replay_backward(
         &self,
         pass: &Forward,
         recorded: &Recorded<M>,
+        embedded: Summed<M>,
         gradient: &Tensor,
         complete: &mut dyn FnMut(usize, Gradients) -> Result<()>,
-    ) -> Result<Option<Tensor>> {
+    ) -> Result<Option<ByEmbedding>> {
         self.store(gradient, &recorded.by_result)?;
         for RecordedLayer { number, backward, numbers, gathering } in &recorded.backward {
             self.machine.replay(backward)?;
             complete(*number, self.gathered(pass, *number, numbers, gathering)?)?;
         }
-        recorded.by_input.as_ref().map(|by_input| self.read(by_input, pass)).transpose()
+        let Some(by_input) = &recorded.by_input else { return Ok(None) };
+        pass.embedding.backward(&self.machine, &pass.common, embedded, by_input).map(Some)
     }
 
     /// Records a pass both ways. All memory is given back then: nobody else writes to it while the recordings are done.
     fn record(&self, pass: &Forward, one: &OneUse<M>, attention: &Attention) -> Result<Recorded<M>> {
-        let empty = || Array::empty(&self.memory, one.used_as.shape, one.used_as.element());
-        let given = empty()?;
+        let given = self.empty(one)?;
         let input = given.input();
         let laid = self.laid(pass, one)?;
         let stack = self.stack(pass, one, attention, &laid);
@@ -313,7 +330,7 @@ impl<M: Records> Engine<M> {
         // The result is read before the gradient by it is written.
         let result = y.input();
         drop(y);
-        let mut by = Some(empty()?);
+        let mut by = Some(self.empty(one)?);
         let by_result = by.as_ref().map(Array::input);
         let mut backward = Vec::new();
         for of_layer in left.into_iter().rev() {
@@ -360,20 +377,20 @@ impl<M: Records> Engine<M> {
         fill_rows(&self.machine, Address::NULL, behind, to.element, rows - stored, width)
     }
 
-    /// As many of an array's first rows as the pass was given, in f32.
+    /// As many of an array's first rows as the pass has, in f32.
     fn read(&self, from: &Input, pass: &Forward) -> Result<Tensor> {
-        let shape = pass.x.shape();
+        let shape = Shape::from((pass.embedding.rows(), pass.embedding.hidden()));
         let values = self.machine.allocate(shape.elem_count())?;
         let to = self.machine.at(&values);
         match from.element {
             Element::F32 => copy(&self.machine, from.at, to, shape.elem_count())?,
             Element::Bf16 => widen_to(&self.machine, from.at, to, shape.elem_count())?,
         }
-        self.machine.tensor(values, shape)
+        self.machine.tensor(values, &shape)
     }
 }
 
 /// Whether a gradient by a layer's input leads anywhere.
 fn goes_on(pass: &Forward, layer: usize) -> bool {
-    layer > pass.common.first_kept || pass.input_wanted
+    layer > pass.common.first_kept || pass.input_wanted()
 }
