@@ -249,6 +249,20 @@ fn a_pass_that_another_one_came_after_is_done_again() {
     assert_eq!(model.passes_through_layers().recordings, 2);
 }
 
+#[test]
+fn what_was_recorded_is_recorded_again_where_a_larger_pass_took_other_memory() {
+    let model = model_of(1);
+    let lengths: [&[u32]; 7] = [&[9, 4], &[9, 4], &[9, 4, 30], &[9, 4], &[9, 4], &[9, 4, 30], &[9, 4, 30]];
+    for (pass, lengths) in (0..).zip(lengths) {
+        let (batch, texts) = batch_of(&model, lengths, pass);
+        let dropout = Dropout::of(0.2, pass.into());
+        let (expected, _) = gradients_of(&model, &batch, texts, dropout);
+        let (found, _) = emulated(1, || gradients_of(&model, &batch, texts, dropout));
+        assert_near(&expected, &found, 2e-4);
+    }
+    assert_eq!(model.passes_through_layers(), Counts { passes: 7, replayed: 5, recordings: 3 });
+}
+
 /// At once, or in the middle of the way back.
 #[test]
 fn a_machine_that_does_not_record_is_asked_for_every_layer() {

@@ -65,7 +65,7 @@ fn of_blas(error: cublas::CublasError) -> Error {
     Error::Msg(format!("cuBLAS: {error}"))
 }
 
-/// A graph, and what it was recorded with.
+/// A graph, and what it was recorded with. One that is dropped while it runs is freed when it has ended ("cuGraphExecDestroy").
 pub struct Recording {
     graph: CudaGraph,
     _apart: Arc<Apart>,

@@ -9,7 +9,6 @@ use std::sync::{Arc, Mutex, MutexGuard};
 
 use candle_core::{Result, Shape, Tensor};
 
-use super::attention_tables::filled;
 use super::machine::{Address, Argument, Element, Grid, Kernel, Machine, Product};
 use super::operator::Input;
 
@@ -69,10 +68,8 @@ impl<M: Machine> Store<M> {
         let (piece, first, count) = match self.find(units) {
             Some(found) => found,
             None => {
-                // The next who asks may want a little more.
-                let count = filled(units, 16);
-                self.0.push(Piece { values: machine.allocate(count * UNIT)?, left: BTreeMap::from([(0, count)]) });
-                (self.0.len() - 1, 0, count)
+                self.0.push(Piece { values: machine.allocate(units * UNIT)?, left: BTreeMap::from([(0, units)]) });
+                (self.0.len() - 1, 0, units)
             }
         };
         let left = &mut self.0[piece].left;
@@ -231,9 +228,11 @@ mod tests {
             drop(machine.allocate(6 * UNIT).unwrap());
         }
         assert_eq!(machine.kept(), 6 * UNIT);
-        // A little more than was asked for first is there.
-        let most = 1_000 * UNIT;
-        [most, most + UNIT, most / 3].into_iter().for_each(|count| drop(machine.allocate(count).unwrap()));
-        assert_eq!(machine.kept(), 6 * UNIT + filled(1_000, 16) * UNIT);
+        // The smallest that is large enough is lent.
+        drop(machine.allocate(9 * UNIT).unwrap());
+        let six = machine.allocate(5 * UNIT).unwrap();
+        drop(machine.allocate(9 * UNIT).unwrap());
+        drop(six);
+        assert_eq!(machine.kept(), 15 * UNIT);
     }
 }

@@ -109,6 +109,8 @@ pub struct Engine<M: Records> {
     /// For work that is recorded.
     machine: M,
     memory: Reserved<M>,
+    /// Rows that it was for, at most.
+    most_rows: usize,
     /// The one that was used last is the last.
     uses: Vec<OneUse<M>>,
     last: Option<Last<M>>,
@@ -120,7 +122,7 @@ pub struct Engine<M: Records> {
 impl<M: Records> Engine<M> {
     pub fn new(machine: M) -> Self {
         let memory = Reserved::of(&machine);
-        Self { machine, memory, uses: Vec::new(), last: None, counts: Counts::default(), refuses: false }
+        Self { machine, memory, most_rows: 0, uses: Vec::new(), last: None, counts: Counts::default(), refuses: false }
     }
 
     pub fn counts(&self) -> Counts {
@@ -132,6 +134,7 @@ impl<M: Records> Engine<M> {
         // What another pass has left is given back.
         self.last = None;
         let (used_as, attention, words) = self.told(pass)?;
+        self.make_room(used_as.shape.0);
         let mut one = self.take_out(used_as, &words)?;
         if matches!(one.stage, Stage::Done) && !self.refuses {
             match self.record(pass, &one, &attention) {
@@ -190,6 +193,21 @@ impl<M: Records> Engine<M> {
         }
         self.uses.push(one);
         by_embedding
+    }
+
+    /// Where a pass has more rows than any before, begins with new memory: pieces for fewer rows are of no use to it, and those for it are
+    /// large enough for all others. What was recorded is recorded again there.
+    fn make_room(&mut self, rows: usize) {
+        if rows <= self.most_rows {
+            return;
+        }
+        self.most_rows = rows;
+        self.memory = Reserved::of(&self.machine);
+        for one in &mut self.uses {
+            if matches!(one.stage, Stage::Recorded(_)) {
+                one.stage = Stage::Done;
+            }
+        }
     }
 
     /// What a pass is used as, its attention, and the words that this is told: tables and seeds.
