@@ -1,5 +1,5 @@
-//! What contrasts are made of: rows of unit length, logarithms of softmax and of shares of it, and the temperature. Each is one kernel each way on CUDA
-//! devices, where these arrays are small and every kernel that is asked for counts.
+//! What contrasts are made of: rows of unit length, logarithms of softmax and of shares of it, and the temperature. Each is a kernel or two
+//! each way on CUDA devices, where these arrays are small and every kernel that is asked for counts.
 
 use std::collections::HashSet;
 

@@ -1,6 +1,7 @@
-//! The Transformer, from tokens and regions to its last hidden states, forward and backward, without candle between its operators: activations stay in the machine's memory,
-//! in bf16 where products are computed in it, and a gradient that comes from two sides is added up where it is made. candle clears
-//! memory for every gradient and adds to that, which would move more bytes than some of the operators do.
+//! The Transformer, from tokens and regions to its last hidden states, forward and backward, without candle between its operators:
+//! activations stay in the machine's memory, in bf16 where products are computed in it, and a gradient that comes from two sides is added
+//! up where it is made. candle clears memory for every gradient and adds to that, which would move more bytes than some of the operators
+//! do.
 //!
 //! Rows and tiles of attention are filled up so that shapes repeat. From the second pass of a shape on, the host asks for a recording:
 //! on a CUDA device, one graph forward and one for each layer on the way back.
@@ -45,7 +46,6 @@ pub const WEIGHTS: [&str; 12] = [
 const SEEDS: usize = 3;
 
 /// What all layers of a pass have in common.
-#[derive(Clone)]
 pub struct Common {
     /// Which rows see each other.
     pub plan: Arc<AttentionPlan>,
@@ -114,8 +114,9 @@ impl Runs {
         Ok((hidden, leads_back.then_some(pass)))
     }
 
-    /// From the gradient by the last layer's result to those by what embeds the rows, if anything of that is tracked. `complete` is told the
-    /// number of each layer, the last first, with the gradients by its weights. If another pass came after that one, it is done again.
+    /// From the gradient by the last layer's result to those by what embeds the rows, if anything of that is tracked. `complete` is told
+    /// the number of each layer, the last first, with the gradients by its weights. If another pass came after that one, it is done
+    /// again.
     ///
     /// # Errors
     /// Those of candle and of `complete`.
