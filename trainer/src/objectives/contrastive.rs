@@ -45,7 +45,7 @@ pub(super) fn contrastive_part(
     let (of_images, of_texts) = (numbers(&(0..n).collect::<Vec<_>>()), numbers(image_of_text));
     // Of these rows with all columns.
     let term = |[rows, columns]: [&Tensor; 2], own: &Range<usize>, numbers: [&[u32]; 2], least: f64, count: usize| {
-        let products = rows.narrow(0, own.start, own.len())?.matmul(&columns.t()?)?;
+        let products = ops::scalar_products(&rows.narrow(0, own.start, own.len())?, columns)?;
         let [of_rows, of_columns] = numbers;
         ops::log_shares(&products, temperature, [&of_rows[own.clone()], of_columns], [least, -0.5 / count as f64])
     };
@@ -65,7 +65,7 @@ pub(super) fn contrastive_part(
 /// every sum one block of a CUDA device.
 pub(super) fn similarities(rows: &Tensor, columns: &Tensor, temperature: &Tensor) -> Result<Tensor> {
     let temperatures = temperature.broadcast_as((rows.dim(0)?, 1))?.contiguous()?;
-    rows.broadcast_div(&temperatures)?.matmul(&columns.t()?)
+    ops::scalar_products(&rows.broadcast_div(&temperatures)?, columns)
 }
 
 /// `[rows, columns]`: 1 where both have the same number, 0 elsewhere. Made on the device, of the numbers alone.

@@ -112,7 +112,7 @@ impl Learning {
         let mut sum = carried;
         for Term { name, weight, share, loss } in terms {
             self.terms.push((name, weight, share, loss.detach()));
-            let weighted = loss.affine(weight * share, 0.0)?;
+            let weighted = if weight * share == 1.0 { loss } else { loss.affine(weight * share, 0.0)? };
             sum = Some(match sum {
                 Some(sum) => (sum + weighted)?,
                 None => weighted,

@@ -99,6 +99,15 @@ pub fn linear(x: &Tensor, weight: &Tensor, bias: &Tensor) -> Result<Tensor> {
     x.contiguous()?.apply_op3(weight, bias, Linear)
 }
 
+/// Scalar products of the rows of `a` `[n, width]` with those of `b` `[m, width]`, in f32 whatever other products are computed in: `[n, m]`.
+///
+/// # Errors
+/// Shapes that do not fit, or a dtype other than f32.
+pub fn scalar_products(a: &Tensor, b: &Tensor) -> Result<Tensor> {
+    on_cuda!(a.device(), super::cuda::scalar_products(a, b));
+    a.matmul(&b.t()?)
+}
+
 /// [`gelu`](super::gelu) of [`linear`].
 ///
 /// # Errors

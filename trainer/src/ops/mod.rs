@@ -27,7 +27,7 @@ pub use cross_entropy::tied_cross_entropy;
 pub use elementwise::{dropout, dropout_add, dropout_add_layer_norm, gelu, layer_norm, relu6};
 pub(crate) use gradients::carrying;
 pub use gradients::gradients;
-pub use linear::{linear, linear_gelu};
+pub use linear::{linear, linear_gelu, scalar_products};
 pub use precision::{Precision, precision, set_precision};
 pub use rows::select_rows;
 

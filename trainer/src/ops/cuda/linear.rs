@@ -142,6 +142,11 @@ pub fn linear(x: &Tensor, weight: &Tensor, bias: &Tensor, precision: Precision, 
     x.contiguous()?.apply_op3(weight, &bias.contiguous()?, OnMachine::within(Linear { precision }, element))
 }
 
+/// See [`scalar_products`](crate::ops::scalar_products).
+pub fn scalar_products(a: &Tensor, b: &Tensor) -> Result<Tensor> {
+    a.contiguous()?.apply_op2(&b.contiguous()?, OnMachine::of(Linear { precision: Precision::F32 }))
+}
+
 /// See [`linear_gelu`](crate::ops::linear_gelu). Activations are stored as `element` within.
 pub fn linear_gelu(x: &Tensor, weight: &Tensor, bias: &Tensor, precision: Precision, element: Element) -> Result<Tensor> {
     let product = x.contiguous()?.apply_op2(weight, OnMachine::within(Linear { precision }, element))?;

@@ -37,7 +37,7 @@ pub use convolution::{depthwise_relu6, patches};
 pub use cross_entropy::{tied_cross_entropy, tied_cross_entropy_in_chunks};
 pub use elementwise::{dropout, dropout_add, gelu, relu6};
 pub use layer_norm::{dropout_add_layer_norm, layer_norm};
-pub use linear::{linear, linear_gelu};
+pub use linear::{linear, linear_gelu, scalar_products};
 pub use machine::Element;
 #[cfg(feature = "cuda")]
 pub use nvidia::{from_host, zero};

@@ -211,7 +211,14 @@ fn products() -> Vec<Case<'static>> {
         of(Precision::Bf16, Element::F32, BF16),
         of(Precision::Bf16, Element::Bf16, BF16),
     ];
-    all.into_iter().flatten().collect()
+    let alone = Case {
+        name: "scalar products".to_owned(),
+        inputs: inputs()[..2].to_vec(),
+        run: Box::new(|t| ops::scalar_products(&t[0], &t[1])),
+        formula: Box::new(|v| formulas::linear(&v[0], &v[1], &[0.0; 24])),
+        tolerance: F32,
+    };
+    all.into_iter().flatten().chain([alone]).collect()
 }
 
 fn losses() -> Vec<Case<'static>> {

@@ -62,7 +62,7 @@ __device__ __forceinline__ void attend(
             float correction = expf(most[r] - largest), weight = seen ? expf(score[r] - largest) : 0.0f;
             most[r] = largest;
             sum[r] = sum[r] * correction + warp_sum(weight);
-            score[r] = of_pass.limit == 0xffffffffu ? weight : dropout(weight, i * width + column);
+            score[r] = dropout.limit == 0xffffffffu ? weight : dropout(weight, i * width + column);
             for (uint32_t c = 0; c < OF_LANE; c++) out[r][c] *= correction;
         }
         for (uint32_t j = 0; j < PASSING; j++) {
@@ -145,7 +145,7 @@ __device__ __forceinline__ void attend_queries_backward(
         for (uint32_t r = 0; r < OF_WARP; r++) {
             uint32_t i = number + warp * OF_WARP + r;
             bool seen = column < end && warp * OF_WARP + r < tile.count && (!tile.causal || column <= tile.context_rows + i);
-            if (of_pass.limit != 0xffffffffu) by_weight[r] = dropout(by_weight[r], i * width + column);
+            if (dropout.limit != 0xffffffffu) by_weight[r] = dropout(by_weight[r], i * width + column);
             score[r] = seen ? expf(score[r] - logarithm[r]) * (by_weight[r] - projection[r]) * root : 0.0f;
         }
         for (uint32_t j = 0; j < PASSING; j++) {
@@ -214,7 +214,7 @@ __device__ __forceinline__ void attend_keys_backward(
                 uint32_t k = warp * OF_WARP + r, index = i * segment.width + segment.column + k;
                 bool seen = present && (!segment.causal || i >= segment.first_seen + k);
                 float weight = seen ? expf(score[r] - logarithm) : 0.0f, kept = weight;
-                if (of_pass.limit != 0xffffffffu) {
+                if (dropout.limit != 0xffffffffu) {
                     kept = dropout(weight, index);
                     by_weight[r] = dropout(by_weight[r], index);
                 }

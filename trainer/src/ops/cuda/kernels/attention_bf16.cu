@@ -195,7 +195,7 @@ __device__ __forceinline__ void forward(
                 uint32_t column = start + part + first + c;
                 float score = sums[own * PITCH_OF_SUMS + first + c] * work.root;
                 float weight = seen.sees(i, column) ? expf(score - logarithm) : 0.0f;
-                if (of_pass.limit != 0xffffffffu) weight = dropout(weight, i * seen.width + column);
+                if (dropout.limit != 0xffffffffu) weight = dropout(weight, i * seen.width + column);
                 shares[own * PITCH_OF_SHARES + first + c] = __float2bfloat16(weight);
             }
             __syncwarp();
@@ -245,7 +245,7 @@ __device__ __forceinline__ void queries_backward(
             for (uint32_t c = 0; c < OF_LANE; c++) {
                 uint32_t column = start + part + first + c, place = own * PITCH_OF_SUMS + first + c;
                 float by = by_weight[place];
-                if (of_pass.limit != 0xffffffffu) by = dropout(by, i * seen.width + column);
+                if (dropout.limit != 0xffffffffu) by = dropout(by, i * seen.width + column);
                 bool counts = present && seen.sees(i, column);
                 float by_score = counts ? expf(sums[place] * work.root - logarithm) * (by - projection) * work.root : 0.0f;
                 shares[own * PITCH_OF_SHARES + first + c] = __float2bfloat16(by_score);
@@ -311,7 +311,7 @@ __device__ __forceinline__ void keys_backward(
                     bool counts = i < segment.rows && (!segment.causal || i >= segment.first_seen + k);
                     float weight = counts ? expf(sums[own * PITCH_OF_SUMS + first + c] * work.root - logarithm[j]) : 0.0f;
                     float kept = weight, by = by_weight[own * PITCH_OF_SUMS + first + c];
-                    if (of_pass.limit != 0xffffffffu) {
+                    if (dropout.limit != 0xffffffffu) {
                         kept = dropout(weight, index);
                         by = dropout(by, index);
                     }

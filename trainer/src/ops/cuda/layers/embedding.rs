@@ -56,8 +56,13 @@ pub struct ByEmbedding {
     pub features: Option<Tensor>,
 }
 
-/// Sums before they are normalised, of text rows and of image rows, that a backward pass takes.
-pub(super) struct Summed<M: Machine>([Option<M::Values>; 2]);
+/// What a backward pass takes.
+pub(super) struct Embedded<M: Machine> {
+    /// Sums before they are normalised, of text rows and of image rows.
+    sums: [Option<M::Values>; 2],
+    /// Where each packed row comes from, and then where each text row and image row is packed.
+    words: M::Words,
+}
 
 impl Embedding {
     /// Packed rows.
@@ -86,7 +91,7 @@ impl Embedding {
     ///
     /// # Errors
     /// Rows that are packed twice or not at all; positions for another number of tokens.
-    pub(super) fn places(&self) -> Result<Vec<u32>> {
+    fn places(&self) -> Result<Vec<u32>> {
         const NOWHERE: u32 = u32::MAX;
         let [texts, images] = self.counts()?;
         let mut places = vec![NOWHERE; texts + images];
@@ -122,10 +127,14 @@ impl Embedding {
     }
 
     /// Asks for the rows to be embedded and packed into `to`, whose other rows become zeros.
-    pub(super) fn forward<M: Machine>(&self, machine: &M, common: &Common, to: &Input) -> Result<Summed<M>> {
+    ///
+    /// # Errors
+    /// As [`Self::places`]; tokens and positions that there are none of, and those of candle.
+    pub(super) fn forward<M: Machine>(&self, machine: &M, common: &Common, to: &Input) -> Result<Embedded<M>> {
+        let words = machine.upload(&[&self.order[..], &self.places()?].concat())?;
         let (norm, linear) = (LayerNorm { eps: common.eps, keep: None }, Linear { precision: common.precision });
         let [texts, images] = self.counts()?;
-        let (mut summed, mut embedded) = (Summed([None, None]), [None, None]);
+        let (mut sums, mut normalised) = ([None, None], [None, None]);
         if texts > 0 {
             let [tokens, places] = [TOKEN, POSITION].map(|which| {
                 let table = self.weight(machine, which)?;
@@ -134,25 +143,24 @@ impl Embedding {
             let (tokens, places) = (tokens?, places?);
             let sum = self.array(machine, &tokens, texts);
             add_to(machine, &self.array(machine, &places, texts), sum.at)?;
-            embedded[0] = Some(norm.of(machine, &[sum], &self.parameters(machine, TEXT_NORM)?)?.0);
-            summed.0[0] = Some(tokens);
+            normalised[0] = Some(norm.of(machine, &[sum], &self.parameters(machine, TEXT_NORM)?)?.0);
+            sums[0] = Some(tokens);
         }
         if let Some([features, boxes]) = &self.images {
             let (of_features, _) = linear.forward(machine, &self.inputs(machine, features, FEATURE)?)?;
             let (of_boxes, _) = linear.forward(machine, &self.inputs(machine, boxes, BOX)?)?;
             let sum = self.array(machine, &of_features, images);
             add_to(machine, &self.array(machine, &of_boxes, images), sum.at)?;
-            embedded[1] = Some(norm.of(machine, &[sum], &self.parameters(machine, IMAGE_NORM)?)?.0);
-            summed.0[1] = Some(of_features);
+            normalised[1] = Some(norm.of(machine, &[sum], &self.parameters(machine, IMAGE_NORM)?)?.0);
+            sums[1] = Some(of_features);
         }
-        let order = machine.upload(&self.order)?;
         let ((rows, width), (limit, scale)) = (to.matrix(), draws(1.0 - common.rate));
-        let [first, second] = embedded.each_ref().map(|values| values.as_ref().map_or(Address::NULL, |of| machine.at(of)));
-        let from = arguments![first, second, texts as u32, machine.words_at(&order), to.at, rows as u32, self.rows() as u32];
+        let [first, second] = normalised.each_ref().map(|values| values.as_ref().map_or(Address::NULL, |of| machine.at(of)));
+        let from = arguments![first, second, texts as u32, machine.words_at(&words), to.at, rows as u32, self.rows() as u32];
         let last = arguments![width as u32, self.seed, limit, scale];
         let kernel = Kernel::on(to.element, "rows", ["pack_rows", "pack_rows_bf16"]);
         machine.launch(kernel, Self::grid(rows, width), &[&from[..], last].concat())?;
-        Ok(summed)
+        Ok(Embedded { sums, words })
     }
 
     /// A thread for every eight columns of every row.
@@ -165,15 +173,16 @@ impl Embedding {
         &self,
         machine: &M,
         common: &Common,
-        summed: Summed<M>,
+        embedded: Embedded<M>,
         by_packed: &Input,
     ) -> Result<ByEmbedding> {
         let (norm, linear) = (LayerNorm { eps: common.eps, keep: None }, Linear { precision: common.precision });
         let (counts, width, (limit, scale)) = (self.counts()?, self.hidden(), draws(1.0 - common.rate));
         let [by_texts, by_images] = counts.map(|count| machine.allocate(count * width));
-        let (by_texts, by_images, places) = (by_texts?, by_images?, machine.upload(&self.places()?)?);
+        let (by_texts, by_images) = (by_texts?, by_images?);
+        let places = machine.words_at(&embedded.words).after(self.rows());
         let to = arguments![by_packed.at, machine.at(&by_texts), machine.at(&by_images), counts[0] as u32];
-        let from = arguments![machine.words_at(&places), self.rows() as u32, width as u32, self.seed, limit, scale];
+        let from = arguments![places, self.rows() as u32, width as u32, self.seed, limit, scale];
         let kernel = Kernel::on(by_packed.element, "rows", ["pack_rows_backward", "pack_rows_backward_bf16"]);
         machine.launch(kernel, Self::grid(self.rows(), width), &[&to[..], from].concat())?;
 
@@ -184,7 +193,7 @@ impl Embedding {
             let found = norm.gradients(machine, &[sum], &self.parameters(machine, numbers)?, &gradient)?;
             Ok((found.by_sum, machine.tensor(found.by_parameters, &Shape::from((2, width)))?))
         };
-        let Summed([texts, images]) = summed;
+        let [texts, images] = embedded.sums;
         if let Some(sum) = texts {
             let (by_sum, by_norm) = of_norm(&sum, counts[0], &by_texts, TEXT_NORM)?;
             for (row, number) in TEXT_NORM.into_iter().enumerate() {
@@ -215,5 +224,32 @@ impl Embedding {
             gradient.take_if(|_| !weight.track_op());
         }
         Ok(by)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use candle_core::{DType, Device};
+
+    use super::*;
+
+    #[test]
+    fn every_row_is_packed_once() {
+        let zeros = |shape: &[usize]| Tensor::zeros(shape, DType::F32, &Device::Cpu).unwrap();
+        let places = |order: &[u32], positions: &[u32]| {
+            let weights = std::array::from_fn(|_| zeros(&[4]));
+            let images = Some([zeros(&[2, 3]), zeros(&[2, 5])]);
+            Embedding { texts: [[7, 8].into(), positions.into()], images, order: order.into(), weights, seed: 0 }.places()
+        };
+        assert_eq!(places(&[2, 0, 3, 1], &[0, 1]).unwrap(), [1, 3, 0, 2]);
+        for (order, positions, expected) in [
+            (&[2, 0, 2, 1][..], &[0, 1][..], "row 2 of 4 is packed twice"),
+            (&[2, 0, 4, 1], &[0, 1], "row 4 of 4 is packed twice, or is none"),
+            (&[2, 0, 1], &[0, 1], "3 rows are packed of 2 and 2"),
+            (&[2, 0, 3, 1], &[0], "4 rows are packed of 2 and 2"),
+        ] {
+            let error = places(order, positions).unwrap_err();
+            assert!(error.to_string().contains(expected), "{error}");
+        }
     }
 }

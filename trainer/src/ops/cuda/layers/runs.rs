@@ -9,7 +9,7 @@ use super::super::machine::{Address, Element};
 use super::super::operator::Input;
 use super::super::recording::{Records, Reserved};
 use super::super::{Precision, copy, fill_rows, round_to, widen_to};
-use super::embedding::Summed;
+use super::embedding::Embedded;
 use super::stack::{Array, ByWeights, Left, Matrices, Stack};
 use super::{ByEmbedding, Forward, Gradients, NAME, WEIGHTS};
 
@@ -87,7 +87,7 @@ struct RecordedLayer<M: Records> {
 /// The forward pass that was done last.
 struct Last<M: Records> {
     number: u64,
-    embedded: Summed<M>,
+    embedded: Embedded<M>,
     /// What it has left, where it was no recording.
     asked: Option<Asked<M>>,
 }
@@ -301,7 +301,7 @@ impl<M: Records> Engine<M> {
         pass: &Forward,
         one: &OneUse<M>,
         asked: Asked<M>,
-        embedded: Summed<M>,
+        embedded: Embedded<M>,
         gradient: &Tensor,
         complete: &mut dyn FnMut(usize, Gradients) -> Result<()>,
     ) -> Result<Option<ByEmbedding>> {
@@ -325,7 +325,7 @@ impl<M: Records> Engine<M> {
         &self,
         pass: &Forward,
         recorded: &Recorded<M>,
-        embedded: Summed<M>,
+        embedded: Embedded<M>,
         gradient: &Tensor,
         complete: &mut dyn FnMut(usize, Gradients) -> Result<()>,
     ) -> Result<Option<ByEmbedding>> {
