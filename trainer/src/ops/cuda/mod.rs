@@ -41,7 +41,7 @@ pub use linear::{linear, linear_gelu, scalar_products};
 pub use machine::Element;
 #[cfg(feature = "cuda")]
 pub use nvidia::{from_host, zero};
-pub use rows::select_rows;
+pub use rows::{pack_rows, select_rows};
 
 use candle_core::{Device, Result};
 

@@ -7,7 +7,7 @@ use anyhow::Result;
 use candle_core::{Device, Tensor, Var};
 
 use super::super::{
-    Element, attention, depthwise_relu6, dropout_add_layer_norm, linear, linear_gelu, patches, relu6,
+    Element, attention, depthwise_relu6, dropout_add_layer_norm, linear, linear_gelu, pack_rows, patches, relu6,
     tied_cross_entropy_in_chunks,
 };
 use super::{Case, Outcome, error, formulas, read, values};
@@ -150,6 +150,7 @@ fn contrasts() -> Vec<Case<'static>> {
 }
 
 fn alone() -> Vec<Case<'static>> {
+    const ORDER: [u32; 7] = [4, 0, 5, 1, 2, 6, 3];
     let (rate, seed) = (0.25, 5);
     let ids: Arc<[u32]> = [4, 1, 4, 0, 4, 1, 6].into();
     let chosen = Arc::clone(&ids);
@@ -180,6 +181,17 @@ fn alone() -> Vec<Case<'static>> {
             inputs: vec![input(12, &[8, 70], 1.0)],
             run: Box::new(move |t| ops::select_rows(&t[0], &chosen)),
             formula: Box::new(move |v| ids.iter().flat_map(|&id| v[0][id as usize * 70..][..70].to_vec()).collect()),
+            tolerance: F32,
+        },
+        Case {
+            name: "rows of two arrays packed, with dropout".to_owned(),
+            inputs: vec![input(69, &[4, 69], 1.0), input(70, &[3, 69], 1.0)],
+            run: Box::new(move |t| pack_rows([&t[0], &t[1]], &ORDER, (rate, seed))),
+            formula: Box::new(move |v| {
+                let both = [&v[0][..], &v[1]].concat();
+                let packed: Vec<f64> = ORDER.iter().flat_map(|&row| both[row as usize * 69..][..69].to_vec()).collect();
+                times(&packed, &formulas::mask(packed.len(), seed, 1.0 - rate))
+            }),
             tolerance: F32,
         },
     ]

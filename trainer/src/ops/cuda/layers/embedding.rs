@@ -4,13 +4,12 @@ use std::sync::Arc;
 
 use candle_core::{Result, Shape, Tensor};
 
-use super::super::draws;
 use super::super::elementwise::add_to;
 use super::super::layer_norm::{LayerNorm, Parameters};
 use super::super::linear::Linear;
-use super::super::machine::{Address, Element, Grid, Kernel, Machine, THREADS, arguments};
+use super::super::machine::{Address, Element, Machine};
 use super::super::operator::{Input, Operator};
-use super::super::rows::{by_table, selected};
+use super::super::rows::{PackRows, by_table, selected};
 use super::{Common, NAME};
 
 /// Weights of the embeddings, in this order.
@@ -60,7 +59,7 @@ pub struct ByEmbedding {
 pub(super) struct Embedded<M: Machine> {
     /// Sums before they are normalised, of text rows and of image rows.
     sums: [Option<M::Values>; 2],
-    /// Where each packed row comes from, and then where each text row and image row is packed.
+    /// What the packing is told.
     words: M::Words,
 }
 
@@ -87,24 +86,12 @@ impl Embedding {
         features || self.weights.iter().any(Tensor::track_op)
     }
 
-    /// For each text row and image row, which packed row it is.
-    ///
-    /// # Errors
-    /// Rows that are packed twice or not at all; positions for another number of tokens.
-    fn places(&self) -> Result<Vec<u32>> {
-        const NOWHERE: u32 = u32::MAX;
-        let [texts, images] = self.counts()?;
-        let mut places = vec![NOWHERE; texts + images];
-        for (packed, &source) in (0..).zip(self.order.iter()) {
-            match places.get_mut(source as usize) {
-                Some(place) if *place == NOWHERE => *place = packed,
-                _ => candle_core::bail!("{NAME}: row {source} of {} is packed twice, or is none", texts + images),
-            }
+    fn packing(&self, common: &Common) -> Result<PackRows> {
+        let [tokens, positions] = self.texts.each_ref().map(|of| of.len());
+        if tokens != positions {
+            candle_core::bail!("{NAME}: {positions} positions for {tokens} tokens");
         }
-        if places.len() != self.rows() || self.texts[1].len() != texts {
-            candle_core::bail!("{NAME}: {} rows are packed of {texts} and {images}", self.rows());
-        }
-        Ok(places)
+        PackRows::new(&self.order, self.counts()?, (common.rate, self.seed))
     }
 
     fn weight<M: Machine>(&self, machine: &M, number: usize) -> Result<Input> {
@@ -129,9 +116,10 @@ impl Embedding {
     /// Asks for the rows to be embedded and packed into `to`, whose other rows become zeros.
     ///
     /// # Errors
-    /// As [`Self::places`]; tokens and positions that there are none of, and those of candle.
+    /// Rows that are not packed once each; tokens and positions that there are none of; those of candle.
     pub(super) fn forward<M: Machine>(&self, machine: &M, common: &Common, to: &Input) -> Result<Embedded<M>> {
-        let words = machine.upload(&[&self.order[..], &self.places()?].concat())?;
+        let packing = self.packing(common)?;
+        let words = machine.upload(packing.words())?;
         let (norm, linear) = (LayerNorm { eps: common.eps, keep: None }, Linear { precision: common.precision });
         let [texts, images] = self.counts()?;
         let (mut sums, mut normalised) = ([None, None], [None, None]);
@@ -154,18 +142,9 @@ impl Embedding {
             normalised[1] = Some(norm.of(machine, &[sum], &self.parameters(machine, IMAGE_NORM)?)?.0);
             sums[1] = Some(of_features);
         }
-        let ((rows, width), (limit, scale)) = (to.matrix(), draws(1.0 - common.rate));
-        let [first, second] = normalised.each_ref().map(|values| values.as_ref().map_or(Address::NULL, |of| machine.at(of)));
-        let from = arguments![first, second, texts as u32, machine.words_at(&words), to.at, rows as u32, self.rows() as u32];
-        let last = arguments![width as u32, self.seed, limit, scale];
-        let kernel = Kernel::on(to.element, "rows", ["pack_rows", "pack_rows_bf16"]);
-        machine.launch(kernel, Self::grid(rows, width), &[&from[..], last].concat())?;
+        let both = normalised.each_ref().map(|values| values.as_ref().map_or(Address::NULL, |of| machine.at(of)));
+        packing.pack(machine, both, machine.words_at(&words), to)?;
         Ok(Embedded { sums, words })
-    }
-
-    /// A thread for every eight columns of every row.
-    fn grid(rows: usize, width: usize) -> Grid {
-        Grid { blocks: [(rows * width.div_ceil(8)).div_ceil(THREADS).max(1), 1, 1], threads: THREADS, shared: 0 }
     }
 
     /// Gradients, of that by the packed rows.
@@ -177,14 +156,11 @@ impl Embedding {
         by_packed: &Input,
     ) -> Result<ByEmbedding> {
         let (norm, linear) = (LayerNorm { eps: common.eps, keep: None }, Linear { precision: common.precision });
-        let (counts, width, (limit, scale)) = (self.counts()?, self.hidden(), draws(1.0 - common.rate));
+        let (counts, width) = (self.counts()?, self.hidden());
         let [by_texts, by_images] = counts.map(|count| machine.allocate(count * width));
         let (by_texts, by_images) = (by_texts?, by_images?);
-        let places = machine.words_at(&embedded.words).after(self.rows());
-        let to = arguments![by_packed.at, machine.at(&by_texts), machine.at(&by_images), counts[0] as u32];
-        let from = arguments![places, self.rows() as u32, width as u32, self.seed, limit, scale];
-        let kernel = Kernel::on(by_packed.element, "rows", ["pack_rows_backward", "pack_rows_backward_bf16"]);
-        machine.launch(kernel, Self::grid(self.rows(), width), &[&to[..], from].concat())?;
+        let both = [machine.at(&by_texts), machine.at(&by_images)];
+        self.packing(common)?.unpack(machine, by_packed, machine.words_at(&embedded.words), both)?;
 
         let mut by = ByEmbedding { weights: Default::default(), features: None };
         // By what is normalised, and by weight and bias of the LayerNorm.
@@ -224,32 +200,5 @@ impl Embedding {
             gradient.take_if(|_| !weight.track_op());
         }
         Ok(by)
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use candle_core::{DType, Device};
-
-    use super::*;
-
-    #[test]
-    fn every_row_is_packed_once() {
-        let zeros = |shape: &[usize]| Tensor::zeros(shape, DType::F32, &Device::Cpu).unwrap();
-        let places = |order: &[u32], positions: &[u32]| {
-            let weights = std::array::from_fn(|_| zeros(&[4]));
-            let images = Some([zeros(&[2, 3]), zeros(&[2, 5])]);
-            Embedding { texts: [[7, 8].into(), positions.into()], images, order: order.into(), weights, seed: 0 }.places()
-        };
-        assert_eq!(places(&[2, 0, 3, 1], &[0, 1]).unwrap(), [1, 3, 0, 2]);
-        for (order, positions, expected) in [
-            (&[2, 0, 2, 1][..], &[0, 1][..], "row 2 of 4 is packed twice"),
-            (&[2, 0, 4, 1], &[0, 1], "row 4 of 4 is packed twice, or is none"),
-            (&[2, 0, 1], &[0, 1], "3 rows are packed of 2 and 2"),
-            (&[2, 0, 3, 1], &[0], "4 rows are packed of 2 and 2"),
-        ] {
-            let error = places(order, positions).unwrap_err();
-            assert!(error.to_string().contains(expected), "{error}");
-        }
     }
 }
