@@ -87,7 +87,7 @@ fn matching(model: &Unimo, regions: Regions<'_>, texts: &[&[u32]]) -> Result<Vec
     let hidden = model.evaluate(&packer.finish(model.device())?)?;
     let images: Vec<usize> = rows.iter().map(|rows| rows.image).collect();
     let texts: Vec<usize> = rows.iter().map(|rows| rows.texts[0]).collect();
-    Ok(model.match_logits(&model.rows(&hidden, &images)?, &model.rows(&hidden, &texts)?)?.to_vec1()?)
+    Ok(model.match_logits(&hidden.rows(&images)?, &hidden.rows(&texts)?)?.to_vec1()?)
 }
 
 /// Logarithm of each text's probability as the picture's caption; texts are `[CLS] w1 … wn [SEP]`.
@@ -97,7 +97,7 @@ fn log_likelihoods(model: &Unimo, regions: Regions<'_>, texts: &[&[u32]]) -> Res
     let firsts = packer.image_with_captions(regions, &inputs).texts;
     let hidden = model.evaluate(&packer.finish(model.device())?)?;
     let rows: Vec<usize> = firsts.iter().zip(&inputs).flat_map(|(&first, ids)| first..first + ids.len()).collect();
-    let logits = model.language_logits(&model.rows(&hidden, &rows)?)?.to_vec2::<f32>()?;
+    let logits = model.language_logits(&hidden.rows(&rows)?)?.to_vec2::<f32>()?;
     let targets: Vec<u32> = texts.iter().flat_map(|ids| &ids[1..]).copied().collect();
     let of_ids: Vec<f32> =
         logits.par_iter().zip(targets).map(|(logits, target)| logits[target as usize] - log_sum_exp(logits)).collect();
@@ -229,7 +229,7 @@ mod tests {
             let first = packer.target_after(Some(Regions::visible(&features)), &[], &ids[..ids.len() - 1]);
             let hidden = model.evaluate(&packer.finish(model.device()).unwrap()).unwrap();
             let rows: Vec<usize> = (first..first + ids.len() - 1).collect();
-            let loss = model.language_loss(&model.rows(&hidden, &rows).unwrap(), ids[1..].to_vec(), 0.0).unwrap();
+            let loss = model.language_loss(&hidden.rows(&rows).unwrap(), ids[1..].to_vec(), 0.0).unwrap();
             let expected = -loss.to_scalar::<f32>().unwrap() * (ids.len() - 1) as f32;
             assert!((found - expected).abs() < 1e-3, "{ids:?}: {found} {expected}");
         }

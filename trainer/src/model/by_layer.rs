@@ -11,6 +11,8 @@ use candle_core::backprop::GradStore;
 use candle_core::{Result, Tensor, Var};
 
 #[cfg(any(feature = "cuda", test))]
+use super::Hidden;
+#[cfg(any(feature = "cuda", test))]
 use super::LAYER_NORM_EPS;
 use super::{Dropout, PackedBatch, Passed, Unimo};
 #[cfg(any(feature = "cuda", test))]
@@ -23,17 +25,15 @@ pub(super) struct Kept {
     /// kernels was given such.
     embedded: Option<Tensor>,
     layers: Layers,
-    /// What the last layer gave.
-    hidden: Var,
 }
 
 /// Layers that the backward pass goes through. They end with the last layer.
 enum Layers {
-    /// Composed of candle's operators and ours, first to last.
-    Composed(Vec<Layer>),
-    /// On the kernels for CUDA devices.
+    /// Composed of candle's operators and ours, first to last, and what the last one gave.
+    Composed(Vec<Layer>, Var),
+    /// On the kernels for CUDA devices, which have left the hidden states.
     #[cfg(any(feature = "cuda", test))]
-    InKernels(layers::Forward),
+    InKernels,
 }
 
 /// One layer of a forward pass, cut off from those before and after it.
@@ -93,7 +93,7 @@ impl Unimo {
             return Ok((x, None));
         }
         let hidden = Var::from_tensor(&x)?;
-        Ok((hidden.as_tensor().clone(), Some(Kept { embedded, layers: Layers::Composed(layers), hidden })))
+        Ok((hidden.as_tensor().clone(), Some(Kept { embedded, layers: Layers::Composed(layers, hidden) })))
     }
 
     /// The whole pass where the kernels for CUDA devices work.
@@ -103,7 +103,7 @@ impl Unimo {
         features: Option<&Tensor>,
         batch: &PackedBatch,
         dropout: Dropout,
-    ) -> Result<(Tensor, Option<Kept>)> {
+    ) -> Result<(Hidden, Option<Kept>)> {
         fn all<const N: usize>(weight: impl FnMut(usize) -> Result<Tensor>) -> Result<[Tensor; N]> {
             let weights = (0..N).map(weight).collect::<Result<Vec<_>>>()?;
             weights.try_into().map_err(|_| candle_core::Error::Msg("another number of weights".into()))
@@ -135,11 +135,9 @@ impl Unimo {
             checkpointing: self.checkpoints_activations,
         };
         let layers = numbers.map(given).collect::<Result<_>>()?;
-        let (hidden, kept) = self.runs.forward(&self.device, embedding, layers, common)?;
-        let Some(pass) = kept else { return Ok((hidden, None)) };
-        let hidden = Var::from_tensor(&hidden)?;
-        let kept = Kept { embedded: features, layers: Layers::InKernels(pass), hidden };
-        Ok((kept.hidden.as_tensor().clone(), Some(kept)))
+        let hidden = Hidden::of_pass(&self.runs, self.runs.forward(embedding, layers, common)?)?;
+        let kept = hidden.is_tracked().then_some(Kept { embedded: features, layers: Layers::InKernels });
+        Ok((hidden, kept))
     }
 }
 
@@ -166,13 +164,15 @@ impl Passed {
         complete: &mut dyn FnMut(usize, &mut GradStore) -> Result<()>,
     ) -> Result<GradStore> {
         let Self { hidden, features, dropout, kept } = self;
-        let Some(Kept { embedded, layers, hidden: given }) = kept else { return gradients(loss, by) };
-        let mut all = gradients(loss, by.iter().chain([&given]))?;
-        let mut carried = all.remove(&given);
-        // The last hidden states are not read again.
-        drop((hidden, features, given));
+        let Some(Kept { embedded, layers }) = kept else { return gradients(loss, by) };
+        drop(features);
+        let (mut all, mut carried);
         match layers {
-            Layers::Composed(layers) => {
+            Layers::Composed(layers, given) => {
+                all = gradients(loss, by.iter().chain([&given]))?;
+                carried = all.remove(&given);
+                // The last hidden states are not read again.
+                drop((hidden, given));
                 for Layer { number, input, output } in layers.into_iter().rev() {
                     let Some(gradient) = carried else { return Ok(all) };
                     let output = match output {
@@ -185,10 +185,15 @@ impl Passed {
                 }
             }
             #[cfg(any(feature = "cuda", test))]
-            Layers::InKernels(layers) => {
-                let Some(gradient) = carried else { return Ok(all) };
+            Layers::InKernels => {
+                let Some(hidden) = hidden.in_kernels() else { candle_core::bail!("a pass in kernels has left no hidden states") };
+                all = gradients(loss, by.iter().chain(&hidden.leaves()))?;
+                let by_rows = hidden.gradients(&mut all)?;
+                if by_rows.is_empty() {
+                    return Ok(all);
+                }
                 let wanted: HashSet<TensorId> = by.iter().map(|var| var.id()).collect();
-                let found = model.runs.backward(layers, &gradient, &mut |number, by_weights| {
+                let found = model.runs.backward(&hidden.pass, &by_rows, &mut |number, by_weights| {
                     for (part, gradient) in layers::WEIGHTS.into_iter().zip(by_weights) {
                         let weight = model.weight(&format!("layers.{number}.{part}"))?;
                         if let (Some(gradient), true) = (gradient, wanted.contains(&weight.id())) {

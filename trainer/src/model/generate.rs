@@ -3,7 +3,7 @@
 use candle_core::{D, Result, Tensor};
 
 use super::packing::WHOLE_IMAGE;
-use super::{Dropout, PackedBatch, Unimo, region_boxes};
+use super::{Dropout, Hidden, PackedBatch, Unimo, region_boxes};
 use crate::ops;
 use crate::regions::Record;
 use unimo::tokenizer::{CLS, PAD, SEP, UNK};
@@ -167,7 +167,7 @@ impl Unimo {
     ///
     /// # Errors
     /// Those of [`Unimo::forward`].
-    pub fn evaluate(&self, batch: &PackedBatch) -> Result<Tensor> {
-        Ok(self.forward(batch, None, Dropout::OFF)?.hidden.detach())
+    pub fn evaluate(&self, batch: &PackedBatch) -> Result<Hidden> {
+        Ok(self.forward(batch, None, Dropout::OFF)?.hidden.constants()?.into())
     }
 }

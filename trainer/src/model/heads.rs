@@ -2,7 +2,7 @@
 
 use candle_core::{Result, Tensor};
 
-use super::{Dropout, ImageCache, ImageEmbedding, PackedBatch, Passed, TextEmbedding, Unimo};
+use super::{Dropout, Hidden, ImageCache, ImageEmbedding, PackedBatch, Passed, TextEmbedding, Unimo};
 use crate::ops;
 
 /// Bounds of the learnt temperature.
@@ -20,14 +20,6 @@ pub enum EmbeddedImages {
 }
 
 impl Unimo {
-    /// Rows of the hidden states, `[rows, hidden]` → `[chosen, hidden]`.
-    ///
-    /// # Errors
-    /// A row out of range.
-    pub fn rows(&self, hidden: &Tensor, rows: &[usize]) -> Result<Tensor> {
-        ops::select_rows(hidden, &rows.iter().map(|&row| row as u32).collect())
-    }
-
     /// Unified-space embeddings of images encoded alone, whose `[IMG]`s lie at `rows` of a pass over `batch`: `[n, embedding]`, unit
     /// length.
     ///
@@ -35,7 +27,7 @@ impl Unimo {
     /// Rows that are not an image's, and those of candle.
     pub fn image_embedding(&self, batch: &PackedBatch, passed: &Passed, rows: &[usize], kind: EmbeddedImages) -> Result<Tensor> {
         match (self.config.image_embedding, &passed.features) {
-            (ImageEmbedding::Token, _) => ops::unit_rows(&self.linear("embed.image", &self.rows(&passed.hidden, rows)?)?),
+            (ImageEmbedding::Token, _) => ops::unit_rows(&self.linear("embed.image", &passed.hidden.rows(rows)?)?),
             (ImageEmbedding::Pooled, Some(features)) => self.embed_means(&batch.means(features, rows)?, passed.dropout, kind),
             (ImageEmbedding::Pooled, None) => candle_core::bail!("a batch without images has no image to embed"),
         }
@@ -64,12 +56,12 @@ impl Unimo {
     }
 
     /// Unified-space embeddings of texts encoded alone, whose `[CLS]`s lie at `rows` of a pass over `batch` that gave the hidden
-    /// states `[rows, hidden]`: `[n, embedding]`, unit length.
+    /// states: `[n, embedding]`, unit length.
     ///
     /// # Errors
     /// Rows that are not a text's first, and those of candle.
-    pub fn text_embedding(&self, batch: &PackedBatch, hidden: &Tensor, rows: &[usize]) -> Result<Tensor> {
-        let first = self.rows(hidden, rows)?;
+    pub fn text_embedding(&self, batch: &PackedBatch, hidden: &Hidden, rows: &[usize]) -> Result<Tensor> {
+        let first = hidden.rows(rows)?;
         let embedded = match self.config.text_embedding {
             TextEmbedding::Token => first,
             TextEmbedding::Both => Tensor::cat(&[&first, &batch.means_of_tokens(hidden, rows)?], 1)?,
@@ -87,15 +79,15 @@ impl Unimo {
         self.linear("match", &(image * text)?)?.squeeze(1)
     }
 
-    /// Logits of a downstream task, `[n, classes]`, from hidden states `[rows, hidden]`: the poolings of `[IMG]` (at rows `images`)
+    /// Logits of a downstream task, `[n, classes]`, from hidden states: the poolings of `[IMG]` (at rows `images`)
     /// and `[CLS]` (at rows `texts`), multiplied, or that of `[CLS]` alone where there are no images; then a hidden layer.
     ///
     /// # Errors
     /// Another number of images than of texts, a model without a task's head, and those of candle.
-    pub fn task_logits(&self, hidden: &Tensor, images: &[usize], texts: &[usize]) -> Result<Tensor> {
-        let mut pooled = self.linear("pool.text", &self.rows(hidden, texts)?)?.relu()?;
+    pub fn task_logits(&self, hidden: &Hidden, images: &[usize], texts: &[usize]) -> Result<Tensor> {
+        let mut pooled = self.linear("pool.text", &hidden.rows(texts)?)?.relu()?;
         if !images.is_empty() {
-            pooled = (pooled * self.linear("pool.image", &self.rows(hidden, images)?)?.relu()?)?;
+            pooled = (pooled * self.linear("pool.image", &hidden.rows(images)?)?.relu()?)?;
         }
         self.linear("task.output", &self.linear_gelu("task.hidden", &pooled)?)
     }
@@ -322,9 +314,12 @@ mod tests {
             packer.text(ids, false)
         });
         let batch = packer.finish(&Device::Cpu).unwrap();
-        let hidden = Var::from_tensor(&model.evaluate(&batch).unwrap()).unwrap();
+        let hidden = Var::from_tensor(&model.evaluate(&batch).unwrap().constants().unwrap()).unwrap();
         for row in [0, rows[0] + 1, batch.rows()] {
-            assert!(model.text_embedding(&batch, hidden.as_tensor(), &[row]).is_err(), "row {row} is not a text's first");
+            assert!(
+                model.text_embedding(&batch, &hidden.as_tensor().clone().into(), &[row]).is_err(),
+                "row {row} is not a text's first"
+            );
         }
 
         let width = model.config().hidden;
@@ -342,7 +337,8 @@ mod tests {
             };
             rows.into_iter().zip(TEXTS).flat_map(of_text).collect()
         };
-        let (embedded, values) = (model.text_embedding(&batch, hidden.as_tensor(), &rows).unwrap(), wide(hidden.as_tensor()));
+        let (embedded, values) =
+            (model.text_embedding(&batch, &hidden.as_tensor().clone().into(), &rows).unwrap(), wide(hidden.as_tensor()));
         assert_near(&wide(&embedded), &by_hand(&values), "packed");
 
         let count = TEXTS.len() * EMBEDDING;

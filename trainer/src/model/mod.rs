@@ -4,6 +4,7 @@ mod by_layer;
 mod config;
 mod generate;
 mod heads;
+mod hidden;
 mod packing;
 mod sample;
 mod statistics;
@@ -19,6 +20,7 @@ use rand::Rng;
 pub use config::{ImageEmbedding, ModelConfig, TextEmbedding};
 pub use generate::{ImageCache, Step};
 pub use heads::EmbeddedImages;
+pub use hidden::Hidden;
 pub use packing::{Features, ImageRows, PackedBatch, Packer, Regions, region_boxes};
 pub use statistics::RegionStatistics;
 
@@ -58,8 +60,8 @@ impl Dropout {
 
 /// What a forward pass makes of a packed batch.
 pub struct Passed {
-    /// Hidden states, `[rows, hidden]`.
-    pub hidden: Tensor,
+    /// Hidden states.
+    pub hidden: Hidden,
     /// What the images' rows were embedded from; absent without images.
     features: Option<ImageFeatures>,
     /// The pass's dropout.
@@ -80,7 +82,7 @@ pub struct Unimo {
     goes_by_layer: bool,
     /// Passes through the layers on the kernels for CUDA devices.
     #[cfg(any(feature = "cuda", test))]
-    runs: ops::cuda::layers::Runs,
+    runs: Arc<ops::cuda::layers::Runs>,
 }
 
 /// Names under which a checkpoint holds the region statistics, beside the weights.
@@ -127,7 +129,7 @@ impl Unimo {
             checkpoints_activations: false,
             goes_by_layer: false,
             #[cfg(any(feature = "cuda", test))]
-            runs: ops::cuda::layers::Runs::default(),
+            runs: Arc::default(),
         }
     }
 
@@ -335,12 +337,12 @@ impl Unimo {
         let mut x = ops::dropout(&x, dropout.rate, dropout.site(0))?;
         if self.checkpoints_activations || self.goes_by_layer {
             let (hidden, kept) = self.layers_apart(x, batch, dropout)?;
-            return Ok(Passed { hidden, features, dropout, kept });
+            return Ok(Passed { hidden: hidden.into(), features, dropout, kept });
         }
         for layer in 0..self.config.layers {
             x = self.layer(layer, &x, batch, dropout)?;
         }
-        Ok(Passed { hidden: x, features, dropout, kept: None })
+        Ok(Passed { hidden: x.into(), features, dropout, kept: None })
     }
 
     /// Where a layer drops values: in attention, and at both sums. Site 0 is that of the embeddings.
@@ -391,7 +393,7 @@ mod tests {
         let packed = model.evaluate(&packer.finish(&Device::Cpu).unwrap()).unwrap();
         let shape = (1, model.config().regions(), model.config().region_feature);
         let regions = Tensor::from_slice(features, shape, &Device::Cpu).unwrap();
-        [flat(packed), flat(model.encode_image(&regions).unwrap().hidden)]
+        [flat(packed.constants().unwrap()), flat(model.encode_image(&regions).unwrap().hidden)]
     }
 
     #[test]
@@ -422,7 +424,7 @@ mod tests {
         packer.pair(Regions::visible(&features), &[0, 9, 2]);
         let batch = packer.finish(&Device::Cpu).unwrap();
         let hidden = model.forward(&batch, None, Dropout::of(0.1, 1)).unwrap().hidden;
-        assert!(!hidden.track_op());
+        assert!(!hidden.is_tracked());
         let embedding = model.text_embedding(&batch, &hidden, &[text]).unwrap();
         let loss = (embedding.sum_all().unwrap() / model.temperature().unwrap()).unwrap();
         let gradients = loss.backward().unwrap();
@@ -450,7 +452,8 @@ mod tests {
         let mut packer = Packer::new(&model);
         let starts = records.each_ref().map(|record| packer.image_with_captions(Regions::of(record, &[]), &[&[0, 7]]).image);
         assert_eq!(starts, [0, 5, 12]);
-        let packed = model.evaluate(&packer.finish(&Device::Cpu).unwrap()).unwrap().to_vec2::<f32>().unwrap();
+        let packed =
+            model.evaluate(&packer.finish(&Device::Cpu).unwrap()).unwrap().constants().unwrap().to_vec2::<f32>().unwrap();
         for (start, record) in starts.into_iter().zip(&records) {
             let encoded = model.encode_records(&[record]).unwrap().hidden.squeeze(0).unwrap().to_vec2::<f32>().unwrap();
             assert_eq!(encoded.len(), 1 + record.values.len() / 3);

@@ -236,7 +236,7 @@ mod tests {
         }
         let hidden = model.evaluate(&packer.finish(&Device::Cpu).unwrap()).unwrap();
         let places: Vec<usize> = rows.iter().map(|(row, _)| *row).collect();
-        let log_p = log_softmax(&model.language_logits(&model.rows(&hidden, &places).unwrap()).unwrap()).unwrap();
+        let log_p = log_softmax(&model.language_logits(&hidden.rows(&places).unwrap()).unwrap()).unwrap();
         let log_p = log_p.to_vec2::<f32>().unwrap();
         let (mut certain, mut agreeing) = (0, 0);
         for (row, (_, token)) in log_p.iter().zip(&rows) {

@@ -8,7 +8,7 @@ use super::draft::{Parts, Predictions};
 use super::masked_regions::{MaskedRegions, region_classification, region_regression};
 use super::tally::Tally;
 use super::{Source, matching_loss};
-use crate::model::{Dropout, EmbeddedImages, PackedBatch, Passed, Unimo};
+use crate::model::{Dropout, EmbeddedImages, Hidden, PackedBatch, Passed, Unimo};
 use crate::ops::Ahead;
 use crate::recipe::Recipe;
 use crate::tasks::task_loss;
@@ -89,18 +89,18 @@ impl Chunk {
         Ok(all)
     }
 
-    fn match_logits(&self, hidden: &Tensor, model: &Unimo) -> Result<Option<Tensor>> {
+    fn match_logits(&self, hidden: &Hidden, model: &Unimo) -> Result<Option<Tensor>> {
         let parts = &self.parts;
         if parts.match_labels.is_empty() {
             return Ok(None);
         }
-        Ok(Some(model.match_logits(&model.rows(hidden, &parts.match_images)?, &model.rows(hidden, &parts.match_texts)?)?))
+        Ok(Some(model.match_logits(&hidden.rows(&parts.match_images)?, &hidden.rows(&parts.match_texts)?)?))
     }
 
     /// Objectives whose loss is a mean over samples, each in one chunk.
     pub(super) fn local_terms(
         &self,
-        hidden: &Tensor,
+        hidden: &Hidden,
         model: &Unimo,
         recipe: &Recipe,
         source: &Source,
@@ -123,14 +123,14 @@ impl Chunk {
         for (name, weight, smoothing, of) in generated {
             let Predictions { rows, targets } = of(parts);
             if !rows.is_empty() {
-                let loss = model.language_loss(&model.rows(hidden, rows)?, targets.clone(), smoothing)?;
+                let loss = model.language_loss(&hidden.rows(rows)?, targets.clone(), smoothing)?;
                 put(name, weight, rows.len(), loss);
             }
         }
         let Predictions { rows, targets } = &parts.sampled.predictions;
         if !rows.is_empty() {
             let (advantages, temperature) = (parts.sampled.advantages.clone(), recipe.batch.sampling_temperature);
-            let loss = model.policy_loss(&model.rows(hidden, rows)?, targets.clone(), advantages, temperature)?;
+            let loss = model.policy_loss(&hidden.rows(rows)?, targets.clone(), advantages, temperature)?;
             put("self_critical", w.self_critical, rows.len(), loss);
         }
         if let Some(logits) = self.match_logits(hidden, model)? {
@@ -144,7 +144,7 @@ impl Chunk {
             put("task", w.task, targets.len(), loss);
         }
         if let Some(MaskedRegions { features, labels }) = &self.regions {
-            let rows = model.rows(hidden, &parts.regions.rows)?;
+            let rows = hidden.rows(&parts.regions.rows)?;
             put("region_features", w.region_features, parts.regions.rows.len(), region_regression(model, &rows, features)?);
             if let Some(labels) = labels {
                 let loss = region_classification(model, &rows, labels)?;

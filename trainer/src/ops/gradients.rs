@@ -1,4 +1,9 @@
 //! Backward passes that leave nothing behind but what they were for, and how one goes on where another has ended.
+//!
+//! candle clears memory for every gradient and adds to that, which is two calls of a device and one memory for each gradient that there
+//! is. Operators on kernels leave those by variables here instead, where they stay as they are.
+
+use std::cell::RefCell;
 
 use candle_core::backprop::GradStore;
 use candle_core::{CpuStorage, CudaStorage, CustomOp1, Layout, Result, Shape, Tensor, Var};
@@ -12,14 +17,43 @@ use candle_core::{CpuStorage, CudaStorage, CustomOp1, Layout, Result, Shape, Ten
 /// # Errors
 /// Those of candle.
 pub fn gradients<'a>(scalar: Tensor, by: impl IntoIterator<Item = &'a Var>) -> Result<GradStore> {
-    let mut all = scalar.backward()?;
-    let mut gradients = GradStore::default();
+    let before = LEFT.replace(Some(GradStore::default()));
+    let all = scalar.backward();
+    let mut left = LEFT.replace(before).unwrap_or_default();
+    let (mut all, mut gradients) = (all?, GradStore::default());
     for variable in by {
-        if let Some(gradient) = all.remove(variable) {
+        let (of_candle, of_operators) = (all.remove(variable), left.remove(variable));
+        let sum = match (of_candle, of_operators) {
+            (Some(a), Some(b)) => Some((a.detach() + b)?),
+            (one, other) => one.or(other),
+        };
+        if let Some(gradient) = sum {
             gradients.insert(variable, gradient.detach());
         }
     }
     Ok(gradients)
+}
+
+thread_local! {
+    /// Gradients by variables, while [`gradients`] is at work on this thread.
+    static LEFT: RefCell<Option<GradStore>> = const { RefCell::new(None) };
+}
+
+/// Takes an operator's gradient by one of its inputs, if that is a variable whose gradients are being collected; gives it back otherwise.
+///
+/// # Errors
+/// Those of candle.
+#[cfg(any(feature = "cuda", test))]
+pub(super) fn leave(input: &Tensor, gradient: Tensor) -> Result<Option<Tensor>> {
+    LEFT.with_borrow_mut(|left| {
+        let Some(left) = left.as_mut().filter(|_| input.is_variable()) else { return Ok(Some(gradient)) };
+        let sum = match left.remove(input) {
+            Some(so_far) => (so_far + gradient)?,
+            None => gradient,
+        };
+        left.insert(input, sum);
+        Ok(None)
+    })
 }
 
 /// A scalar, zero, whose gradient by `x` is `gradient`, of its shape: what a backward pass that has come to `x` goes on with. It may be
@@ -66,9 +100,10 @@ impl CustomOp1 for Carrying {
 
 #[cfg(test)]
 mod tests {
-    use candle_core::Device;
+    use candle_core::{DType, Device};
 
     use super::*;
+    use crate::ops::cuda::emulation::emulated;
 
     /// d/dx of Σ (2x)² from x = (3, 5), cut in two at 2x, and of another summand beside it.
     #[test]
@@ -82,6 +117,30 @@ mod tests {
         let found = gradients((scalar + x.sum_all().unwrap().affine(0.5, 0.0).unwrap()).unwrap(), [&x]).unwrap();
         assert_eq!(found.get(&x).unwrap().to_vec1::<f32>().unwrap(), [24.5, 40.5]);
         assert!(carrying(&doubled, &Tensor::new(&[1f32], &Device::Cpu).unwrap()).is_err());
+    }
+
+    /// Of a matrix that two layers and candle make use of.
+    #[test]
+    fn what_operators_leave_is_added_to_what_candle_found() {
+        let tensor = |shape: (usize, usize), phase: f32| {
+            let values = (0..shape.0 * shape.1).map(|i| (i as f32 * 0.9 + phase).sin()).collect();
+            Var::from_vec(values, shape, &Device::Cpu).unwrap()
+        };
+        let (weight, bias, x) = (tensor((3, 3), 0.0), Var::zeros(3, DType::F32, &Device::Cpu).unwrap(), tensor((5, 3), 1.0));
+        let scalar = || -> Result<Tensor> {
+            let y = crate::ops::linear(&crate::ops::linear(&x, &weight, &bias)?, &weight, &bias)?;
+            y.sqr()?.sum_all()? + weight.as_tensor().sqr()?.sum_all()?
+        };
+        emulated(0, || {
+            let expected = scalar().unwrap().backward().unwrap();
+            let found = gradients(scalar().unwrap(), [&weight, &bias, &x]).unwrap();
+            for var in [&weight, &bias, &x] {
+                let [expected, found] = [&expected, &found].map(|of| of.get(var).unwrap().flatten_all().unwrap());
+                let off = (expected - found).unwrap().abs().unwrap().max(0).unwrap().to_scalar::<f32>().unwrap();
+                assert!(off < 1e-5, "off by {off}");
+            }
+        });
+        assert!(LEFT.take().is_none(), "gradients are still collected");
     }
 
     #[test]

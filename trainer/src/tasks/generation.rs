@@ -107,7 +107,7 @@ pub fn write(model: &Unimo, tokenizer: &Tokenizer, data: &WritingData, tokens: u
             let place = |&i: &usize| packer.target_after(None, &batch[i].0, &texts[i]) + texts[i].len() - 1;
             let rows: Vec<usize> = open.iter().map(place).collect();
             let hidden = model.evaluate(&packer.finish(model.device())?)?;
-            let logits = model.language_logits(&model.rows(&hidden, &rows)?)?.to_vec2::<f32>()?;
+            let logits = model.language_logits(&hidden.rows(&rows)?)?.to_vec2::<f32>()?;
             for (&i, logits) in open.iter().zip(&logits) {
                 let allowed = logits.iter().zip(0u32..).filter(|(_, id)| !never.contains(id));
                 texts[i].push(allowed.max_by(|a, b| a.0.total_cmp(b.0)).map_or(SEP, |(_, id)| id));

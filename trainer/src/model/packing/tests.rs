@@ -78,7 +78,7 @@ fn source_and_target(model: &Unimo, with_image: bool, source: &[u32], target: &[
     let mut packer = Packer::new(model);
     let first = packer.target_after(with_image.then(|| Regions::visible(&features)), source, target);
     let hidden = model.evaluate(&packer.finish(&Device::Cpu).unwrap()).unwrap();
-    (hidden.to_vec2().unwrap(), first)
+    (hidden.constants().unwrap().to_vec2().unwrap(), first)
 }
 
 #[test]

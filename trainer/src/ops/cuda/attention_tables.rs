@@ -134,10 +134,14 @@ impl Placed {
     }
 }
 
-/// The next larger number of those that are used for shapes, so that these repeat: a multiple of a power of two of about a part of it
-/// (`1 / parts` and less than twice that).
+/// The next larger number of those that are used for shapes, so that these repeat.
 pub fn filled(count: usize, parts: usize) -> usize {
-    count.next_multiple_of(count.div_ceil(parts).max(1).next_power_of_two())
+    count.next_multiple_of(unit(count, parts))
+}
+
+/// What such numbers are multiples of: a power of two of about a part of them (`1 / parts` and less than twice that).
+pub fn unit(count: usize, parts: usize) -> usize {
+    count.div_ceil(parts).max(1).next_power_of_two()
 }
 
 #[cfg(test)]

@@ -11,6 +11,7 @@ mod runs;
 mod stack;
 
 use std::any::Any;
+use std::sync::atomic::AtomicU64;
 use std::sync::{Arc, Mutex, PoisonError};
 
 use candle_core::{Device, Result, Tensor};
@@ -74,9 +75,10 @@ pub struct Given {
 /// Gradients by a layer's weights.
 pub type Gradients = [Option<Tensor>; WEIGHTS.len()];
 
-/// A forward pass, to be taken back.
+/// A forward pass, whose hidden states can be read and which can be taken back.
 pub struct Forward {
-    number: u64,
+    /// Of the time that it was done last.
+    number: AtomicU64,
     /// All that it takes to be done again.
     embedding: Embedding,
     layers: Vec<Given>,
@@ -84,37 +86,63 @@ pub struct Forward {
 }
 
 impl Forward {
+    /// Number of hidden states.
+    pub fn rows(&self) -> usize {
+        self.embedding.rows()
+    }
+
+    /// Whether a gradient by the hidden states leads anywhere.
+    pub fn leads_back(&self) -> bool {
+        self.common.first_kept < self.layers.len()
+    }
+
+    fn device(&self) -> &Device {
+        self.embedding.weights[0].device()
+    }
+
     /// Whether a gradient by the embedded rows leads anywhere.
     fn input_wanted(&self) -> bool {
         self.common.first_kept == 0 && self.embedding.is_tracked()
     }
 }
 
+/// The gradient by rows of a pass's hidden states: which rows, and `[their number, hidden]`.
+pub type ByRows = (Arc<[u32]>, Tensor);
+
 /// Passes through layers, of which the last forward pass can be taken back without being done again: its activations are there.
 #[derive(Default)]
 pub struct Runs(Mutex<Option<Box<dyn Any + Send>>>);
 
 impl Runs {
-    /// Embeds rows and runs `layers` over them: `[rows, hidden]` in f32, which is a constant to candle. `None` where nothing is to be taken
-    /// back.
+    /// Embeds rows and runs `layers` over them.
     ///
     /// # Errors
     /// Shapes that do not fit each other or the plan, a device without kernels, and those of candle.
-    pub fn forward(
-        &self,
-        device: &Device,
-        embedding: Embedding,
-        layers: Vec<Given>,
-        common: Common,
-    ) -> Result<(Tensor, Option<Forward>)> {
+    pub fn forward(&self, embedding: Embedding, layers: Vec<Given>, common: Common) -> Result<Forward> {
         common.plan.check(embedding.rows(), embedding.hidden(), common.heads)?;
-        let leads_back = common.first_kept < layers.len();
-        let mut pass = Forward { number: 0, embedding, layers, common };
-        let hidden = on_machine!(device, NAME, |machine| self.with(&machine, |engine| engine.forward(&mut pass)))?;
-        Ok((hidden, leads_back.then_some(pass)))
+        let pass = Forward { number: AtomicU64::new(0), embedding, layers, common };
+        on_machine!(pass.device(), NAME, |machine| self.with(&machine, |engine| engine.forward(&pass)))?;
+        Ok(pass)
     }
 
-    /// From the gradient by the last layer's result to those by what embeds the rows, if anything of that is tracked. `complete` is told
+    /// Rows of a pass's hidden states: `[ids, hidden]`, in f32, which is a constant to candle. If another pass came after that one, it is
+    /// done again.
+    ///
+    /// # Errors
+    /// A row that there is none of, and those of candle.
+    pub fn rows(&self, pass: &Forward, ids: &[u32]) -> Result<Tensor> {
+        on_machine!(pass.device(), NAME, |machine| self.with(&machine, |engine| engine.rows(pass, ids)))
+    }
+
+    /// All of them.
+    ///
+    /// # Errors
+    /// Those of candle.
+    pub fn all_rows(&self, pass: &Forward) -> Result<Tensor> {
+        on_machine!(pass.device(), NAME, |machine| self.with(&machine, |engine| engine.all_rows(pass)))
+    }
+
+    /// From gradients by rows of the hidden states to those by what embeds the rows, if anything of that is tracked. `complete` is told
     /// the number of each layer, the last first, with the gradients by its weights. If another pass came after that one, it is done
     /// again.
     ///
@@ -122,17 +150,16 @@ impl Runs {
     /// Those of candle and of `complete`.
     pub fn backward(
         &self,
-        mut pass: Forward,
-        gradient: &Tensor,
+        pass: &Forward,
+        by_rows: &[ByRows],
         complete: &mut dyn FnMut(usize, Gradients) -> Result<()>,
     ) -> Result<Option<ByEmbedding>> {
-        let shape = (pass.embedding.rows(), pass.embedding.hidden());
-        if gradient.dims2()? != shape {
-            candle_core::bail!("{NAME}: a gradient of {:?} by {shape:?}", gradient.shape());
+        for (ids, gradient) in by_rows {
+            if gradient.dims2()? != (ids.len(), pass.embedding.hidden()) || !gradient.is_contiguous() {
+                candle_core::bail!("{NAME}: a gradient of {:?} by {} rows", gradient.shape(), ids.len());
+            }
         }
-        let gradient = gradient.detach().contiguous()?;
-        on_machine!(gradient.device(), NAME, |machine| self
-            .with(&machine, |engine| engine.backward(&mut pass, &gradient, complete)))
+        on_machine!(pass.device(), NAME, |machine| self.with(&machine, |engine| engine.backward(pass, by_rows, complete)))
     }
 
     /// How many passes there were.

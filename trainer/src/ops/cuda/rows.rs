@@ -13,9 +13,12 @@ struct SelectRows {
     ids: Arc<[u32]>,
 }
 
-/// Who chose each row of the table.
+/// In tables of rows, for one that is none.
+const NO_ROW: u32 = u32::MAX;
+
+/// Who chose each row of a table.
 #[derive(Debug, PartialEq, Eq)]
-struct Choosers {
+pub(super) struct Choosers {
     /// Places in the result, by the row that they chose.
     order: Vec<u32>,
     /// Where in `order` those of each chosen row begin, and the end.
@@ -25,9 +28,9 @@ struct Choosers {
 }
 
 impl Choosers {
-    fn of(ids: &[u32]) -> Self {
+    pub(super) fn of(ids: &[u32]) -> Self {
         let mut order: Vec<u32> = (0..ids.len() as u32).collect();
-        order.sort_by_key(|&place| ids[place as usize]);
+        order.sort_unstable_by_key(|&place| (ids[place as usize], place));
         let (mut starts, mut sources) = (Vec::new(), Vec::new());
         for (i, &place) in order.iter().enumerate() {
             let id = ids[place as usize];
@@ -39,39 +42,108 @@ impl Choosers {
         starts.push(ids.len() as u32);
         Self { order, starts, sources }
     }
+
+    /// Number of chosen rows.
+    pub(super) fn chosen(&self) -> usize {
+        self.sources.len()
+    }
+
+    /// With room for more: as many places and chosen rows as that, of which those behind are none.
+    pub(super) fn filled(mut self, places: usize, chosen: usize) -> Self {
+        self.starts.resize(chosen + 1, self.order.len() as u32);
+        self.sources.resize(chosen, NO_ROW);
+        self.order.resize(places, 0);
+        self
+    }
+
+    /// As [`sum_chosen`] is told them.
+    pub(super) fn words(&self) -> Vec<u32> {
+        [&self.starts[..], &self.sources, &self.order].concat()
+    }
 }
 
-/// Rows `ids` of a table.
+/// A thread for every eight columns of every row.
+fn each_few(rows: usize, width: usize) -> Grid {
+    let blocks = (rows * width.div_ceil(8)).div_ceil(THREADS).max(1);
+    Grid { blocks: [blocks, 1, 1], threads: THREADS, shared: 0 }
+}
+
+/// That there are such rows of a table.
+pub(super) fn check_ids(ids: &[u32], rows: usize) -> Result<()> {
+    match ids.iter().find(|&&id| id as usize >= rows) {
+        Some(bad) => candle_core::bail!("select_rows: row {bad} of {rows}"),
+        None => Ok(()),
+    }
+}
+
+/// Rows `ids` of a table, in f32.
 pub(super) fn selected<M: Machine>(machine: &M, table: &Input, ids: &[u32]) -> Result<M::Values> {
     let (rows, width) = table.matrix();
-    if let Some(bad) = ids.iter().find(|&&id| id as usize >= rows) {
-        candle_core::bail!("select_rows: row {bad} of {rows}");
-    }
-    let count = ids.len() * width;
-    let (y, ids) = (machine.allocate(count)?, machine.upload(ids)?);
-    let arguments = arguments![table.at, machine.words_at(&ids), machine.at(&y), count, width as u32];
-    machine.launch(Kernel("rows", "select_rows"), Grid::each(count), arguments)?;
+    check_ids(ids, rows)?;
+    let (y, words) = (machine.allocate(ids.len() * width)?, machine.upload(ids)?);
+    let arguments = arguments![table.at, machine.words_at(&words), machine.at(&y), ids.len() as u32, width as u32];
+    let kernel = Kernel::on(table.element, "rows", ["select_rows", "select_rows_bf16"]);
+    machine.launch(kernel, each_few(ids.len(), width), arguments)?;
     Ok(y)
 }
 
-/// The gradient by a table `[rows, width]` of which rows `ids` were taken, of that by these.
-pub(super) fn by_table<M: Machine>(
+/// Asks for the gradient by a table, all of it, of those by rows that were chosen of it, f32: which rows they are, and where the gradients
+/// by them lie.
+///
+/// # Errors
+/// Rows that the table does not have.
+pub(super) fn spread<M: Machine>(machine: &M, chosen: &[(&[u32], Address)], to: &Input) -> Result<()> {
+    let (rows, width) = to.matrix();
+    chosen.iter().try_for_each(|(ids, _)| check_ids(ids, rows))?;
+    let words = machine.upload(&listed(chosen, rows, width))?;
+    let starts = machine.words_at(&words);
+    let arguments = arguments![starts, starts.after((rows + 1).next_multiple_of(2)), to.at, rows as u32, width as u32];
+    machine.launch(Kernel::on(to.element, "rows", ["spread_rows", "spread_rows_bf16"]), each_few(rows, width), arguments)
+}
+
+/// Where in a list those of each row begin, and the end; then, in a place of eight bytes, the list: where every row's gradients lie.
+fn listed(chosen: &[(&[u32], Address)], rows: usize, width: usize) -> Vec<u32> {
+    let places = || chosen.iter().flat_map(|&(ids, at)| ids.iter().enumerate().map(move |(i, &id)| (id, at.after(i * width))));
+    let mut starts = vec![0; rows + 1];
+    places().for_each(|(id, _)| starts[id as usize + 1] += 1);
+    for row in 0..rows {
+        starts[row + 1] += starts[row];
+    }
+    let first = starts.len().next_multiple_of(2);
+    let mut words = [&starts[..], &vec![0; first - starts.len() + 2 * starts[rows] as usize]].concat();
+    let mut next = starts;
+    for (id, Address(at)) in places() {
+        let place = first + 2 * next[id as usize] as usize;
+        (words[place], words[place + 1]) = (at as u32, (at >> 32) as u32);
+        next[id as usize] += 1;
+    }
+    words
+}
+
+/// Sums of rows of two tables of one width: so many, by lists of them that lie there.
+pub(super) fn select_sums<M: Machine>(machine: &M, [first, second]: [(&Input, Address); 2], rows: usize) -> Result<M::Values> {
+    let width = first.0.matrix().1;
+    let y = machine.allocate(rows * width)?;
+    let arguments = arguments![first.0.at, first.1, second.0.at, second.1, machine.at(&y), rows as u32, width as u32];
+    machine.launch(Kernel("rows", "select_sums"), each_few(rows, width), arguments)?;
+    Ok(y)
+}
+
+/// The gradient by a table `[rows, width]`, of that by what so many rows of it were chosen for; [`Choosers::words`] lie there.
+pub(super) fn sum_chosen<M: Machine>(
     machine: &M,
     (rows, width): (usize, usize),
-    ids: &[u32],
+    (choosers, chosen): (Address, usize),
     gradient: Address,
 ) -> Result<M::Values> {
     let by_table = machine.zeros(rows * width)?;
-    let Choosers { order, starts, sources } = Choosers::of(ids);
-    if sources.is_empty() {
+    if chosen == 0 {
         return Ok(by_table);
     }
-    let grid = Grid { blocks: [sources.len(), width.div_ceil(WARP), 1], threads: 8 * WARP, shared: 8 * WARP };
-    let words = machine.upload(&[&order[..], &starts, &sources].concat())?;
-    let order_at = machine.words_at(&words);
-    let starts_at = order_at.after(order.len());
-    let (sources_at, to) = (starts_at.after(starts.len()), machine.at(&by_table));
-    let arguments = arguments![gradient, order_at, starts_at, sources_at, to, width as u32];
+    let grid = Grid { blocks: [chosen, width.div_ceil(WARP), 1], threads: 8 * WARP, shared: 8 * WARP };
+    let sources = choosers.after(chosen + 1);
+    let (order, to) = (sources.after(chosen), machine.at(&by_table));
+    let arguments = arguments![gradient, order, choosers, sources, to, width as u32];
     machine.launch(Kernel("rows", "sum_rows"), grid, arguments)?;
     Ok(by_table)
 }
@@ -87,109 +159,116 @@ impl Operator for SelectRows {
         if !pass.inputs[0].wanted {
             return Ok(vec![None]);
         }
-        Ok(vec![Some(by_table(machine, pass.inputs[0].matrix(), &self.ids, pass.gradient.at)?)])
+        let choosers = Choosers::of(&self.ids);
+        let words = machine.upload(&choosers.words())?;
+        let told = (machine.words_at(&words), choosers.chosen());
+        Ok(vec![Some(sum_chosen(machine, pass.inputs[0].matrix(), told, pass.gradient.at)?)])
     }
 }
 
 /// Rows of two arrays packed into one, each of them once, with values dropped out. Inputs: both, in f32.
-pub(super) struct PackRows {
-    /// For each packed row, which row of both, one behind the other, it is; then for each of these, which packed row.
-    words: Vec<u32>,
-    /// Rows of both arrays.
-    counts: [usize; 2],
-    keep: f32,
-    seed: u32,
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub(super) struct Packing {
+    /// Rows of both arrays, of which those behind the ones that are packed need not be anything.
+    pub(super) rows: [usize; 2],
+    /// Share of values kept.
+    pub(super) keep: f32,
 }
 
-impl PackRows {
+impl Packing {
+    /// What both passes are told: for each packed row, which row of both, one behind the other, it is; then for each of these, which
+    /// packed row; then the seed. `order` does not count rows that are not packed, of which there are `counts` in each array.
+    ///
     /// # Errors
     /// Rows that are packed twice or not at all.
-    pub(super) fn new(order: &[u32], counts: [usize; 2], (rate, seed): (f32, u32)) -> Result<Self> {
-        const NOWHERE: u32 = u32::MAX;
-        let [first, second] = counts;
-        let mut places = vec![NOWHERE; first + second];
-        for (packed, &source) in (0..).zip(order) {
-            match places.get_mut(source as usize) {
-                Some(place) if *place == NOWHERE => *place = packed,
+    pub(super) fn words(&self, order: &[u32], counts: [usize; 2], seed: u32) -> Result<Vec<u32>> {
+        let ([first, second], [of_first, of_second]) = (counts, self.rows);
+        let all = of_first + of_second;
+        let mut words = vec![NO_ROW; 2 * all + 1];
+        let (sources, places) = words.split_at_mut(all);
+        for (packed, &source) in order.iter().enumerate() {
+            let number = source as usize;
+            let row = if number < first { number } else { number - first + of_first };
+            match places.get_mut(row) {
+                Some(place) if *place == NO_ROW && number < first + second && packed < all => *place = packed as u32,
                 _ => candle_core::bail!("pack_rows: row {source} of {} is packed twice, or is none", first + second),
             }
+            sources[packed] = row as u32;
         }
-        if places.len() != order.len() {
+        if order.len() != first + second {
             candle_core::bail!("pack_rows: {} rows are packed of {first} and {second}", order.len());
         }
-        Ok(Self { words: [order, &places].concat(), counts, keep: 1.0 - rate, seed })
+        words[2 * all] = seed;
+        Ok(words)
     }
 
-    /// What both passes are told, where the machine has it.
-    pub(super) fn words(&self) -> &[u32] {
-        &self.words
+    /// Number of [`Self::words`].
+    pub(super) fn words_count(&self) -> usize {
+        2 * self.all() + 1
     }
 
-    /// Packed rows.
-    fn rows(&self) -> usize {
-        self.words.len() / 2
+    /// Packed rows, those that are none included.
+    fn all(&self) -> usize {
+        self.rows.iter().sum()
     }
 
-    /// A thread for every eight columns of every row.
-    fn launch<M: Machine>(
-        &self,
-        machine: &M,
-        kernel: Kernel,
-        (rows, width): (usize, usize),
-        arguments: &[Argument],
-    ) -> Result<()> {
+    /// What both kernels end with.
+    fn last(&self, width: usize, words: Address) -> Vec<Argument> {
         let (limit, scale) = draws(self.keep);
-        let blocks = (rows * width.div_ceil(8)).div_ceil(THREADS).max(1);
-        let last = arguments![width as u32, self.seed, limit, scale];
-        machine.launch(kernel, Grid { blocks: [blocks, 1, 1], threads: THREADS, shared: 0 }, &[arguments, last].concat())
+        arguments![self.all() as u32, width as u32, words.after(2 * self.all()), limit, scale].to_vec()
     }
 
-    /// Asks for the rows to be packed into `to`, whose rows behind them become zeros.
-    pub(super) fn pack<M: Machine>(&self, machine: &M, [first, second]: [Address; 2], words: Address, to: &Input) -> Result<()> {
-        let ((rows, width), of_first) = (to.matrix(), self.counts[0] as u32);
-        let arguments = arguments![first, second, of_first, words, to.at, rows as u32, self.rows() as u32];
-        self.launch(machine, Kernel::on(to.element, "rows", ["pack_rows", "pack_rows_bf16"]), (rows, width), arguments)
+    /// Asks for the rows to be packed into `to`, whose rows that are none become zeros.
+    pub(super) fn pack<M: Machine>(&self, machine: &M, both: [Address; 2], words: Address, to: &Input) -> Result<()> {
+        let ((rows, width), [first, second]) = (to.matrix(), both);
+        let arguments = [arguments![first, second, self.rows[0] as u32, words, to.at], &self.last(width, words)[..]].concat();
+        let kernel = Kernel::on(to.element, "rows", ["pack_rows", "pack_rows_bf16"]);
+        machine.launch(kernel, each_few(rows, width), &arguments)
     }
 
-    /// Asks for the gradients by both arrays.
-    pub(super) fn unpack<M: Machine>(
-        &self,
-        machine: &M,
-        by_packed: &Input,
-        words: Address,
-        [first, second]: [Address; 2],
-    ) -> Result<()> {
-        let (sizes, places) = ((self.rows(), by_packed.matrix().1), words.after(self.rows()));
-        let arguments = arguments![by_packed.at, first, second, self.counts[0] as u32, places, sizes.0 as u32];
+    /// Asks for the gradients by both arrays, zeros by rows that are not packed.
+    pub(super) fn unpack<M: Machine>(&self, machine: &M, by_packed: &Input, words: Address, both: [Address; 2]) -> Result<()> {
+        let ((rows, width), [first, second]) = (by_packed.matrix(), both);
+        let arguments = arguments![by_packed.at, first, second, self.rows[0] as u32, words.after(self.all())];
+        let arguments = [arguments, &self.last(width, words)[..]].concat();
         let kernel = Kernel::on(by_packed.element, "rows", ["pack_rows_backward", "pack_rows_backward_bf16"]);
-        self.launch(machine, kernel, sizes, arguments)
+        machine.launch(kernel, each_few(rows, width), &arguments)
     }
+}
+
+/// A packing by itself.
+struct PackRows {
+    packing: Packing,
+    words: Vec<u32>,
 }
 
 impl Operator for PackRows {
     const NAME: &'static str = "pack_rows";
 
     fn forward<M: Machine>(&self, machine: &M, inputs: &[Input]) -> Result<(M::Values, Shape)> {
-        let shape = Shape::from((self.rows(), inputs[0].matrix().1));
+        let shape = Shape::from((self.packing.all(), inputs[0].matrix().1));
         let (y, words) = (machine.allocate(shape.elem_count())?, machine.upload(&self.words)?);
         let to = Input { at: machine.at(&y), shape: shape.clone(), ..inputs[0].clone() };
-        self.pack(machine, [inputs[0].at, inputs[1].at], machine.words_at(&words), &to)?;
+        self.packing.pack(machine, [inputs[0].at, inputs[1].at], machine.words_at(&words), &to)?;
         Ok((y, shape))
     }
 
     fn backward<M: Machine>(&self, machine: &M, pass: &Pass) -> Result<Vec<Option<M::Values>>> {
         let (first, second) = (pass.inputs[0].alike(machine)?, pass.inputs[1].alike(machine)?);
         let words = machine.upload(&self.words)?;
-        self.unpack(machine, pass.gradient, machine.words_at(&words), [machine.at(&first), machine.at(&second)])?;
+        let both = [machine.at(&first), machine.at(&second)];
+        self.packing.unpack(machine, pass.gradient, machine.words_at(&words), both)?;
         Ok(vec![Some(first), Some(second)])
     }
 }
 
 /// Rows of two matrices of one width, packed: row `r` is row `order[r]` of both, one behind the other, each of which is packed once.
 /// Values are dropped out as by [`dropout`](crate::ops::dropout).
-pub fn pack_rows(both: [&Tensor; 2], order: &[u32], draws: (f32, u32)) -> Result<Tensor> {
+pub fn pack_rows(both: [&Tensor; 2], order: &[u32], (rate, seed): (f32, u32)) -> Result<Tensor> {
     let [first, second] = both;
-    let op = PackRows::new(order, [first.dim(0)?, second.dim(0)?], draws)?;
+    let counts = [first.dim(0)?, second.dim(0)?];
+    let packing = Packing { rows: counts, keep: 1.0 - rate };
+    let op = PackRows { packing, words: packing.words(order, counts, seed)? };
     first.contiguous()?.apply_op2(&second.contiguous()?, OnMachine::of(op))
 }
 
@@ -204,16 +283,37 @@ mod tests {
 
     #[test]
     fn every_row_is_packed_once() {
-        let packing = |order: &[u32]| PackRows::new(order, [2, 2], (0.0, 0));
-        assert_eq!(packing(&[2, 0, 3, 1]).unwrap().words(), [2, 0, 3, 1, 1, 3, 0, 2]);
+        let words = |order: &[u32], rows| Packing { rows, keep: 1.0 }.words(order, [2, 2], 9);
+        assert_eq!(words(&[2, 0, 3, 1], [2, 2]).unwrap(), [2, 0, 3, 1, 1, 3, 0, 2, 9]);
         for (order, expected) in [
             (&[2, 0, 2, 1][..], "row 2 of 4 is packed twice"),
             (&[2, 0, 4, 1], "row 4 of 4 is packed twice, or is none"),
             (&[2, 0, 1], "3 rows are packed of 2 and 2"),
         ] {
-            let error = packing(order).err().unwrap();
-            assert!(error.to_string().contains(expected), "{error}");
+            for rows in [[2, 2], [3, 4]] {
+                let error = words(order, rows).unwrap_err();
+                assert!(error.to_string().contains(expected), "{error}");
+            }
         }
+    }
+
+    /// A row more of the first array and two of the second: the last of each three.
+    #[test]
+    fn rows_that_are_filled_up_are_not_packed() {
+        let packing = Packing { rows: [3, 4], keep: 1.0 };
+        let words = packing.words(&[2, 0, 3, 1], [2, 2], 9).unwrap();
+        let (order, places) = ([3, 0, 4, 1, NO_ROW, NO_ROW, NO_ROW], [1, 3, NO_ROW, 0, 2, NO_ROW, NO_ROW]);
+        assert_eq!(words, [&order[..], &places, &[9]].concat());
+        assert_eq!(words.len(), packing.words_count());
+    }
+
+    #[test]
+    fn gradients_are_listed_by_what_they_are_spread_over() {
+        let (first, second) = (Address(0x7_0000_0100), Address(0x200));
+        let words = listed(&[(&[3, 1], first), (&[1, 1], second)], 4, 2);
+        let starts = [0, 0, 3, 3, 4, 0];
+        let list = [0x108, 7, 0x200, 0, 0x208, 0, 0x100, 7];
+        assert_eq!(words, [&starts[..], &list].concat());
     }
 
     #[test]
@@ -221,6 +321,9 @@ mod tests {
         let of = Choosers::of(&[7, 2, 7, 0, 7]);
         let expected = Choosers { order: vec![3, 1, 0, 2, 4], starts: vec![0, 1, 2, 5], sources: vec![0, 2, 7] };
         assert_eq!(of, expected);
+        assert_eq!(of.words(), [0, 1, 2, 5, 0, 2, 7, 3, 1, 0, 2, 4]);
+        let filled = of.filled(6, 4);
+        assert_eq!(filled.words(), [0, 1, 2, 5, 5, 0, 2, 7, NO_ROW, 3, 1, 0, 2, 4, 0]);
         assert_eq!(Choosers::of(&[]), Choosers { order: vec![], starts: vec![0], sources: vec![] });
     }
 }

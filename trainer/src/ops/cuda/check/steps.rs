@@ -59,14 +59,14 @@ pub fn first_steps(device: &Device) -> Result<Steps> {
         let batch = packer.finish(device)?;
         let passed = model.forward(&batch, None, Dropout::of(0.1, 100 + u64::from(step)))?;
         let hidden = &passed.hidden;
-        let language = model.language_loss(&model.rows(hidden, &predicting)?, targets, 0.1)?;
+        let language = model.language_loss(&hidden.rows(&predicting)?, targets, 0.1)?;
         let contrast = contrastive_loss(
             &model.image_embedding(&batch, &passed, &images, EmbeddedImages::Described)?,
             &model.text_embedding(&batch, hidden, &texts)?,
             &[0, 1, 2],
             &model.temperature()?,
         )?;
-        let logits = model.match_logits(&model.rows(hidden, &joint_images)?, &model.rows(hidden, &joint_texts)?)?;
+        let logits = model.match_logits(&hidden.rows(&joint_images)?, &hidden.rows(&joint_texts)?)?;
         let loss = ((language + contrast)? + matching_loss(&logits, &[1.0, 0.0, 1.0])?)?;
         let value = loss.to_scalar::<f32>().context("the loss is not a number")?;
         let by: Vec<Var> = model.weights().values().cloned().collect();

@@ -4,26 +4,64 @@
 // Added to the square of a row's length, as on the CPU.
 constexpr float LEAST_SQUARE = 1e-12f;
 
-// y[i] = table[ids[i]], rows of `width` values.
-extern "C" __global__ void select_rows(const float* table, const uint32_t* ids, float* y, size_t count, uint32_t width) {
-    for (size_t i = blockIdx.x * size_t(blockDim.x) + threadIdx.x; i < count; i += size_t(gridDim.x) * blockDim.x) {
-        y[i] = table[size_t(ids[i / width]) * width + i % width];
-    }
+// Row r of y is row ids[r] of the table. A thread has FEW columns of a row.
+template <typename T>
+__device__ __forceinline__ void select(const T* table, const uint32_t* ids, float* y, uint32_t rows, uint32_t width) {
+    uint32_t spans = (width + FEW - 1) / FEW, place = blockIdx.x * blockDim.x + threadIdx.x;
+    uint32_t row = place / spans, column = place % spans * FEW, count = min(FEW, width - column);
+    if (row >= rows) return;
+    float values[FEW];
+    read_few(table + size_t(ids[row]) * width + column, count, values);
+    write_few(y + size_t(row) * width + column, count, values);
 }
 
-// What rows of two arrays are packed into: row r of y is row order[r] of both, one behind the other, with values dropped out; from row
-// `given` on, zeros. A thread has FEW columns of a row.
+// The backward pass of rows that were chosen several times over: row r of y is the sum of the rows that `chosen` lists from starts[r]
+// to starts[r + 1], zeros where there are none. A thread has FEW columns of a row.
 template <typename T>
-__device__ __forceinline__ void pack(
-    const float* first, const float* second, uint32_t of_first, const uint32_t* order, T* y, uint32_t rows, uint32_t given,
-    uint32_t width, Dropout dropout
+__device__ __forceinline__ void spread(
+    const uint32_t* starts, const float* const* chosen, T* y, uint32_t rows, uint32_t width
 ) {
     uint32_t spans = (width + FEW - 1) / FEW, place = blockIdx.x * blockDim.x + threadIdx.x;
     uint32_t row = place / spans, column = place % spans * FEW, count = min(FEW, width - column);
     if (row >= rows) return;
+    float sum[FEW] = {}, values[FEW];
+    for (uint32_t i = starts[row]; i < starts[row + 1]; i++) {
+        read_few(chosen[i] + column, count, values);
+        for (uint32_t e = 0; e < FEW; e++) sum[e] += values[e];
+    }
+    write_few(y + size_t(row) * width + column, count, sum);
+}
+
+// In tables of rows, for one that is none.
+constexpr uint32_t NO_ROW = 0xffffffff;
+
+// Row r of y is row a[r] of the first table and row b[r] of the second, added up. A thread has FEW columns of a row.
+extern "C" __global__ void select_sums(
+    const float* first, const uint32_t* a, const float* second, const uint32_t* b, float* y, uint32_t rows, uint32_t width
+) {
+    uint32_t spans = (width + FEW - 1) / FEW, place = blockIdx.x * blockDim.x + threadIdx.x;
+    uint32_t row = place / spans, column = place % spans * FEW, count = min(FEW, width - column);
+    if (row >= rows) return;
+    float values[FEW], others[FEW];
+    read_few(first + size_t(a[row]) * width + column, count, values);
+    read_few(second + size_t(b[row]) * width + column, count, others);
+    for (uint32_t e = 0; e < FEW; e++) values[e] += others[e];
+    write_few(y + size_t(row) * width + column, count, values);
+}
+
+// What rows of two arrays are packed into: row r of y is row order[r] of both, one behind the other, with values dropped out, or
+// zeros where that is none. A thread has FEW columns of a row.
+template <typename T>
+__device__ __forceinline__ void pack(
+    const float* first, const float* second, uint32_t of_first, const uint32_t* order, T* y, uint32_t rows, uint32_t width,
+    Dropout dropout
+) {
+    uint32_t spans = (width + FEW - 1) / FEW, place = blockIdx.x * blockDim.x + threadIdx.x;
+    uint32_t row = place / spans, column = place % spans * FEW, count = min(FEW, width - column);
+    if (row >= rows) return;
+    uint32_t source = order[row];
     float values[FEW] = {};
-    if (row < given) {
-        uint32_t source = order[row];
+    if (source != NO_ROW) {
         const float* from = source < of_first ? first + size_t(source) * width : second + size_t(source - of_first) * width;
         read_few(from + column, count, values);
         if (dropout.limit != 0xffffffffu) {
@@ -33,7 +71,7 @@ __device__ __forceinline__ void pack(
     write_few(y + size_t(row) * width + column, count, values);
 }
 
-// The backward pass: rows of both arrays, one behind the other, of which row s is packed as row places[s].
+// The backward pass: rows of both arrays, one behind the other, of which row s is packed as row places[s]; zeros where that is none.
 template <typename T>
 __device__ __forceinline__ void pack_backward(
     const T* dy, float* by_first, float* by_second, uint32_t of_first, const uint32_t* places, uint32_t sources, uint32_t width,
@@ -43,10 +81,12 @@ __device__ __forceinline__ void pack_backward(
     uint32_t source = place / spans, column = place % spans * FEW, count = min(FEW, width - column);
     if (source >= sources) return;
     uint32_t row = places[source];
-    float values[FEW];
-    read_few(dy + size_t(row) * width + column, count, values);
-    if (dropout.limit != 0xffffffffu) {
-        for (uint32_t e = 0; e < FEW; e++) values[e] = dropout(values[e], row * width + column + e);
+    float values[FEW] = {};
+    if (row != NO_ROW) {
+        read_few(dy + size_t(row) * width + column, count, values);
+        if (dropout.limit != 0xffffffffu) {
+            for (uint32_t e = 0; e < FEW; e++) values[e] = dropout(values[e], row * width + column + e);
+        }
     }
     float* to = source < of_first ? by_first + size_t(source) * width : by_second + size_t(source - of_first) * width;
     write_few(to + column, count, values);
@@ -54,30 +94,41 @@ __device__ __forceinline__ void pack_backward(
 
 #define OF_TYPE(T, suffix)                                                                                                      \
     extern "C" __global__ void pack_rows##suffix(                                                                               \
-        const float* first, const float* second, uint32_t of_first, const uint32_t* order, T* y, uint32_t rows, uint32_t given, \
-        uint32_t width, uint32_t seed, uint32_t limit, float scale                                                              \
+        const float* first, const float* second, uint32_t of_first, const uint32_t* order, T* y, uint32_t rows, uint32_t width, \
+        const uint32_t* seed, uint32_t limit, float scale                                                                       \
     ) {                                                                                                                         \
-        pack(first, second, of_first, order, y, rows, given, width, {seed, limit, scale});                                      \
+        pack(first, second, of_first, order, y, rows, width, seeded(seed, limit, scale));                                       \
     }                                                                                                                           \
     extern "C" __global__ void pack_rows_backward##suffix(                                                                      \
         const T* dy, float* by_first, float* by_second, uint32_t of_first, const uint32_t* places, uint32_t sources,            \
-        uint32_t width, uint32_t seed, uint32_t limit, float scale                                                              \
+        uint32_t width, const uint32_t* seed, uint32_t limit, float scale                                                       \
     ) {                                                                                                                         \
-        pack_backward(dy, by_first, by_second, of_first, places, sources, width, {seed, limit, scale});                         \
+        pack_backward(dy, by_first, by_second, of_first, places, sources, width, seeded(seed, limit, scale));                   \
+    }                                                                                                                           \
+    extern "C" __global__ void select_rows##suffix(                                                                             \
+        const T* table, const uint32_t* ids, float* y, uint32_t rows, uint32_t width                                            \
+    ) {                                                                                                                         \
+        select(table, ids, y, rows, width);                                                                                     \
+    }                                                                                                                           \
+    extern "C" __global__ void spread_rows##suffix(                                                                             \
+        const uint32_t* starts, const float* const* chosen, T* y, uint32_t rows, uint32_t width                                 \
+    ) {                                                                                                                         \
+        spread(starts, chosen, y, rows, width);                                                                                 \
     }
 
 OF_TYPE(float, )
 OF_TYPE(bf16, _bf16)
 #undef OF_TYPE
 
-// The backward pass: dtable[sources[s]] is the sum of the rows of dy that `order` lists from starts[s] to starts[s + 1]. Rows
-// that nobody chose are left alone. A block has eight warps and makes 32 columns of one row: blockIdx.x is s.
+// The backward pass: dtable[sources[s]] is the sum of the rows of dy that `order` lists from starts[s] to starts[s + 1]; nothing
+// where that is no row. Rows that nobody chose are left alone. A block has eight warps and makes 32 columns of one row: blockIdx.x is s.
 extern "C" __global__ void sum_rows(
     const float* dy, const uint32_t* order, const uint32_t* starts, const uint32_t* sources, float* dtable, uint32_t width
 ) {
     SHARED(float, partial);  // [warps, 32]
     uint32_t lane = threadIdx.x % WARP, warp = threadIdx.x / WARP, warps = blockDim.x / WARP;
     uint32_t column = blockIdx.y * WARP + lane;
+    if (sources[blockIdx.x] == NO_ROW) return;
     float sum = 0;
     if (column < width) {
         uint32_t end = starts[blockIdx.x + 1];

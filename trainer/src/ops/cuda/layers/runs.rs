@@ -1,17 +1,20 @@
 //! Passes through the layers, on memory that stays, and their recordings.
 
+use std::sync::atomic::Ordering;
+
 use candle_core::{Result, Shape, Tensor};
 
 use super::super::attention::Attention;
-use super::super::attention_tables::{Placed, filled};
+use super::super::attention_tables::Placed;
 use super::super::gathering::Gathering;
 use super::super::machine::{Address, Element};
 use super::super::operator::Input;
 use super::super::recording::{Records, Reserved};
+use super::super::rows::{check_ids, selected, spread};
 use super::super::{Precision, copy, fill_rows, round_to, widen_to};
-use super::embedding::Embedded;
-use super::stack::{Array, ByWeights, Left, Matrices, Stack};
-use super::{ByEmbedding, Forward, Gradients, NAME, WEIGHTS};
+use super::embedding::{Embedded, Embedder, Found, Sizes};
+use super::stack::{Array, ByWeights, Left, Matrices, Stack, matrices};
+use super::{ByEmbedding, ByRows, EMBEDDING_WEIGHTS, Forward, Gradients, NAME, SEEDS};
 
 /// How many forward passes there were.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
@@ -27,10 +30,13 @@ pub struct Counts {
 /// All that has to be the same for a recording to do for another pass.
 #[derive(Clone, PartialEq)]
 struct Use {
+    /// Of the embedding, filled up.
+    sizes: Sizes,
     /// Rows, filled up, and their width.
     shape: (usize, usize),
     /// Of the attention's tables, filled up.
     lengths: [usize; 3],
+    layers: usize,
     heads: usize,
     eps: f32,
     rate: f32,
@@ -38,6 +44,7 @@ struct Use {
     first_kept: usize,
     checkpointing: bool,
     input_wanted: bool,
+    features_tracked: bool,
     /// Where the weights lie, and whether they are trained.
     weights: Vec<(Address, bool)>,
 }
@@ -60,47 +67,87 @@ enum Stage<M: Records> {
 
 struct OneUse<M: Records> {
     used_as: Use,
-    /// Tables and seeds of the last pass.
+    /// Tables and seeds of the last pass, the layers' and then the embedding's.
     words: M::Words,
     stage: Stage<M>,
 }
 
 /// A use of the layers as recordings, on memory that is theirs while they are done.
 struct Recorded<M: Records> {
-    input: Input,
+    images: Option<[Input; 2]>,
     result: Input,
     by_result: Input,
-    by_input: Option<Input>,
     forward: M::Recording,
     /// Layers on the way back, the last one first.
     backward: Vec<RecordedLayer<M>>,
+    by_embedding: Option<RecordedEmbedding<M>>,
     _pieces: Option<M::Words>,
 }
 
 struct RecordedLayer<M: Records> {
     number: usize,
     backward: M::Recording,
+    gathered: Gathered<M>,
+}
+
+struct RecordedEmbedding<M: Records> {
+    backward: M::Recording,
+    gathered: Gathered<M>,
+    features: Option<Input>,
+}
+
+/// How gradients by weights are copied to tensors, and by which of them they are.
+struct Gathered<M: Records> {
     numbers: Vec<usize>,
     gathering: Gathering<M>,
+}
+
+impl<M: Records> Gathered<M> {
+    fn of(machine: &M, by_weights: &ByWeights<Reserved<M>>) -> Result<Self> {
+        let numbers = by_weights.places.iter().map(|&(number, ..)| number).collect();
+        let places: Vec<_> = by_weights.places.iter().map(|&(_, at, count)| (at, count)).collect();
+        Ok(Self { numbers, gathering: Gathering::of(machine, &places)? })
+    }
+
+    /// A copy of what lies there now.
+    fn copied<const N: usize>(&self, machine: &M, weights: &[Tensor; N]) -> Result<[Option<Tensor>; N]> {
+        let found = self.gathering.gathered(machine, self.numbers.iter().map(|&number| weights[number].shape()))?;
+        let mut all = [const { None }; N];
+        for (&number, gradient) in self.numbers.iter().zip(found) {
+            all[number] = Some(gradient);
+        }
+        Ok(all)
+    }
 }
 
 /// The forward pass that was done last.
 struct Last<M: Records> {
     number: u64,
-    embedded: Embedded<M>,
     /// What it has left, where it was no recording.
     asked: Option<Asked<M>>,
 }
 
-/// Matrices, and where it is told how they are rounded.
+/// What the last layer gives, and what backward passes take: of the embedding and of each layer.
+type Way<M> = (Array<Reserved<M>>, Embedded<Reserved<M>>, Vec<Left<Reserved<M>>>);
+
+/// Matrices, where it is told how they are rounded, and where features and boxes of the images are copied to.
 struct Laid<M: Records> {
     matrices: Matrices<Reserved<M>>,
     pieces: Option<M::Words>,
+    images: Option<[Array<Reserved<M>>; 2]>,
+}
+
+impl<M: Records> Laid<M> {
+    fn images(&self) -> Option<[Input; 2]> {
+        self.images.as_ref().map(|both| both.each_ref().map(Array::input))
+    }
 }
 
 struct Asked<M: Records> {
+    result: Array<Reserved<M>>,
     attention: Attention,
     laid: Laid<M>,
+    embedded: Embedded<Reserved<M>>,
     left: Vec<Left<Reserved<M>>>,
 }
 
@@ -129,8 +176,8 @@ impl<M: Records> Engine<M> {
         self.counts
     }
 
-    /// The last layer's result. The pass is told its number.
-    pub fn forward(&mut self, pass: &mut Forward) -> Result<Tensor> {
+    /// See [`super::Runs::forward`]. The pass is told its number.
+    pub fn forward(&mut self, pass: &Forward) -> Result<()> {
         // What another pass has left is given back.
         self.last = None;
         let (used_as, attention, words) = self.told(pass)?;
@@ -149,43 +196,72 @@ impl<M: Records> Engine<M> {
             }
         }
         let number = self.counts.passes;
-        let embed = |to: &Input| pass.embedding.forward(&self.machine, &pass.common, to);
-        let (result, embedded, asked) = match &one.stage {
+        let asked = match &one.stage {
             Stage::Recorded(recorded) => {
-                let embedded = embed(&recorded.input)?;
+                self.feed(pass, recorded.images.as_ref())?;
                 self.machine.replay(&recorded.forward)?;
                 self.counts.replayed += 1;
-                (self.read(&recorded.result, pass)?, embedded, None)
+                None
             }
             _ => {
-                let input = self.empty(&one)?;
-                let embedded = embed(&input.input())?;
-                let (result, asked) = self.ask_forward(pass, &one, attention, input)?;
-                (self.read(&result.input(), pass)?, embedded, Some(asked))
+                let laid = self.laid(pass, &one)?;
+                self.feed(pass, laid.images().as_ref())?;
+                let (result, embedded, left) = self.ask_forward(pass, &one, &attention, &laid)?;
+                Some(Asked { result, attention, laid, embedded, left })
             }
         };
         self.uses.push(one);
         self.counts.passes += 1;
-        (pass.number, self.last) = (number, Some(Last { number, embedded, asked }));
-        Ok(result)
+        self.last = Some(Last { number, asked });
+        pass.number.store(number, Ordering::Relaxed);
+        Ok(())
+    }
+
+    /// Does a pass again if it is not the last one, whose results are there.
+    fn renew(&mut self, pass: &Forward) -> Result<()> {
+        match &self.last {
+            Some(last) if last.number == pass.number.load(Ordering::Relaxed) => Ok(()),
+            _ => self.forward(pass),
+        }
+    }
+
+    /// Where the last layer's result of a pass lies.
+    fn result(&mut self, pass: &Forward) -> Result<Input> {
+        self.renew(pass)?;
+        match (&self.last, self.uses.last().map(|one| &one.stage)) {
+            (Some(Last { asked: Some(asked), .. }), _) => Ok(asked.result.input()),
+            (_, Some(Stage::Recorded(recorded))) => Ok(recorded.result.clone()),
+            _ => candle_core::bail!("{NAME}: a pass has left nothing"),
+        }
+    }
+
+    /// See [`super::Runs::rows`].
+    pub fn rows(&mut self, pass: &Forward, ids: &[u32]) -> Result<Tensor> {
+        check_ids(ids, pass.rows())?;
+        let result = self.result(pass)?;
+        let values = selected(&self.machine, &result, ids)?;
+        self.machine.tensor(values, &Shape::from((ids.len(), result.matrix().1)))
+    }
+
+    /// See [`super::Runs::all_rows`].
+    pub fn all_rows(&mut self, pass: &Forward) -> Result<Tensor> {
+        let result = self.result(pass)?;
+        self.read(&result, pass.rows())
     }
 
     /// See [`super::Runs::backward`].
     pub fn backward(
         &mut self,
-        pass: &mut Forward,
-        gradient: &Tensor,
+        pass: &Forward,
+        by_rows: &[ByRows],
         complete: &mut dyn FnMut(usize, Gradients) -> Result<()>,
     ) -> Result<Option<ByEmbedding>> {
-        if self.last.as_ref().is_none_or(|last| last.number != pass.number) {
-            self.forward(pass)?;
-        }
+        self.renew(pass)?;
         // From now on, memory of its results is written to.
         let (Some(last), Some(mut one)) = (self.last.take(), self.uses.pop()) else { candle_core::bail!("{NAME}: no pass") };
-        let embedded = last.embedded;
         let by_embedding = match (&one.stage, last.asked) {
-            (Stage::Recorded(recorded), None) => self.replay_backward(pass, recorded, embedded, gradient, complete),
-            (_, Some(asked)) => self.ask_backward(pass, &one, asked, embedded, gradient, complete),
+            (Stage::Recorded(recorded), None) => self.replay_backward(pass, recorded, by_rows, complete),
+            (_, Some(asked)) => self.ask_backward(pass, &one, asked, by_rows, complete),
             _ => candle_core::bail!("{NAME}: a pass has left nothing"),
         };
         if matches!(one.stage, Stage::First) && by_embedding.is_ok() {
@@ -213,16 +289,18 @@ impl<M: Records> Engine<M> {
     /// What a pass is used as, its attention, and the words that this is told: tables and seeds.
     fn told(&self, pass: &Forward) -> Result<(Use, Attention, Vec<u32>)> {
         let Forward { embedding, layers, common, .. } = pass;
-        let hidden = embedding.hidden();
-        let rows = filled(embedding.rows(), 128).next_multiple_of(16);
-        let sizes = (common.heads, hidden / common.heads);
+        let (sizes, of_embedding) = embedding.told(common)?;
+        let shape = (sizes.all(), embedding.hidden());
+        let heads = (common.heads, shape.1 / common.heads);
         let (attention, tables) =
-            Attention::of_plan(&common.plan, rows, sizes, 1.0 - common.rate, Element::of(common.precision))?;
-        let weights = layers.iter().flat_map(|given| &given.weights);
+            Attention::of_plan(&common.plan, shape.0, heads, 1.0 - common.rate, Element::of(common.precision))?;
+        let weights = layers.iter().flat_map(|given| &given.weights).chain(&embedding.weights);
         let weights = weights.map(|weight| Ok((self.machine.place(NAME, weight)?.at, weight.track_op())));
         let used_as = Use {
-            shape: (rows, hidden),
+            sizes,
+            shape,
             lengths: tables.lengths(),
+            layers: layers.len(),
             heads: common.heads,
             eps: common.eps,
             rate: common.rate,
@@ -230,9 +308,11 @@ impl<M: Records> Engine<M> {
             first_kept: common.first_kept,
             checkpointing: common.checkpointing,
             input_wanted: pass.input_wanted(),
+            features_tracked: embedding.features_tracked(),
             weights: weights.collect::<Result<_>>()?,
         };
-        let words = tables.words(layers.iter().flat_map(|given| given.seeds));
+        let mut words = tables.words(layers.iter().flat_map(|given| given.seeds));
+        words.extend(of_embedding);
         Ok((used_as, attention, words))
     }
 
@@ -255,28 +335,46 @@ impl<M: Records> Engine<M> {
         Placed::at(self.machine.words_at(&one.words), one.used_as.lengths)
     }
 
-    fn stack<'a>(
+    /// The layers of a pass, and the embedding in front of them.
+    fn parts<'a>(
         &'a self,
         pass: &'a Forward,
         one: &OneUse<M>,
         attention: &'a Attention,
         laid: &'a Laid<M>,
-    ) -> Stack<'a, Reserved<M>> {
-        Stack {
-            machine: &self.memory,
+    ) -> (Embedder<'a, Reserved<M>>, Stack<'a, Reserved<M>>) {
+        let placed = self.placed(one);
+        let seeds = SEEDS * one.used_as.layers;
+        let (of_layers, of_embedding) = laid.matrices.at.split_at(matrices(&pass.layers).count());
+        let machine = &self.memory;
+        let embedder = Embedder {
+            machine,
             common: &pass.common,
-            layers: &pass.layers,
-            attention,
-            matrices: &laid.matrices,
-            placed: self.placed(one),
-            pieces: laid.pieces.as_ref().map_or(Address::NULL, |words| self.machine.words_at(words)),
-        }
+            embedding: &pass.embedding,
+            sizes: one.used_as.sizes,
+            words: placed.seed.after(seeds),
+            images: laid.images(),
+            matrices: of_embedding,
+        };
+        (embedder, Stack { machine, common: &pass.common, layers: &pass.layers, attention, matrices: of_layers, placed })
     }
 
     fn laid(&self, pass: &Forward, one: &OneUse<M>) -> Result<Laid<M>> {
-        let matrices = Matrices::of(&self.memory, &pass.layers, one.used_as.element())?;
+        let element = one.used_as.element();
+        let matrices = Matrices::of(&self.memory, matrices(&pass.layers).chain(pass.embedding.matrices()), element)?;
         let pieces = matrices.pieces().map(|pieces| self.machine.upload(pieces)).transpose()?;
-        Ok(Laid { matrices, pieces })
+        let rows = one.used_as.sizes.images();
+        let images = pass.embedding.images.as_ref().map(|[features, boxes]| -> Result<_> {
+            let array = |of: &Tensor| Array::empty(&self.memory, (rows, of.dim(1)?), element);
+            Ok([array(features)?, array(boxes)?])
+        });
+        Ok(Laid { matrices, pieces, images: images.transpose()? })
+    }
+
+    /// Copies features and boxes of the images to where they are read.
+    fn feed(&self, pass: &Forward, images: Option<&[Input; 2]>) -> Result<()> {
+        let given = pass.embedding.images.iter().flatten();
+        given.zip(images.into_iter().flatten()).try_for_each(|(tensor, to)| self.store(tensor, to))
     }
 
     /// Memory for rows, with nothing in particular in it.
@@ -284,16 +382,15 @@ impl<M: Records> Engine<M> {
         Array::empty(&self.memory, one.used_as.shape, one.used_as.element())
     }
 
-    fn ask_forward(
-        &self,
-        pass: &Forward,
-        one: &OneUse<M>,
-        attention: Attention,
-        input: Array<Reserved<M>>,
-    ) -> Result<(Array<Reserved<M>>, Asked<M>)> {
-        let laid = self.laid(pass, one)?;
-        let (result, left) = self.stack(pass, one, &attention, &laid).forward(input)?;
-        Ok((result, Asked { attention, laid, left }))
+    /// What the last layer gives, and what backward passes take.
+    fn ask_forward(&self, pass: &Forward, one: &OneUse<M>, attention: &Attention, laid: &Laid<M>) -> Result<Way<M>> {
+        let pieces = laid.pieces.as_ref().map_or(Address::NULL, |words| self.machine.words_at(words));
+        laid.matrices.round(&self.memory, pieces)?;
+        let (embedder, stack) = self.parts(pass, one, attention, laid);
+        let input = self.empty(one)?;
+        let embedded = embedder.forward(&input.input())?;
+        let (result, left) = stack.forward(input)?;
+        Ok((result, embedded, left))
     }
 
     fn ask_backward(
@@ -301,50 +398,56 @@ impl<M: Records> Engine<M> {
         pass: &Forward,
         one: &OneUse<M>,
         asked: Asked<M>,
-        embedded: Embedded<M>,
-        gradient: &Tensor,
+        by_rows: &[ByRows],
         complete: &mut dyn FnMut(usize, Gradients) -> Result<()>,
     ) -> Result<Option<ByEmbedding>> {
-        let Asked { attention, laid, left } = asked;
-        let stack = self.stack(pass, one, &attention, &laid);
+        let Asked { result, attention, laid, embedded, left } = asked;
+        drop(result);
+        let (embedder, stack) = self.parts(pass, one, &attention, &laid);
         let mut by = self.empty(one)?;
-        self.store(gradient, &by.input())?;
+        self.spread(by_rows, &by.input())?;
         for of_layer in left.into_iter().rev() {
             let (number, wanted) = (of_layer.number, goes_on(pass, of_layer.number));
             let (by_input, by_weights) = stack.backward(of_layer, by, wanted)?;
-            let (numbers, gathering) = self.gathering(&by_weights)?;
-            complete(number, self.gathered(pass, number, &numbers, &gathering)?)?;
+            complete(number, Gathered::of(&self.machine, &by_weights)?.copied(&self.machine, &pass.layers[number].weights)?)?;
             drop(by_weights);
             let Some(by_input) = by_input else { return Ok(None) };
             by = by_input;
         }
-        pass.embedding.backward(&self.machine, &pass.common, embedded, &by.input()).map(Some)
+        let (by_weights, features) = embedder.backward(embedded, &by.input())?;
+        let gathered = Gathered::of(&self.machine, &by_weights)?;
+        self.by_embedding(pass, &gathered, features.as_ref().map(Array::input).as_ref()).map(Some)
     }
 
     fn replay_backward(
         &self,
         pass: &Forward,
         recorded: &Recorded<M>,
-        embedded: Embedded<M>,
-        gradient: &Tensor,
+        by_rows: &[ByRows],
         complete: &mut dyn FnMut(usize, Gradients) -> Result<()>,
     ) -> Result<Option<ByEmbedding>> {
-        self.store(gradient, &recorded.by_result)?;
-        for RecordedLayer { number, backward, numbers, gathering } in &recorded.backward {
+        self.spread(by_rows, &recorded.by_result)?;
+        for RecordedLayer { number, backward, gathered } in &recorded.backward {
             self.machine.replay(backward)?;
-            complete(*number, self.gathered(pass, *number, numbers, gathering)?)?;
+            complete(*number, gathered.copied(&self.machine, &pass.layers[*number].weights)?)?;
         }
-        let Some(by_input) = &recorded.by_input else { return Ok(None) };
-        pass.embedding.backward(&self.machine, &pass.common, embedded, by_input).map(Some)
+        let Some(RecordedEmbedding { backward, gathered, features }) = &recorded.by_embedding else { return Ok(None) };
+        self.machine.replay(backward)?;
+        self.by_embedding(pass, gathered, features.as_ref()).map(Some)
+    }
+
+    /// Gradients as tensors.
+    fn by_embedding(&self, pass: &Forward, gathered: &Gathered<M>, features: Option<&Input>) -> Result<ByEmbedding> {
+        let weights: [_; EMBEDDING_WEIGHTS.len()] = gathered.copied(&self.machine, &pass.embedding.weights)?;
+        let features = features.map(|of| self.read(of, pass.embedding.image_rows()?)).transpose()?;
+        Ok(ByEmbedding { weights, features })
     }
 
     /// Records a pass both ways. All memory is given back then: nobody else writes to it while the recordings are done.
     fn record(&self, pass: &Forward, one: &OneUse<M>, attention: &Attention) -> Result<Recorded<M>> {
-        let given = self.empty(one)?;
-        let input = given.input();
         let laid = self.laid(pass, one)?;
-        let stack = self.stack(pass, one, attention, &laid);
-        let ((y, left), forward) = self.machine.record(|| stack.forward(given))?;
+        let ((y, embedded, left), forward) = self.machine.record(|| self.ask_forward(pass, one, attention, &laid))?;
+        let (embedder, stack) = self.parts(pass, one, attention, &laid);
         // The result is read before the gradient by it is written.
         let result = y.input();
         drop(y);
@@ -355,29 +458,28 @@ impl<M: Records> Engine<M> {
             let (number, wanted) = (of_layer.number, goes_on(pass, of_layer.number));
             let Some(gradient) = by.take() else { candle_core::bail!("{NAME}: a layer without a gradient") };
             let ((by_input, by_weights), recording) = self.machine.record(|| stack.backward(of_layer, gradient, wanted))?;
-            let (numbers, gathering) = self.gathering(&by_weights)?;
-            backward.push(RecordedLayer { number, backward: recording, numbers, gathering });
+            let gathered = Gathered::of(&self.machine, &by_weights)?;
+            backward.push(RecordedLayer { number, backward: recording, gathered });
             by = by_input;
         }
         let Some(by_result) = by_result else { candle_core::bail!("{NAME}: no gradient") };
-        let by_input = by.as_ref().map(Array::input);
-        Ok(Recorded { input, result, by_result, by_input, forward, backward, _pieces: laid.pieces })
+        let by_embedding = by.map(|by| -> Result<_> {
+            let ((by_weights, features), backward): (Found<_>, _) =
+                self.machine.record(|| embedder.backward(embedded, &by.input()))?;
+            let features = features.as_ref().map(Array::input);
+            Ok(RecordedEmbedding { backward, gathered: Gathered::of(&self.machine, &by_weights)?, features })
+        });
+        let by_embedding = by_embedding.transpose()?;
+        Ok(Recorded { images: laid.images(), result, by_result, forward, backward, by_embedding, _pieces: laid.pieces })
     }
 
-    fn gathering(&self, by_weights: &ByWeights<Reserved<M>>) -> Result<(Vec<usize>, Gathering<M>)> {
-        let numbers = by_weights.places.iter().map(|&(number, ..)| number).collect();
-        let places: Vec<_> = by_weights.places.iter().map(|&(_, at, count)| (at, count)).collect();
-        Ok((numbers, Gathering::of(&self.machine, &places)?))
-    }
-
-    fn gathered(&self, pass: &Forward, layer: usize, numbers: &[usize], gathering: &Gathering<M>) -> Result<Gradients> {
-        let weights = &pass.layers[layer].weights;
-        let found = gathering.gathered(&self.machine, numbers.iter().map(|&number| weights[number].shape()))?;
-        let mut all: Gradients = [const { None }; WEIGHTS.len()];
-        for (&number, gradient) in numbers.iter().zip(found) {
-            all[number] = Some(gradient);
+    /// Stores the gradient by all of a pass's results, of those by some of their rows.
+    fn spread(&self, by_rows: &[ByRows], to: &Input) -> Result<()> {
+        let mut chosen = Vec::new();
+        for (ids, gradient) in by_rows {
+            chosen.push((&ids[..], self.machine.place(NAME, gradient)?.at));
         }
-        Ok(all)
+        spread(&self.machine, &chosen, to)
     }
 
     /// Stores a contiguous f32 tensor as the first rows of an array, whose other rows become zeros.
@@ -395,9 +497,9 @@ impl<M: Records> Engine<M> {
         fill_rows(&self.machine, Address::NULL, behind, to.element, rows - stored, width)
     }
 
-    /// As many of an array's first rows as the pass has, in f32.
-    fn read(&self, from: &Input, pass: &Forward) -> Result<Tensor> {
-        let shape = Shape::from((pass.embedding.rows(), pass.embedding.hidden()));
+    /// An array's first rows, in f32.
+    fn read(&self, from: &Input, rows: usize) -> Result<Tensor> {
+        let shape = Shape::from((rows, from.matrix().1));
         let values = self.machine.allocate(shape.elem_count())?;
         let to = self.machine.at(&values);
         match from.element {

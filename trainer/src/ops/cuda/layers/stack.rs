@@ -1,6 +1,6 @@
 //! What the layers compute, on a machine.
 
-use candle_core::{Result, Shape};
+use candle_core::{Result, Shape, Tensor};
 
 use super::super::attention::{Attended, Attention};
 use super::super::attention_tables::Placed;
@@ -12,7 +12,7 @@ use super::super::machine::{Address, Element, Grid, Kernel, Machine, THREADS, ar
 use super::super::operator::{Input, Operator, Pass};
 use super::{Common, Given, NAME, SEEDS};
 
-/// Which of them products are made with, and which of these is whose.
+/// Which of a layer's weights products are made with, and which of these is whose.
 const MATRICES: [usize; 4] = [0, 2, 6, 8];
 const QKV: usize = 0;
 const OUTPUT: usize = 1;
@@ -34,7 +34,7 @@ pub(super) struct Array<M: Machine> {
 }
 
 impl<M: Machine> Array<M> {
-    fn new(machine: &M, (values, shape): (M::Values, Shape), element: Element) -> Self {
+    pub(super) fn new(machine: &M, (values, shape): (M::Values, Shape), element: Element) -> Self {
         Self { at: machine.at(&values), shape, element, _memory: values }
     }
 
@@ -71,11 +71,30 @@ pub(super) struct Left<M: Machine> {
     activations: Option<Activations<M>>,
 }
 
-/// Gradients by a layer's weights, those of them that are trained.
+/// Gradients by weights, those of them that are trained.
 pub(super) struct ByWeights<M: Machine> {
     /// Number of each weight, where its gradient lies, and how many values that has.
     pub(super) places: Vec<(usize, Address, usize)>,
-    _memory: Vec<M::Values>,
+    memory: Vec<M::Values>,
+}
+
+impl<M: Machine> ByWeights<M> {
+    pub(super) fn new() -> Self {
+        Self { places: Vec::new(), memory: Vec::new() }
+    }
+
+    /// Takes those by the weights of these numbers, which lie one behind the other.
+    pub(super) fn put(&mut self, machine: &M, values: M::Values, weights: &[Tensor], numbers: &[usize]) {
+        let mut at = machine.at(&values);
+        for &number in numbers {
+            let count = weights[number].elem_count();
+            if weights[number].track_op() {
+                self.places.push((number, at, count));
+            }
+            at = at.after(count);
+        }
+        self.memory.push(values);
+    }
 }
 
 /// What all layers of a pass are computed with.
@@ -84,17 +103,21 @@ pub(super) struct Stack<'a, M: Machine> {
     pub(super) common: &'a Common,
     pub(super) layers: &'a [Given],
     pub(super) attention: &'a Attention,
-    pub(super) matrices: &'a Matrices<M>,
+    /// Those of [`MATRICES`], one layer's after another's.
+    pub(super) matrices: &'a [Address],
     /// Tables of the attention, and the seeds of each layer, one layer's after another's.
     pub(super) placed: Placed,
-    /// Where [`Matrices::pieces`] lie.
-    pub(super) pieces: Address,
 }
 
-/// The layers' matrices as products take them.
+/// The matrices that the layers' products are made with.
+pub(super) fn matrices(layers: &[Given]) -> impl Iterator<Item = &Tensor> {
+    layers.iter().flat_map(|given| MATRICES.map(|number| &given.weights[number]))
+}
+
+/// Matrices as products take them.
 pub(super) struct Matrices<M: Machine> {
-    /// Of each layer, where those of [`MATRICES`] lie.
-    at: Vec<[Address; MATRICES.len()]>,
+    /// Where each of them lies.
+    pub(super) at: Vec<Address>,
     rounding: Option<Rounding<M>>,
 }
 
@@ -107,40 +130,35 @@ struct Rounding<M: Machine> {
 }
 
 impl<M: Machine> Matrices<M> {
-    pub(super) fn of(machine: &M, layers: &[Given], element: Element) -> Result<Self> {
-        let mut all = Vec::new();
-        for given in layers {
-            let mut at = [Address::NULL; MATRICES.len()];
-            for (at, number) in at.iter_mut().zip(MATRICES) {
-                *at = machine.place(NAME, &given.weights[number])?.at;
-            }
-            all.push(at);
+    pub(super) fn of<'a>(machine: &M, matrices: impl IntoIterator<Item = &'a Tensor>, element: Element) -> Result<Self> {
+        let (mut at, mut counts) = (Vec::new(), Vec::new());
+        for matrix in matrices {
+            let place = machine.place(NAME, matrix)?;
+            at.push(place.at);
+            counts.push(place.count());
         }
-        if element == Element::F32 || all.is_empty() {
-            return Ok(Self { at: all, rounding: None });
+        if element == Element::F32 || at.is_empty() {
+            return Ok(Self { at, rounding: None });
         }
-        let count = |given: &Given, number: usize| given.weights[number].elem_count();
         // Each begins in a place of sixteen bytes.
-        let room = |given: &Given, number: usize| element.words(count(given, number)).next_multiple_of(4);
-        let words = layers.iter().flat_map(|given| MATRICES.map(|number| room(given, number))).sum();
+        let room = |count: usize| element.words(count).next_multiple_of(4);
+        let words = counts.iter().copied().map(room).sum();
         let memory = machine.allocate(words)?;
         // Values of a piece, what one block rounds: enough blocks for a large device, and a small table.
         let piece = (2 * words / 2048).next_multiple_of(1 << 11);
         let (mut to, mut pieces, mut blocks) = (machine.at(&memory), Vec::new(), 0);
-        for (given, at) in layers.iter().zip(&mut all) {
-            for (at, number) in at.iter_mut().zip(MATRICES) {
-                let (from, count) = (std::mem::replace(at, to), count(given, number));
-                for start in (0..count).step_by(piece) {
-                    for Address(at) in [from.after(start), element.after(to, start)] {
-                        pieces.extend([at as u32, (at >> 32) as u32]);
-                    }
-                    pieces.extend([piece.min(count - start) as u32, 0]);
-                    blocks += 1;
+        for (at, count) in at.iter_mut().zip(counts) {
+            let from = std::mem::replace(at, to);
+            for start in (0..count).step_by(piece) {
+                for Address(at) in [from.after(start), element.after(to, start)] {
+                    pieces.extend([at as u32, (at >> 32) as u32]);
                 }
-                to = to.after(room(given, number));
+                pieces.extend([piece.min(count - start) as u32, 0]);
+                blocks += 1;
             }
+            to = to.after(room(count));
         }
-        Ok(Self { at: all, rounding: Some(Rounding { pieces, blocks, _memory: memory }) })
+        Ok(Self { at, rounding: Some(Rounding { pieces, blocks, _memory: memory }) })
     }
 
     /// What has to lie where [`Self::round`] is told, if that has anything to do.
@@ -149,7 +167,7 @@ impl<M: Machine> Matrices<M> {
     }
 
     /// Asks for them to be rounded.
-    fn round(&self, machine: &M, pieces: Address) -> Result<()> {
+    pub(super) fn round(&self, machine: &M, pieces: Address) -> Result<()> {
         let Some(rounding) = &self.rounding else { return Ok(()) };
         let grid = Grid { blocks: [rounding.blocks, 1, 1], threads: THREADS, shared: 0 };
         machine.launch(Kernel("elementwise", "round_pieces"), grid, arguments![pieces])
@@ -183,7 +201,7 @@ impl<M: Machine> Stack<'_, M> {
     fn matrix(&self, layer: usize, which: usize) -> Input {
         let weight = &self.layers[layer].weights[MATRICES[which]];
         Input {
-            at: self.matrices.at[layer][which],
+            at: self.matrices[MATRICES.len() * layer + which],
             shape: weight.shape().clone(),
             element: self.element(),
             wanted: weight.track_op(),
@@ -203,7 +221,6 @@ impl<M: Machine> Stack<'_, M> {
 
     /// What the last layer makes of `x`, and what a backward pass takes.
     pub(super) fn forward(&self, mut x: Array<M>) -> Result<(Array<M>, Vec<Left<M>>)> {
-        self.matrices.round(self.machine, self.pieces)?;
         let mut left = Vec::new();
         for number in 0..self.layers.len() {
             let (y, activations) = self.layer(number, &x)?;
@@ -252,19 +269,8 @@ impl<M: Machine> Stack<'_, M> {
             None => self.layer(layer, &x)?.1,
         };
         let weights = &self.layers[layer].weights;
-        let mut all = ByWeights { places: Vec::new(), _memory: Vec::new() };
-        // Of weights whose gradients lie one behind the other.
-        let found = |all: &mut ByWeights<M>, values: M::Values, numbers: &[usize]| {
-            let mut at = machine.at(&values);
-            for &number in numbers {
-                let count = weights[number].elem_count();
-                if weights[number].track_op() {
-                    all.places.push((number, at, count));
-                }
-                at = at.after(count);
-            }
-            all._memory.push(values);
-        };
+        let mut all = ByWeights::new();
+        let found = |all: &mut ByWeights<M>, values: M::Values, numbers: &[usize]| all.put(machine, values, weights, numbers);
         let like = |values: M::Values, of: &Array<M>| Array::new(machine, (values, of.shape.clone()), of.element);
         let [_, at_middle, at_end] = self.seeds(layer);
         // By both summands.
