@@ -4,7 +4,7 @@
 use std::sync::Arc;
 
 use candle_core::{Device, Result, Tensor, Var};
-use unimo_train::ops::{self, AttentionGroup, AttentionPlan, QueryBlock, reference};
+use unimo_train::ops::{self, AttentionGroup, AttentionPlan, Part, QueryBlock, Targets, reference};
 
 /// Values in about [−1, 1] that repeat from run to run.
 fn values(seed: u32, count: usize) -> Vec<f32> {
@@ -132,9 +132,15 @@ fn tied_cross_entropy() {
     let inputs = [var(1, &[rows, 6]), var(2, &[13, 6]), var(3, &[13])];
     // Weights of both signs, and every seventh row without any: what self-critical training asks for.
     let signed: Vec<f32> = (0..rows).map(|i| if i % 7 == 0 { 0.0 } else { (i as f32 * 0.37).sin() * 2.0 }).collect();
-    for (name, weights) in [("tied_cross_entropy", None), ("weighted tied_cross_entropy", Some(signed))] {
-        let f = |t: &[Tensor]| ops::tied_cross_entropy(&t[0], &t[1], &t[2], targets.clone(), weights.clone(), 0.1);
-        let g = |t: &[Tensor]| reference::tied_cross_entropy(&t[0], &t[1], &t[2], &targets, weights.as_deref(), 0.1);
+    let part = |rows, smoothing, factor| Part { rows, smoothing, factor };
+    let parts = vec![part(20, 0.1, 1.5), part(270, 0.0, -0.5), part(10, 0.3, 0.7)];
+    for (name, targets) in [
+        ("tied_cross_entropy", Targets::of_one(targets.clone(), None, 0.1)),
+        ("weighted tied_cross_entropy", Targets::of_one(targets.clone(), Some(signed.clone()), 0.1)),
+        ("tied_cross_entropy in parts", Targets { classes: targets.clone(), weights: Some(signed.clone()), parts }),
+    ] {
+        let f = |t: &[Tensor]| ops::tied_cross_entropy(&t[0], &t[1], &t[2], targets.clone()).map(|(sum, _)| sum);
+        let g = |t: &[Tensor]| reference::tied_cross_entropy(&t[0], &t[1], &t[2], &targets);
         check(name, &inputs, f, Some(&g));
     }
 }

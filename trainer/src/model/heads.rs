@@ -3,7 +3,7 @@
 use candle_core::{Result, Tensor};
 
 use super::{Dropout, Hidden, ImageCache, ImageEmbedding, PackedBatch, Passed, TextEmbedding, Unimo};
-use crate::ops;
+use crate::ops::{self, Targets};
 
 /// Bounds of the learnt temperature.
 const TEMPERATURE: [f32; 2] = [0.001, 0.5];
@@ -109,8 +109,17 @@ impl Unimo {
     /// # Errors
     /// As many targets as rows are needed, inside the vocabulary.
     pub fn language_loss(&self, hidden: &Tensor, targets: Vec<u32>, smoothing: f32) -> Result<Tensor> {
+        Ok(self.language_losses(hidden, Targets::of_one(targets, None, smoothing))?.0)
+    }
+
+    /// Cross-entropies of the language model at the given hidden states `[n, hidden]`: the weighted sum of the means of the targets'
+    /// parts, a scalar, and these means, `[parts]`, as constants.
+    ///
+    /// # Errors
+    /// As many targets as rows are needed, inside the vocabulary.
+    pub fn language_losses(&self, hidden: &Tensor, targets: Targets) -> Result<(Tensor, Tensor)> {
         let x = self.lm_transform(hidden)?;
-        ops::tied_cross_entropy(&x, self.weight("text.token.weight")?, self.weight("lm.bias")?, targets, None, smoothing)
+        ops::tied_cross_entropy(&x, self.weight("text.token.weight")?, self.weight("lm.bias")?, targets)
     }
 
     /// Policy-gradient loss of sampled tokens: the mean of −advantage · ln p(target), p being the softmax of the logits divided
@@ -121,7 +130,8 @@ impl Unimo {
     pub fn policy_loss(&self, hidden: &Tensor, targets: Vec<u32>, advantages: Vec<f32>, temperature: f64) -> Result<Tensor> {
         let x = (self.lm_transform(hidden)? / temperature)?;
         let bias = (self.weight("lm.bias")? / temperature)?;
-        ops::tied_cross_entropy(&x, self.weight("text.token.weight")?, &bias, targets, Some(advantages), 0.0)
+        let targets = Targets::of_one(targets, Some(advantages), 0.0);
+        Ok(ops::tied_cross_entropy(&x, self.weight("text.token.weight")?, &bias, targets)?.0)
     }
 
     /// Logits of the language model, `[n, hidden]` → `[n, vocabulary]`.

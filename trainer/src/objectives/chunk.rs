@@ -9,7 +9,7 @@ use super::masked_regions::{MaskedRegions, region_classification, region_regress
 use super::tally::Tally;
 use super::{Source, matching_loss};
 use crate::model::{Dropout, EmbeddedImages, Hidden, PackedBatch, Passed, Unimo};
-use crate::ops::Ahead;
+use crate::ops::{Ahead, Part, Targets};
 use crate::recipe::Recipe;
 use crate::tasks::task_loss;
 use crate::vision::{Pictures, Seen, Vision};
@@ -36,13 +36,37 @@ pub(super) struct Forward {
     seen: Option<Seen>,
 }
 
-/// An objective's loss in one forward pass.
-pub(super) struct Term {
+/// An objective's part in a step's loss.
+#[derive(Clone, Copy)]
+pub(super) struct Counted {
     pub(super) name: &'static str,
     pub(super) weight: f64,
     /// Share of the objective's samples that lie in this pass.
     pub(super) share: f64,
-    pub(super) loss: Tensor,
+}
+
+/// Losses of objectives in one forward pass, which were computed together.
+pub(super) struct Term {
+    pub(super) of: Vec<Counted>,
+    /// One of each, constants: `[objectives]`, or of a single one a scalar.
+    pub(super) values: Tensor,
+    /// Their weighted sum, a scalar.
+    pub(super) sum: Tensor,
+}
+
+impl Term {
+    /// The loss of an objective by itself.
+    pub(super) fn of_one(of: Counted, loss: Tensor) -> candle_core::Result<Self> {
+        let (factor, values) = (of.weight * of.share, loss.detach());
+        let sum = if factor == 1.0 { loss } else { loss.affine(factor, 0.0)? };
+        Ok(Self { of: vec![of], values, sum })
+    }
+
+    /// Name and loss of a single objective.
+    #[cfg(test)]
+    pub(super) fn alone(&self) -> (&'static str, f64) {
+        (self.of[0].name, f64::from(self.values.to_scalar::<f32>().unwrap()))
+    }
 }
 
 /// Kinds of what the contrasts compare.
@@ -116,39 +140,49 @@ impl Chunk {
             ("writing", w.task, smoothing, |p| &p.written),
             ("masked_language", w.masked_language, 0.0, |p| &p.masked_words),
         ];
+        let counted = |name, weight, count: usize| Counted { name, weight, share: count as f64 / whole.samples(name) };
         let mut terms = Vec::new();
-        let mut put = |name, weight, count: usize, loss| {
-            terms.push(Term { name, weight, share: count as f64 / whole.samples(name), loss });
-        };
-        for (name, weight, smoothing, of) in generated {
-            let Predictions { rows, targets } = of(parts);
+        // All words that are predicted go through the language model at one time.
+        let (mut of, mut all_rows) = (Vec::new(), Vec::new());
+        let mut all = Targets { classes: Vec::new(), weights: None, parts: Vec::new() };
+        for (name, weight, smoothing, predictions) in generated {
+            let Predictions { rows, targets } = predictions(parts);
             if !rows.is_empty() {
-                let loss = model.language_loss(&hidden.rows(rows)?, targets.clone(), smoothing)?;
-                put(name, weight, rows.len(), loss);
+                let counted = counted(name, weight, rows.len());
+                all.parts.push(Part { rows: rows.len(), smoothing, factor: (counted.weight * counted.share) as f32 });
+                all.classes.extend(targets);
+                all_rows.extend(rows);
+                of.push(counted);
             }
         }
+        if !of.is_empty() {
+            let (sum, values) = model.language_losses(&hidden.rows(&all_rows)?, all)?;
+            terms.push(Term { of, values, sum });
+        }
+        let mut put =
+            |name, weight, count: usize, loss| Term::of_one(counted(name, weight, count), loss).map(|term| terms.push(term));
         let Predictions { rows, targets } = &parts.sampled.predictions;
         if !rows.is_empty() {
             let (advantages, temperature) = (parts.sampled.advantages.clone(), recipe.batch.sampling_temperature);
             let loss = model.policy_loss(&hidden.rows(rows)?, targets.clone(), advantages, temperature)?;
-            put("self_critical", w.self_critical, rows.len(), loss);
+            put("self_critical", w.self_critical, rows.len(), loss)?;
         }
         if let Some(logits) = self.match_logits(hidden, model)? {
             let loss = matching_loss(&logits, &parts.match_labels)?;
-            put("matching", w.matching, parts.match_labels.len(), loss);
+            put("matching", w.matching, parts.match_labels.len(), loss)?;
         }
         if let (Some(task), false) = (source.task, parts.task_examples.is_empty()) {
             let logits = model.task_logits(hidden, &parts.task_images, &parts.task_texts)?;
             let targets: Vec<&[(u32, f32)]> = parts.task_examples.iter().map(|&i| task.examples[i].target.as_slice()).collect();
             let loss = task_loss(&logits, task.spec.goal, &targets)?;
-            put("task", w.task, targets.len(), loss);
+            put("task", w.task, targets.len(), loss)?;
         }
         if let Some(MaskedRegions { features, labels }) = &self.regions {
             let rows = hidden.rows(&parts.regions.rows)?;
-            put("region_features", w.region_features, parts.regions.rows.len(), region_regression(model, &rows, features)?);
+            put("region_features", w.region_features, parts.regions.rows.len(), region_regression(model, &rows, features)?)?;
             if let Some(labels) = labels {
                 let loss = region_classification(model, &rows, labels)?;
-                put("region_classes", w.region_classes, parts.regions.rows.len(), loss);
+                put("region_classes", w.region_classes, parts.regions.rows.len(), loss)?;
             }
         }
         Ok(terms)

@@ -12,7 +12,7 @@ use anyhow::{Result, ensure};
 use candle_core::backprop::GradStore;
 use candle_core::{D, DType, Device, Tensor, Var};
 
-use super::chunk::{Encoded, KINDS, Term};
+use super::chunk::{Counted, Encoded, KINDS, Term};
 use super::contrastive::{contrastive_part, cross_modal_contrast, same, similarities};
 use super::members::Members;
 use super::tally::{CONTRAST, CROSS_MODAL};
@@ -92,12 +92,16 @@ impl Comparison {
     /// Those of candle.
     pub fn terms(&self, weights: &LossWeights, temperature: &Tensor) -> Result<Vec<Term>> {
         let mut terms = Vec::new();
-        let mut put = |name, weight, loss: Option<Tensor>| terms.extend(loss.map(|loss| Term { name, weight, share: 1.0, loss }));
+        let mut put = |name, weight, loss: Option<Tensor>| -> Result<()> {
+            let term = loss.map(|loss| Term::of_one(Counted { name, weight, share: 1.0 }, loss));
+            terms.extend(term.transpose()?);
+            Ok(())
+        };
         if weights.contrast > 0.0 {
-            put(CONTRAST, weights.contrast, self.contrast(temperature)?);
+            put(CONTRAST, weights.contrast, self.contrast(temperature)?)?;
         }
         if weights.cross_modal > 0.0 {
-            put(CROSS_MODAL, weights.cross_modal, self.cross_modal(temperature)?);
+            put(CROSS_MODAL, weights.cross_modal, self.cross_modal(temperature)?)?;
         }
         Ok(terms)
     }

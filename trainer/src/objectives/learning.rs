@@ -4,7 +4,7 @@ use anyhow::Result;
 use candle_core::backprop::GradStore;
 use candle_core::{Tensor, Var};
 
-use super::chunk::{Encoded, KINDS, Term};
+use super::chunk::{Counted, Encoded, KINDS, Term};
 use super::tally::sum_losses;
 use crate::model::Unimo;
 use crate::ops;
@@ -21,8 +21,7 @@ pub struct Learnt {
 
 /// A step's losses, where they were computed: to read them means to wait for the device.
 pub struct Losses {
-    /// Objective, weight and share of each part of a loss.
-    of: Vec<(&'static str, f64, f64)>,
+    of: Vec<Counted>,
     /// Values of these, `[parts]`; nothing where there are none.
     values: Option<Tensor>,
 }
@@ -39,7 +38,7 @@ impl Losses {
         }
         let values = self.values.as_ref().map(Tensor::to_vec1::<f32>).transpose()?.unwrap_or_default();
         let (mut total, mut losses) = (0.0, Vec::<(&str, f64)>::new());
-        for (&(name, weight, share), value) in self.of.iter().zip(values) {
+        for (&Counted { name, weight, share }, value) in self.of.iter().zip(values) {
             let value = f64::from(value) * share;
             total += weight * value;
             match losses.iter_mut().find(|(known, _)| *known == name) {
@@ -89,8 +88,9 @@ impl Carrying {
 pub(super) struct Learning {
     /// What is trained.
     pub(super) by: Vec<Var>,
-    /// Objective, weight, share and value of losses.
-    terms: Vec<(&'static str, f64, f64, Tensor)>,
+    /// Objectives' parts in the loss, and their values.
+    counted: Vec<Counted>,
+    values: Vec<Tensor>,
     pub(super) gradients: Option<GradStore>,
 }
 
@@ -98,7 +98,7 @@ impl Learning {
     /// Nothing yet, of what is to change the weights of `model` and `vision` that are trained.
     pub(super) fn of(model: &Unimo, vision: &Vision) -> Self {
         let by = model.trained().map(|(_, var)| var).chain(vision.weights().values()).cloned().collect();
-        Self { by, terms: Vec::new(), gradients: None }
+        Self { by, counted: Vec::new(), values: Vec::new(), gradients: None }
     }
 
     /// Takes losses, and what is carried for the contrasts of all passes, and adds the gradients of their sum by what is trained,
@@ -110,9 +110,9 @@ impl Learning {
         backward: impl FnOnce(Tensor, &[Var]) -> candle_core::Result<GradStore>,
     ) -> Result<()> {
         let mut sum = carried;
-        for Term { name, weight, share, loss } in terms {
-            self.terms.push((name, weight, share, loss.detach()));
-            let weighted = if weight * share == 1.0 { loss } else { loss.affine(weight * share, 0.0)? };
+        for Term { of, values, sum: weighted } in terms {
+            self.counted.extend(of);
+            self.values.push(values.flatten_all()?);
             sum = Some(match sum {
                 Some(sum) => (sum + weighted)?,
                 None => weighted,
@@ -134,8 +134,7 @@ impl Learning {
 
     /// The losses so far.
     pub(super) fn losses(&self) -> candle_core::Result<Losses> {
-        let values: Vec<_> = self.terms.iter().map(|(.., loss)| loss).collect();
-        let values = (!values.is_empty()).then(|| Tensor::stack(&values, 0)).transpose()?;
-        Ok(Losses { of: self.terms.iter().map(|&(name, weight, share, _)| (name, weight, share)).collect(), values })
+        let values = (!self.values.is_empty()).then(|| Tensor::cat(&self.values, 0)).transpose()?;
+        Ok(Losses { of: self.counted.clone(), values })
     }
 }

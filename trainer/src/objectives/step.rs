@@ -265,7 +265,7 @@ fn sample(model: &Unimo, recipe: &Recipe, source: &Source, pictures: &[Picture],
 mod tests {
     use candle_core::Device;
 
-    use super::super::chunk::Encoded;
+    use super::super::chunk::{Encoded, Term};
     use super::super::comparison::Comparison;
     use super::super::members::Members;
     use super::super::tally::{CONTRAST, CROSS_MODAL};
@@ -386,8 +386,7 @@ mod tests {
             let (width, temperature) = (model.config().embedding, model.temperature().unwrap());
             let comparison = Comparison::among(&Alone, encoded.detached(), members, width, model.device()).unwrap();
             let terms = comparison.terms(&recipe.weights, &temperature).unwrap();
-            let term = terms.iter().find(|term| term.name == name).unwrap();
-            f64::from(term.loss.to_scalar::<f32>().unwrap())
+            terms.iter().map(Term::alone).find(|(of, _)| *of == name).unwrap().1
         };
         let members = batch.members(&recipe);
         // Exponentials of scores up to 14 in f32.

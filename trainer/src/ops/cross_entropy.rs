@@ -1,6 +1,6 @@
 //! Softmax cross-entropy straight from hidden states and the tied output projection.
 
-use std::sync::Mutex;
+use std::sync::{Arc, Mutex, PoisonError};
 
 use candle_core::{CpuStorage, CustomOp3, Error, Layout, Result, Shape, Tensor};
 use rayon::prelude::*;
@@ -11,6 +11,77 @@ use super::{f32_slice, linear, on_cuda};
 /// Rows of logits that exist at one time; bounds memory to this many times the vocabulary.
 const CHUNK_ROWS: usize = 256;
 
+/// Rows whose cross-entropies make one mean.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct Part {
+    /// How many.
+    pub rows: usize,
+    /// Share that is spread over all classes.
+    pub smoothing: f32,
+    /// How many times the mean counts.
+    pub factor: f32,
+}
+
+/// What rows have to predict.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Targets {
+    /// The class of each row.
+    pub classes: Vec<u32>,
+    /// How many times each row's cross-entropy counts, a number of any sign; absent where all are 1. A mean divides by the number of its
+    /// rows nevertheless.
+    pub weights: Option<Vec<f32>>,
+    /// Which rows belong together, one part behind the other.
+    pub parts: Vec<Part>,
+}
+
+/// A row's target, and how it counts.
+pub(super) struct Row {
+    pub(super) target: u32,
+    pub(super) weight: f32,
+    /// What its cross-entropy counts in the sum of all means.
+    pub(super) share: f32,
+    pub(super) smoothing: f32,
+}
+
+impl Targets {
+    /// One mean over all rows, which counts once.
+    #[must_use]
+    pub fn of_one(classes: Vec<u32>, weights: Option<Vec<f32>>, smoothing: f32) -> Self {
+        let parts = vec![Part { rows: classes.len(), smoothing, factor: 1.0 }];
+        Self { classes, weights, parts }
+    }
+
+    /// That there are as many as rows, in parts that have some each, and classes for them.
+    pub(super) fn check(&self, rows: usize, classes: usize) -> Result<()> {
+        let own = self.classes.len();
+        if own != rows {
+            candle_core::bail!("tied_cross_entropy: {own} targets for {rows} rows");
+        }
+        if own == 0 || self.parts.iter().any(|part| part.rows == 0) {
+            candle_core::bail!("tied_cross_entropy: no rows");
+        }
+        if self.parts.iter().map(|part| part.rows).sum::<usize>() != rows {
+            candle_core::bail!("tied_cross_entropy: parts {:?} of {rows} rows", self.parts);
+        }
+        if let Some(bad) = self.classes.iter().find(|&&target| target as usize >= classes) {
+            candle_core::bail!("tied_cross_entropy: target {bad} outside {classes} classes");
+        }
+        if self.weights.as_ref().is_some_and(|weights| weights.len() != rows) {
+            candle_core::bail!("tied_cross_entropy: one weight a row is needed for {rows} rows");
+        }
+        Ok(())
+    }
+
+    /// One after the other.
+    pub(super) fn rows(&self) -> impl Iterator<Item = Row> {
+        let parts = self.parts.iter().flat_map(|part| std::iter::repeat_n(part, part.rows));
+        parts.zip(&self.classes).enumerate().map(|(row, (part, &target))| {
+            let weight = self.weights.as_ref().map_or(1.0, |weights| weights[row]);
+            Row { target, weight, share: weight * part.factor / part.rows as f32, smoothing: part.smoothing }
+        })
+    }
+}
+
 /// Gradients by the hidden states, the projection and the bias, for an upstream gradient of 1.
 struct Gradients {
     hidden: Vec<f32>,
@@ -20,10 +91,9 @@ struct Gradients {
 
 /// The forward pass has the logits at hand, so it makes the gradients too: the projection is computed once, not twice.
 struct TiedCrossEntropy {
-    targets: Vec<u32>,
-    /// Of each row; absent where all are 1.
-    weights: Option<Vec<f32>>,
-    smoothing: f32,
+    targets: Targets,
+    /// The parts' means.
+    means: Arc<Mutex<Vec<f32>>>,
     gradients: Mutex<Option<Gradients>>,
 }
 
@@ -44,21 +114,16 @@ impl CustomOp3 for TiedCrossEntropy {
         let name = self.name();
         let (hidden, weight, bias) = (f32_slice(name, s1, l1)?, f32_slice(name, s2, l2)?, f32_slice(name, s3, l3)?);
         let (classes, width) = l2.shape().dims2()?;
-        let rows = self.targets.len();
+        let rows = hidden.len() / width.max(1);
         if hidden.len() != rows * width || bias.len() != classes {
-            candle_core::bail!("{name}: hidden {:?}, weight {:?}, {rows} targets", l1.dims(), l2.dims());
+            candle_core::bail!("{name}: hidden {:?}, weight {:?}", l1.dims(), l2.dims());
         }
-        if let Some(bad) = self.targets.iter().find(|&&t| t as usize >= classes) {
-            candle_core::bail!("{name}: target {bad} outside {classes} classes");
-        }
-        if self.weights.as_ref().is_some_and(|w| w.len() != rows) {
-            candle_core::bail!("{name}: one weight a row is needed for {rows} rows");
-        }
+        self.targets.check(rows, classes)?;
         let mut gradients =
             Gradients { hidden: vec![0f32; hidden.len()], weight: vec![0f32; weight.len()], bias: vec![0f32; classes] };
-        let weight_of = |row: usize| self.weights.as_ref().map_or(1.0, |w| w[row]);
+        let of_rows: Vec<Row> = self.targets.rows().collect();
         let mut logits = vec![0f32; CHUNK_ROWS.min(rows) * classes];
-        let mut loss = 0f64;
+        let mut losses = Vec::new();
         for start in (0..rows).step_by(CHUNK_ROWS) {
             let n = CHUNK_ROWS.min(rows - start);
             let logits = &mut logits[..n * classes];
@@ -71,18 +136,11 @@ impl CustomOp3 for TiedCrossEntropy {
                 logits,
                 classes,
             );
-            loss += logits
-                .par_chunks_mut(classes)
-                .zip(&self.targets[start..start + n])
-                .enumerate()
-                .map(|(i, (row, &target))| {
-                    let weight = weight_of(start + i);
-                    let loss = cross_entropy_row(row, bias, target as usize, self.smoothing, weight / rows as f32);
-                    f64::from(weight) * f64::from(loss)
-                })
-                .collect::<Vec<_>>()
-                .iter()
-                .sum::<f64>();
+            let of_chunk = logits.par_chunks_mut(classes).zip(&of_rows[start..start + n]).map(|(logits, row)| {
+                let loss = cross_entropy_row(logits, bias, row.target as usize, row.smoothing, row.share);
+                f64::from(row.weight) * f64::from(loss)
+            });
+            losses.extend(of_chunk.collect::<Vec<f64>>());
             let dx = &mut gradients.hidden[start * width..(start + n) * width];
             matmul(product(n, width, classes, false), Matrix::rows(logits, classes), Matrix::rows(weight, width), dx, width);
             let dw = &mut gradients.weight;
@@ -96,7 +154,16 @@ impl CustomOp3 for TiedCrossEntropy {
             add_assign(&mut gradients.bias, &linear::column_sums(logits, classes));
         }
         *self.gradients.lock().map_err(|_| Error::Msg(format!("{name}: poisoned")))? = Some(gradients);
-        Ok((CpuStorage::F32(vec![(loss / rows as f64) as f32]), Shape::from(())))
+        let (mut sum, mut means, mut left) = (0f64, Vec::new(), &losses[..]);
+        for part in &self.targets.parts {
+            let (own, others) = left.split_at(part.rows);
+            let mean = own.iter().sum::<f64>() / part.rows as f64;
+            sum += f64::from(part.factor) * mean;
+            means.push(mean as f32);
+            left = others;
+        }
+        *self.means.lock().unwrap_or_else(PoisonError::into_inner) = means;
+        Ok((CpuStorage::F32(vec![sum as f32]), Shape::from(())))
     }
 
     fn bwd(
@@ -120,29 +187,76 @@ impl CustomOp3 for TiedCrossEntropy {
     }
 }
 
-/// Mean cross-entropy of `hidden · weightᵀ + bias` with `targets`; `smoothing` spreads that share over all classes.
+/// Cross-entropies of `hidden · weightᵀ + bias` with `targets`: the sum of the parts' means, each as many times as it counts, a scalar;
+/// and the means, `[parts]`, as constants.
 ///
-/// `hidden` is `[rows, width]`, `weight` `[classes, width]`, `bias` `[classes]`, `targets` one class a row. With `weights`, one
-/// number of any sign a row, each row's term counts that many times (the mean still divides by the number of rows). The result
-/// is a scalar. No `[rows, classes]` tensor is kept.
+/// `hidden` is `[rows, width]`, `weight` `[classes, width]`, `bias` `[classes]`. No `[rows, classes]` tensor is kept.
 ///
 /// # Errors
-/// Shapes that do not fit, no rows, a target outside the classes.
-pub fn tied_cross_entropy(
-    hidden: &Tensor,
-    weight: &Tensor,
-    bias: &Tensor,
-    targets: Vec<u32>,
-    weights: Option<Vec<f32>>,
-    smoothing: f32,
-) -> Result<Tensor> {
-    if targets.is_empty() {
-        candle_core::bail!("tied_cross_entropy: no rows");
+/// Shapes that do not fit, parts without rows or of other rows than there are, a target outside the classes.
+pub fn tied_cross_entropy(hidden: &Tensor, weight: &Tensor, bias: &Tensor, targets: Targets) -> Result<(Tensor, Tensor)> {
+    on_cuda!(hidden.device(), super::cuda::tied_cross_entropy([hidden, weight, bias], targets, super::precision()));
+    let means = Arc::new(Mutex::new(Vec::new()));
+    let op = TiedCrossEntropy { targets, means: Arc::clone(&means), gradients: Mutex::new(None) };
+    let sum = hidden.contiguous()?.apply_op3(weight, bias, op)?;
+    let means = std::mem::take(&mut *means.lock().unwrap_or_else(PoisonError::into_inner));
+    Ok((sum, Tensor::new(means, hidden.device())?))
+}
+
+#[cfg(test)]
+mod tests {
+    use candle_core::Device;
+
+    use super::*;
+    use crate::ops::cuda::emulation::emulated;
+    use crate::ops::reference;
+
+    fn values(shape: &[usize], phase: f32) -> Tensor {
+        let values = (0..shape.iter().product::<usize>()).map(|i| (i as f32 * 1.3 + phase).sin()).collect();
+        Tensor::from_vec(values, shape, &Device::Cpu).unwrap()
     }
-    on_cuda!(
-        hidden.device(),
-        super::cuda::tied_cross_entropy([hidden, weight, bias], targets, weights, smoothing, super::precision())
-    );
-    let op = TiedCrossEntropy { targets, weights, smoothing, gradients: Mutex::new(None) };
-    hidden.contiguous()?.apply_op3(weight, bias, op)
+
+    /// On the CPU and in kernels: the sum, and of every part the mean, which is that of this part alone.
+    #[test]
+    fn parts_have_their_own_means() {
+        let (hidden, weight, bias) = (values(&[9, 5], 0.0), values(&[7, 5], 1.0), values(&[7], 2.0));
+        let part = |rows, smoothing, factor| Part { rows, smoothing, factor };
+        let parts = vec![part(2, 0.1, 0.5), part(6, 0.0, 3.0), part(1, 0.4, -1.0)];
+        let classes: Vec<u32> = (0..9).map(|row| row * 5 % 7).collect();
+        let targets = Targets { classes: classes.clone(), weights: None, parts: parts.clone() };
+        let (mut expected, mut first) = (Vec::new(), 0);
+        for part in parts {
+            let alone = Targets::of_one(classes[first..first + part.rows].to_vec(), None, part.smoothing);
+            let rows = hidden.narrow(0, first, part.rows).unwrap();
+            expected.push(reference::tied_cross_entropy(&rows, &weight, &bias, &alone).unwrap().to_scalar::<f32>().unwrap());
+            first += part.rows;
+        }
+        let run = || tied_cross_entropy(&hidden, &weight, &bias, targets.clone()).unwrap();
+        for (sum, means) in [run(), emulated(0, run)] {
+            let (sum, means) = (sum.to_scalar::<f32>().unwrap(), means.to_vec1::<f32>().unwrap());
+            assert_eq!(means.len(), expected.len());
+            assert!(means.iter().zip(&expected).all(|(a, b)| (a - b).abs() < 1e-5), "{means:?} is not {expected:?}");
+            let whole = 0.5 * expected[0] + 3.0 * expected[1] - expected[2];
+            assert!((sum - whole).abs() < 1e-5, "{sum} is not {whole}");
+        }
+    }
+
+    #[test]
+    fn targets_that_do_not_fit_are_refused() {
+        let (hidden, weight, bias) = (values(&[3, 5], 0.0), values(&[7, 5], 1.0), values(&[7], 2.0));
+        let good = Targets::of_one(vec![0, 6, 3], None, 0.1);
+        let part = |rows| Part { rows, smoothing: 0.0, factor: 1.0 };
+        for (targets, expected) in [
+            (Targets { classes: vec![0, 6], ..good.clone() }, "2 targets for 3 rows"),
+            (Targets { classes: vec![0, 7, 3], ..good.clone() }, "target 7 outside 7 classes"),
+            (Targets { weights: Some(vec![1.0; 2]), ..good.clone() }, "one weight a row"),
+            (Targets { parts: vec![part(1), part(1)], ..good.clone() }, "of 3 rows"),
+            (Targets { parts: vec![part(3), part(0)], ..good.clone() }, "no rows"),
+        ] {
+            let run = || tied_cross_entropy(&hidden, &weight, &bias, targets.clone()).unwrap_err().to_string();
+            for error in [run(), emulated(0, run)] {
+                assert!(error.contains(expected), "{error}");
+            }
+        }
+    }
 }

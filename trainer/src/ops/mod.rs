@@ -23,7 +23,7 @@ mod rows;
 pub use attention::{AttentionGroup, AttentionPlan, QueryBlock, attention};
 pub use contrast::{bounded_exp, log_shares, log_softmax, unit_rows};
 pub use convolution::{convolution_relu6, depthwise_relu6, pointwise_relu6};
-pub use cross_entropy::tied_cross_entropy;
+pub use cross_entropy::{Part, Targets, tied_cross_entropy};
 pub use elementwise::{dropout, dropout_add, dropout_add_layer_norm, gelu, layer_norm, relu6};
 pub(crate) use gradients::carrying;
 pub use gradients::gradients;

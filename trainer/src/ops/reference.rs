@@ -3,7 +3,7 @@
 
 use candle_core::{D, Result, Tensor};
 
-use super::AttentionPlan;
+use super::{AttentionPlan, Part, Targets};
 
 /// See [`layer_norm`](super::layer_norm).
 ///
@@ -41,27 +41,26 @@ pub fn log_softmax(x: &Tensor) -> Result<Tensor> {
     shifted.broadcast_sub(&shifted.exp()?.sum_keepdim(D::Minus1)?.log()?)
 }
 
-/// See [`tied_cross_entropy`](super::tied_cross_entropy).
+/// The sum of [`tied_cross_entropy`](super::tied_cross_entropy).
 ///
 /// # Errors
 /// Shapes that do not fit.
-pub fn tied_cross_entropy(
-    hidden: &Tensor,
-    weight: &Tensor,
-    bias: &Tensor,
-    targets: &[u32],
-    weights: Option<&[f32]>,
-    smoothing: f32,
-) -> Result<Tensor> {
+pub fn tied_cross_entropy(hidden: &Tensor, weight: &Tensor, bias: &Tensor, targets: &Targets) -> Result<Tensor> {
     let log_p = log_softmax(&linear(hidden, weight, bias)?)?;
-    let index = Tensor::new(targets, hidden.device())?.unsqueeze(1)?;
+    let index = Tensor::new(&targets.classes[..], hidden.device())?.unsqueeze(1)?;
     let at_target = log_p.gather(&index, 1)?.squeeze(1)?;
     let smooth = log_p.mean(D::Minus1)?;
-    let rows = ((at_target * f64::from(smoothing - 1.0))? - (smooth * f64::from(smoothing))?)?;
-    match weights {
-        Some(weights) => (rows * Tensor::new(weights, hidden.device())?)?.mean_all(),
-        None => rows.mean_all(),
+    let (mut sum, mut first) = (Tensor::zeros((), hidden.dtype(), hidden.device())?, 0);
+    for &Part { rows, smoothing, factor } in &targets.parts {
+        let own = |of: &Tensor| of.narrow(0, first, rows);
+        let mut losses = ((own(&at_target)? * f64::from(smoothing - 1.0))? - (own(&smooth)? * f64::from(smoothing))?)?;
+        if let Some(weights) = &targets.weights {
+            losses = (losses * Tensor::new(&weights[first..first + rows], hidden.device())?)?;
+        }
+        sum = (sum + (losses.mean_all()? * f64::from(factor))?)?;
+        first += rows;
     }
+    Ok(sum)
 }
 
 /// See [`attention`](super::attention), without dropout.

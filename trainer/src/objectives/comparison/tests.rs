@@ -102,8 +102,8 @@ fn compared(ranks: &dyn Collective, encoded: Encoded, members: &Members, weights
     let comparison = Comparison::among(ranks, encoded, members, WIDTH, &Device::Cpu).unwrap();
     let temperature = Var::new(temperature as f32, &Device::Cpu).unwrap();
     let terms = comparison.terms(weights, temperature.as_tensor()).unwrap();
-    let weighted = terms.iter().map(|term| term.loss.affine(term.weight, 0.0).unwrap());
-    let losses = terms.iter().map(|term| (term.name, f64::from(term.loss.to_scalar::<f32>().unwrap()))).collect();
+    let weighted = terms.iter().map(|term| term.sum.clone());
+    let losses = terms.iter().map(Term::alone).collect();
     let mut all = GradStore::default();
     if let Some(sum) = weighted.reduce(|sum, term| (sum + term).unwrap()) {
         all = ops::gradients(sum, comparison.leaves().chain([&temperature])).unwrap();

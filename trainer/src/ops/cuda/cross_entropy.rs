@@ -1,39 +1,52 @@
 //! Softmax cross-entropy straight from hidden states and the tied output projection, a chunk of rows at a time.
 
+use std::sync::Arc;
+
 use candle_core::{Result, Shape, Tensor};
 
 use super::linear::Factor;
 use super::machine::{Address, Element, Grid, Kernel, Machine, Matrix, Product, arguments};
 use super::operator::{Input, Kept, OnMachine, Operator, Pass};
 use super::{Precision, all_column_sums, column_sums, fill_rows};
+use crate::ops::cross_entropy::{Row, Targets};
 
 /// Logits that exist at one time: 64 MiB of them.
 const CHUNK_LOGITS: usize = 1 << 24;
+/// Words of a `Predicted`.
+const ROW: usize = 4;
 
 /// The forward pass has the logits at hand, so it makes the gradients too: the projection is computed once, not twice.
 struct TiedCrossEntropy {
-    targets: Vec<u32>,
-    weights: Option<Vec<f32>>,
-    smoothing: f32,
+    targets: Targets,
     chunk_rows: usize,
     precision: Precision,
+    /// The parts' means, a tensor.
+    means: Arc<Kept>,
     gradients: Kept,
 }
 
 impl TiedCrossEntropy {
     fn check(&self, inputs: &[Input]) -> Result<(usize, usize, usize)> {
         let ((rows, width), (classes, inner)) = (inputs[0].matrix(), inputs[1].shape.dims2()?);
-        if rows != self.targets.len() || width != inner || inputs[2].count() != classes {
-            let (hidden, weight) = (&inputs[0].shape, &inputs[1].shape);
-            candle_core::bail!("tied_cross_entropy: hidden {hidden:?}, weight {weight:?}, {} targets", self.targets.len());
+        if width != inner || inputs[2].count() != classes {
+            candle_core::bail!("tied_cross_entropy: hidden {:?}, weight {:?}", inputs[0].shape, inputs[1].shape);
         }
-        if let Some(bad) = self.targets.iter().find(|&&target| target as usize >= classes) {
-            candle_core::bail!("tied_cross_entropy: target {bad} outside {classes} classes");
-        }
-        if self.weights.as_ref().is_some_and(|weights| weights.len() != rows) {
-            candle_core::bail!("tied_cross_entropy: one weight a row is needed for {rows} rows");
-        }
+        self.targets.check(rows, classes)?;
         Ok((rows, width, classes))
+    }
+
+    /// A `Predicted` of the kernels for each row, then a `Mean` for each part.
+    fn words(&self) -> Vec<u32> {
+        let rows = self.targets.rows().flat_map(|Row { target, weight, share, smoothing }| {
+            [target, weight.to_bits(), share.to_bits(), smoothing.to_bits()]
+        });
+        let mut first = 0;
+        let parts = self.targets.parts.iter().flat_map(|part| {
+            let start = first;
+            first += part.rows as u32;
+            [start, first, (1.0 / part.rows as f32).to_bits(), part.factor.to_bits()]
+        });
+        rows.chain(parts).collect()
     }
 }
 
@@ -43,9 +56,8 @@ impl Operator for TiedCrossEntropy {
     fn forward<M: Machine>(&self, machine: &M, inputs: &[Input]) -> Result<(M::Values, Shape)> {
         let (rows, width, classes) = self.check(inputs)?;
         let precision = self.precision;
-        let targets = machine.upload(&self.targets)?;
-        let bits = |weights: &Vec<f32>| weights.iter().map(|weight| weight.to_bits()).collect::<Vec<u32>>();
-        let weights = self.weights.as_ref().map(|weights| machine.upload(&bits(weights))).transpose()?;
+        let words = machine.upload(&self.words())?;
+        let words_at = machine.words_at(&words);
         let x = Factor::new(machine, &inputs[0], precision)?;
         let weight = Factor::new(machine, &inputs[1], precision)?;
         let (dx, dw) = (machine.allocate(rows * width)?, machine.allocate(classes * width)?);
@@ -67,11 +79,8 @@ impl Operator for TiedCrossEntropy {
                 accumulate: false,
                 precision,
             })?;
-            let weights_at = weights.as_ref().map_or(Address::NULL, |weights| machine.words_at(weights).after(start));
-            let (targets_at, losses_at) = (machine.words_at(&targets).after(start), machine.at(&losses).after(start));
-            let (share, count) = (1.0 / rows as f32, classes as u32);
-            let of_row =
-                arguments![machine.at(&logits), inputs[2].at, targets_at, weights_at, losses_at, count, self.smoothing, share];
+            let (rows_at, losses_at) = (words_at.after(ROW * start), machine.at(&losses).after(start));
+            let of_row = arguments![machine.at(&logits), inputs[2].at, rows_at, losses_at, classes as u32];
             machine.launch(Kernel("cross_entropy", "cross_entropy_rows"), Grid::reducing(n), of_row)?;
             let of_logits =
                 Input { at: machine.at(&logits), shape: Shape::from((n, classes)), element: Element::F32, wanted: true };
@@ -102,11 +111,15 @@ impl Operator for TiedCrossEntropy {
             let to = machine.at(&biases).after(chunk * classes);
             fill_rows(machine, machine.at(&sums), to, Element::F32, 1, classes)?;
         }
-        let (loss, db) = (machine.allocate(1)?, all_column_sums(machine, biases, chunks, classes)?);
-        let mean = arguments![machine.at(&losses), machine.at(&loss), rows as u32, 1.0 / rows as f32];
-        machine.launch(Kernel("rows", "total"), Grid::reducing(1), mean)?;
+        let db = all_column_sums(machine, biases, chunks, classes)?;
+        let parts = self.targets.parts.len();
+        let (sum, means) = (machine.allocate(1)?, machine.allocate(parts)?);
+        let (losses_at, parts_at) = (machine.at(&losses), words_at.after(ROW * rows));
+        let of_parts = arguments![losses_at, parts_at, machine.at(&means), machine.at(&sum), parts as u32];
+        machine.launch(Kernel("cross_entropy", "cross_entropy_parts"), Grid::reducing(1), of_parts)?;
+        self.means.put(machine.tensor(means, &Shape::from(parts))?);
         self.gradients.put([dx, dw, db]);
-        Ok((loss, Shape::from(())))
+        Ok((sum, Shape::from(())))
     }
 
     fn backward<M: Machine>(&self, machine: &M, pass: &Pass) -> Result<Vec<Option<M::Values>>> {
@@ -120,26 +133,20 @@ impl Operator for TiedCrossEntropy {
 }
 
 /// See [`tied_cross_entropy`](crate::ops::tied_cross_entropy).
-pub fn tied_cross_entropy(
-    inputs: [&Tensor; 3],
-    targets: Vec<u32>,
-    weights: Option<Vec<f32>>,
-    smoothing: f32,
-    precision: Precision,
-) -> Result<Tensor> {
+pub fn tied_cross_entropy(inputs: [&Tensor; 3], targets: Targets, precision: Precision) -> Result<(Tensor, Tensor)> {
     let chunk_rows = (CHUNK_LOGITS / inputs[2].elem_count().max(1)).max(1);
-    tied_cross_entropy_in_chunks(inputs, targets, weights, smoothing, precision, chunk_rows)
+    tied_cross_entropy_in_chunks(inputs, targets, precision, chunk_rows)
 }
 
 /// The same in chunks of `chunk_rows` rows.
 pub fn tied_cross_entropy_in_chunks(
     [hidden, weight, bias]: [&Tensor; 3],
-    targets: Vec<u32>,
-    weights: Option<Vec<f32>>,
-    smoothing: f32,
+    targets: Targets,
     precision: Precision,
     chunk_rows: usize,
-) -> Result<Tensor> {
-    let op = TiedCrossEntropy { targets, weights, smoothing, chunk_rows, precision, gradients: Kept::default() };
-    hidden.contiguous()?.apply_op3(&weight.contiguous()?, &bias.contiguous()?, OnMachine::of(op))
+) -> Result<(Tensor, Tensor)> {
+    let means = Arc::new(Kept::default());
+    let op = TiedCrossEntropy { targets, chunk_rows, precision, means: Arc::clone(&means), gradients: Kept::default() };
+    let sum = hidden.contiguous()?.apply_op3(&weight.contiguous()?, &bias.contiguous()?, OnMachine::of(op))?;
+    Ok((sum, means.take(TiedCrossEntropy::NAME)?))
 }

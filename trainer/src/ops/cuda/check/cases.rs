@@ -12,7 +12,7 @@ use super::super::{
 };
 use super::{Case, Outcome, error, formulas, read, values};
 use crate::ops::kernels::{self, Plane};
-use crate::ops::{self, AttentionGroup, AttentionPlan, Precision, QueryBlock};
+use crate::ops::{self, AttentionGroup, AttentionPlan, Part, Precision, QueryBlock, Targets};
 use crate::optimizer::{AdamW, OptimizerConfig};
 
 /// Of sums of up to a few hundred products of order 1 in f32, in another order.
@@ -234,30 +234,40 @@ fn products() -> Vec<Case<'static>> {
 }
 
 fn losses() -> Vec<Case<'static>> {
-    let of = |name: &'static str, classes: usize, weighted: bool, smoothing: f32, precision: Precision, tolerance| {
-        let rows = 11;
-        let targets: Vec<u32> = (0..rows as u32).map(|row| row * 29 % classes as u32).collect();
-        let weights = weighted.then(|| values(20, rows));
-        let (asked, factors) = (targets.clone(), weights.clone());
+    let part = |rows, smoothing, factor| Part { rows, smoothing, factor };
+    let of = |name: &'static str, classes: usize, weighted: bool, parts: &[Part], precision: Precision, tolerance| {
+        let rows = parts.iter().map(|part| part.rows).sum();
+        let own: Vec<u32> = (0..rows as u32).map(|row| row * 29 % classes as u32).collect();
+        let targets = Targets { classes: own, weights: weighted.then(|| values(20, rows)), parts: parts.to_vec() };
+        let asked = targets.clone();
         Case {
             name: format!("cross-entropy, {name}"),
             inputs: vec![input(16, &[rows, 18], 1.0), input(17, &[classes, 18], 1.0), input(18, &[classes], 1.0)],
             // Chunks of four rows: three of them, the last one smaller.
             run: Box::new(move |t| {
                 let inputs = [&t[0], &t[1], &t[2]];
-                tied_cross_entropy_in_chunks(inputs, asked.clone(), factors.clone(), smoothing, precision, 4)
+                tied_cross_entropy_in_chunks(inputs, asked.clone(), precision, 4).map(|(sum, _)| sum)
             }),
             formula: Box::new(move |v| {
-                let logits = formulas::linear(&v[0], &v[1], &v[2]);
-                vec![formulas::cross_entropy(&logits, &targets, weights.as_deref(), f64::from(smoothing))]
+                let (logits, mut first, mut sum) = (formulas::linear(&v[0], &v[1], &v[2]), 0, 0.0);
+                for &Part { rows, smoothing, factor } in &targets.parts {
+                    let own = first..first + rows;
+                    let weights = targets.weights.as_ref().map(|weights| &weights[own.clone()]);
+                    let logits = &logits[own.start * classes..own.end * classes];
+                    let mean = formulas::cross_entropy(logits, &targets.classes[own.clone()], weights, f64::from(smoothing));
+                    sum += f64::from(factor) * mean;
+                    first = own.end;
+                }
+                vec![sum]
             }),
             tolerance,
         }
     };
     vec![
-        of("smoothed", 301, false, 0.1, Precision::F32, F32),
-        of("weighted", 40, true, 0.0, Precision::F32, F32),
-        of("smoothed, in bf16", 301, false, 0.1, Precision::Bf16, BF16),
+        of("smoothed", 301, false, &[part(11, 0.1, 1.0)], Precision::F32, F32),
+        of("weighted", 40, true, &[part(11, 0.0, 1.0)], Precision::F32, F32),
+        of("three means", 40, true, &[part(3, 0.1, 0.5), part(6, 0.0, -1.5), part(2, 0.2, 2.0)], Precision::F32, F32),
+        of("smoothed, in bf16", 301, false, &[part(11, 0.1, 1.0)], Precision::Bf16, BF16),
     ]
 }
 

@@ -170,6 +170,7 @@ const Kernel kernels[] = {
     KERNEL(bounded_exp_backward),
     KERNEL(column_sums),
     KERNEL(column_sums_bf16),
+    KERNEL(cross_entropy_parts),
     KERNEL(cross_entropy_rows),
     KERNEL(depthwise_relu6),
     KERNEL(depthwise_relu6_bf16),

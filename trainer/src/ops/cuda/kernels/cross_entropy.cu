@@ -1,12 +1,17 @@
 // Softmax cross-entropy of rows of logits, which become their own gradients.
 #include "device.cuh"
 
-// A block takes row blockIdx.x of `logits` [rows, classes] (bias not yet added): losses[row] becomes its cross-entropy with
-// targets[row], smoothed over all classes, times weights[row] (1 where null); the logits become the gradient of that times
-// `share`.
+// A row's target, how many times its cross-entropy counts, what it counts in the sum of all means, and what part of it is smoothed over
+// all classes.
+struct Predicted {
+    uint32_t target;
+    float weight, share, smoothing;
+};
+
+// A block takes row blockIdx.x of `logits` [rows, classes] (bias not yet added): losses[row] becomes its cross-entropy, times its
+// weight; the logits become the gradient of that in the sum of all means.
 extern "C" __global__ void cross_entropy_rows(
-    float* logits, const float* bias, const uint32_t* targets, const float* weights, float* losses, uint32_t classes,
-    float smoothing, float share
+    float* logits, const float* bias, const Predicted* rows, float* losses, uint32_t classes
 ) {
     SHARED(float, partial);
     float* row = logits + size_t(blockIdx.x) * classes;
@@ -26,15 +31,36 @@ extern "C" __global__ void cross_entropy_rows(
     // A thread without a value holds the empty sum.
     float total = block_sum(exponentials == 0.0f ? 0.0f : exponentials * expf(most - largest), partial);
     sum = block_sum(sum, partial);
-    float weight = weights ? weights[blockIdx.x] : 1.0f, log_total = logf(total) + largest;
-    uint32_t target = targets[blockIdx.x];
+    Predicted of = rows[blockIdx.x];
+    float smoothing = of.smoothing, log_total = logf(total) + largest;
     if (threadIdx.x == 0) {
-        losses[blockIdx.x] = weight * ((1.0f - smoothing) * (log_total - row[target]) + smoothing * (log_total - sum / classes));
+        losses[blockIdx.x] = of.weight * ((1.0f - smoothing) * (log_total - row[of.target]) + smoothing * (log_total - sum / classes));
     }
     __syncthreads();
-    float scale = weight * share / total, floor = weight * share * smoothing / classes;
+    float scale = of.share / total, floor = of.share * smoothing / classes;
     for (uint32_t i = threadIdx.x; i < classes; i += blockDim.x) {
         float gradient = expf(row[i] - largest) * scale - floor;
-        row[i] = i == target ? gradient - weight * share * (1.0f - smoothing) : gradient;
+        row[i] = i == of.target ? gradient - of.share * (1.0f - smoothing) : gradient;
     }
+}
+
+// Losses that make one mean: where they begin and end, one over their number, and how many times the mean counts.
+struct Mean {
+    uint32_t first, end;
+    float share, factor;
+};
+
+// Means of the losses of each part, and the sum of these means, in one block.
+extern "C" __global__ void cross_entropy_parts(const float* losses, const Mean* parts, float* means, float* sum, uint32_t count) {
+    SHARED(float, partial);
+    float all = 0;
+    for (uint32_t number = 0; number < count; number++) {
+        Mean part = parts[number];
+        float mean = 0;
+        for (uint32_t i = part.first + threadIdx.x; i < part.end; i += blockDim.x) mean += losses[i];
+        mean = block_sum(mean, partial) * part.share;
+        if (threadIdx.x == 0) means[number] = mean;
+        all += part.factor * mean;
+    }
+    if (threadIdx.x == 0) *sum = all;
 }

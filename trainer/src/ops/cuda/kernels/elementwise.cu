@@ -139,6 +139,7 @@ extern "C" __global__ void dropout_add(
 
 // values *= factor[0]
 extern "C" __global__ void scale_by(float* values, const float* factor, size_t count) {
+    if (factor[0] == 1.0f) return;
     FOR_EACH(i, count) values[i] *= factor[0];
 }
 
