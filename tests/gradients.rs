@@ -146,6 +146,23 @@ fn tied_cross_entropy() {
 }
 
 #[test]
+fn losses_against_targets() {
+    let targets = (var(2, &[4, 7]).as_tensor() * 0.5).unwrap().abs().unwrap();
+    let inputs = [var(1, &[4, 7])];
+    check("soft_cross_entropy", &inputs, |t| ops::soft_cross_entropy(&t[0], &targets), None);
+    check("binary_cross_entropy", &inputs, |t| ops::binary_cross_entropy(&t[0], &targets), None);
+    check("squared_error", &inputs, |t| ops::squared_error(&t[0], &targets), None);
+    assert!(ops::squared_error(inputs[0].as_tensor(), &targets.t().unwrap()).is_err(), "other shapes");
+}
+
+#[test]
+fn poolings() {
+    check("first_and_mean", &[var(1, &[9, 5])], |t| ops::first_and_mean(&t[0], &[3, 1, 2]), None);
+    assert!(ops::first_and_mean(var(1, &[9, 5]).as_tensor(), &[3, 3]).is_err(), "other numbers of rows");
+    check("relu_product", &[var(1, &[6, 5]), var(2, &[6, 5])], |t| ops::relu_product(&t[0], &t[1]), None);
+}
+
+#[test]
 fn depthwise_convolution() {
     let bias = |at: f32| Var::from_tensor(&(var(3, &[5]).as_tensor() + f64::from(at)).unwrap()).unwrap();
     for stride in [1, 2] {

@@ -61,10 +61,13 @@ impl Unimo {
     /// # Errors
     /// Rows that are not a text's first, and those of candle.
     pub fn text_embedding(&self, batch: &PackedBatch, hidden: &Hidden, rows: &[usize]) -> Result<Tensor> {
-        let first = hidden.rows(rows)?;
         let embedded = match self.config.text_embedding {
-            TextEmbedding::Token => first,
-            TextEmbedding::Both => Tensor::cat(&[&first, &batch.means_of_tokens(hidden, rows)?], 1)?,
+            TextEmbedding::Token => hidden.rows(rows)?,
+            TextEmbedding::Both => {
+                let counts = rows.iter().map(|&row| batch.tokens_behind(row)).collect::<Result<Vec<usize>>>()?;
+                let all = rows.iter().zip(&counts).flat_map(|(&row, &count)| row..=row + count).collect::<Vec<_>>();
+                ops::first_and_mean(&hidden.rows(&all)?, &counts)?
+            }
         };
         ops::unit_rows(&self.linear("embed.text", &embedded)?)
     }
@@ -74,9 +77,8 @@ impl Unimo {
     /// # Errors
     /// Those of candle.
     pub fn match_logits(&self, image: &Tensor, text: &Tensor) -> Result<Tensor> {
-        let image = self.linear("pool.image", image)?.relu()?;
-        let text = self.linear("pool.text", text)?.relu()?;
-        self.linear("match", &(image * text)?)?.squeeze(1)
+        let (image, text) = (self.linear("pool.image", image)?, self.linear("pool.text", text)?);
+        self.linear("match", &ops::relu_product(&image, &text)?)?.squeeze(1)
     }
 
     /// Logits of a downstream task, `[n, classes]`, from hidden states: the poolings of `[IMG]` (at rows `images`)
@@ -85,10 +87,11 @@ impl Unimo {
     /// # Errors
     /// Another number of images than of texts, a model without a task's head, and those of candle.
     pub fn task_logits(&self, hidden: &Hidden, images: &[usize], texts: &[usize]) -> Result<Tensor> {
-        let mut pooled = self.linear("pool.text", &hidden.rows(texts)?)?.relu()?;
-        if !images.is_empty() {
-            pooled = (pooled * self.linear("pool.image", &hidden.rows(images)?)?.relu()?)?;
-        }
+        let text = self.linear("pool.text", &hidden.rows(texts)?)?;
+        let pooled = match images {
+            [] => text.relu()?,
+            _ => ops::relu_product(&self.linear("pool.image", &hidden.rows(images)?)?, &text)?,
+        };
         self.linear("task.output", &self.linear_gelu("task.hidden", &pooled)?)
     }
 

@@ -4,7 +4,7 @@ use std::sync::Arc;
 
 use candle_core::{Device, Result, Tensor};
 
-use super::{Hidden, ModelConfig, RegionStatistics, Unimo};
+use super::{ModelConfig, RegionStatistics, Unimo};
 use crate::ops::{self, AttentionGroup, AttentionPlan, QueryBlock};
 use crate::regions::Record;
 
@@ -99,24 +99,8 @@ impl PackedBatch {
         ops::select_rows(features.means.as_ref().unwrap_or(&features.rows), &places)
     }
 
-    /// Means of the hidden states of the texts whose `[CLS]`s lie at `rows`, without those: `[n, hidden]`.
-    pub(super) fn means_of_tokens(&self, hidden: &Hidden, rows: &[usize]) -> Result<Tensor> {
-        let counts = rows.iter().map(|&row| self.tokens_behind(row)).collect::<Result<Vec<usize>>>()?;
-        let longest = counts.iter().copied().max().unwrap_or(0);
-        // As many rows of every text; what is filled up counts nothing.
-        let (mut places, mut shares) = (Vec::new(), Vec::new());
-        for (&row, &count) in rows.iter().zip(&counts) {
-            places.extend((1..=longest).map(|i| row + i.min(count)));
-            shares.extend((1..=longest).map(|i| if i <= count { 1.0 / count as f32 } else { 0.0 }));
-        }
-        let tokens = hidden.rows(&places)?;
-        let shares = ops::from_host(shares, (rows.len(), longest, 1), tokens.device())?;
-        let tokens = tokens.reshape((rows.len(), longest, tokens.dim(1)?))?;
-        tokens.broadcast_mul(&shares)?.sum(1)
-    }
-
     /// Number of tokens behind the `[CLS]` at a row.
-    fn tokens_behind(&self, row: usize) -> Result<usize> {
+    pub(super) fn tokens_behind(&self, row: usize) -> Result<usize> {
         let place = self.order.get(row).map(|&place| place as usize);
         let Some(first) = place.filter(|&place| self.positions.get(place) == Some(&0)) else {
             candle_core::bail!("row {row} is not a text's first");

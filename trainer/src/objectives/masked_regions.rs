@@ -1,7 +1,7 @@
 //! What masked regions were: their features, and soft labels of their classes.
 
 use anyhow::Result;
-use candle_core::{D, Tensor};
+use candle_core::Tensor;
 
 use super::draft::RegionTargets;
 use crate::model::Unimo;
@@ -64,15 +64,13 @@ fn softmax(mut logits: Vec<f32>, classes: usize) -> Vec<f32> {
 
 /// Mean squared error of the masked regions' predicted features; `rows` is `[n, hidden]`, `features` `[n, region_feature]`.
 pub(super) fn region_regression(model: &Unimo, rows: &Tensor, features: &Tensor) -> candle_core::Result<Tensor> {
-    // By rows first: candle gives every sum one block of a CUDA device.
-    (model.region_features(rows)? - features)?.sqr()?.mean(D::Minus1)?.mean_all()
+    ops::squared_error(&model.region_features(rows)?, features)
 }
 
 /// Cross-entropy of the masked regions with their soft labels `[n, region_classes]` (its gradient is that of the
 /// Kullback–Leibler divergence).
 pub(super) fn region_classification(model: &Unimo, rows: &Tensor, labels: &Tensor) -> candle_core::Result<Tensor> {
-    let log_p = ops::log_softmax(&model.region_logits(rows)?)?;
-    (labels * log_p)?.sum(D::Minus1)?.mean_all()?.neg()
+    ops::soft_cross_entropy(&model.region_logits(rows)?, labels)
 }
 
 #[cfg(test)]

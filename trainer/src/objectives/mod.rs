@@ -28,6 +28,7 @@ pub use step::StepBatch;
 pub use tally::Tally;
 
 use crate::corpus::Corpus;
+use crate::ops;
 use crate::seed;
 use crate::tasks::TaskData;
 use crate::tasks::generation::WritingData;
@@ -80,10 +81,8 @@ pub struct Orders {
 /// # Errors
 /// Those of candle.
 pub fn matching_loss(logits: &Tensor, labels: &[f32]) -> candle_core::Result<Tensor> {
-    let labels = Tensor::new(labels, logits.device())?;
-    // max(z, 0) − z·y + ln(1 + e^−|z|)
-    let softplus = ((logits.abs()?.neg()?.exp()? + 1.0)?).log()?;
-    (logits.relu()? - (logits * labels)? + softplus)?.mean_all()
+    let labels = ops::from_host(labels.to_vec(), (labels.len(), 1), logits.device())?;
+    ops::binary_cross_entropy(&logits.unsqueeze(1)?, &labels)
 }
 
 /// A small corpus for the tests of this module.

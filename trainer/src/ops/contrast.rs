@@ -1,11 +1,11 @@
-//! What contrasts are made of: rows of unit length, logarithms of softmax and of shares of it, and the temperature. Each is a kernel or two
+//! What contrasts are made of: rows of unit length, logarithms of shares of softmax, and the temperature. Each is a kernel or two
 //! each way on CUDA devices, where these arrays are small and every kernel that is asked for counts.
 
 use std::collections::HashSet;
 
 use candle_core::{D, Result, Tensor};
 
-use super::{on_cuda, reference};
+use super::on_cuda;
 
 /// Added to the square of a row's length, so that a row of zeros has a gradient.
 pub(super) const LEAST_SQUARE: f64 = 1e-12;
@@ -17,15 +17,6 @@ pub(super) const LEAST_SQUARE: f64 = 1e-12;
 pub fn unit_rows(x: &Tensor) -> Result<Tensor> {
     on_cuda!(x.device(), super::cuda::unit_rows(x));
     x.broadcast_div(&(x.sqr()?.sum_keepdim(D::Minus1)? + LEAST_SQUARE)?.sqrt()?)
-}
-
-/// Logarithm of the softmax over the last dimension.
-///
-/// # Errors
-/// A dtype other than f32.
-pub fn log_softmax(x: &Tensor) -> Result<Tensor> {
-    on_cuda!(x.device(), super::cuda::log_softmax(x));
-    reference::log_softmax(x)
 }
 
 /// `factor · Σ ln(share + least)`, a scalar, over the rows of `scores` `[rows, columns]`: the share is what the softmax of a row over the

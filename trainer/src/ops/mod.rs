@@ -15,19 +15,23 @@ mod elementwise;
 mod gradients;
 pub mod kernels;
 mod linear;
+mod losses;
 pub mod network;
+mod pooling;
 mod precision;
 pub mod reference;
 mod rows;
 
 pub use attention::{AttentionGroup, AttentionPlan, QueryBlock, attention};
-pub use contrast::{bounded_exp, log_shares, log_softmax, unit_rows};
+pub use contrast::{bounded_exp, log_shares, unit_rows};
 pub use convolution::{convolution_relu6, depthwise_relu6, pointwise_relu6};
 pub use cross_entropy::{Part, Targets, tied_cross_entropy};
 pub use elementwise::{dropout, dropout_add, dropout_add_layer_norm, gelu, layer_norm, relu6};
 pub(crate) use gradients::carrying;
 pub use gradients::gradients;
 pub use linear::{linear, linear_gelu, scalar_products};
+pub use losses::{binary_cross_entropy, soft_cross_entropy, squared_error};
+pub use pooling::{first_and_mean, relu_product};
 pub use precision::{Precision, precision, set_precision};
 pub use rows::select_rows;
 

@@ -298,13 +298,11 @@ pub fn task_loss(logits: &Tensor, goal: Goal, targets: &[&[(u32, f32)]]) -> cand
         target.iter().for_each(|&(class, degree)| dense[row * classes + class as usize] = degree);
     }
     let dense = crate::ops::from_host(dense, (n, classes), logits.device())?;
-    let rows = match goal {
-        Goal::Class => (crate::ops::log_softmax(logits)? * dense)?.sum(1)?.neg()?,
-        Goal::Value => (logits - dense)?.sqr()?.sum(1)?,
-        // max(z, 0) − z·y + ln(1 + e^−|z|)
-        Goal::Answer => (logits.relu()? - (logits * dense)? + (logits.abs()?.neg()?.exp()? + 1.0)?.log()?)?.sum(1)?,
-    };
-    rows.mean_all()
+    match goal {
+        Goal::Class => crate::ops::soft_cross_entropy(logits, &dense),
+        Goal::Value => crate::ops::squared_error(logits, &dense)?.affine(classes as f64, 0.0),
+        Goal::Answer => crate::ops::binary_cross_entropy(logits, &dense),
+    }
 }
 
 #[cfg(test)]

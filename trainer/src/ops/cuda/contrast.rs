@@ -40,33 +40,6 @@ pub fn unit_rows(x: &Tensor) -> Result<Tensor> {
     x.contiguous()?.apply_op1(OnMachine::of(UnitRows))
 }
 
-struct LogSoftmax;
-
-impl Operator for LogSoftmax {
-    const NAME: &'static str = "log_softmax";
-
-    fn forward<M: Machine>(&self, machine: &M, inputs: &[Input]) -> Result<(M::Values, Shape)> {
-        let (x, (rows, width)) = (&inputs[0], inputs[0].matrix());
-        let y = x.alike(machine)?;
-        let arguments = arguments![x.at, machine.at(&y), width as u32];
-        machine.launch(Kernel("rows", "log_softmax"), Grid::reducing(rows.max(1)), arguments)?;
-        Ok((y, x.shape.clone()))
-    }
-
-    fn backward<M: Machine>(&self, machine: &M, pass: &Pass) -> Result<Vec<Option<M::Values>>> {
-        let (rows, width) = pass.result.matrix();
-        let dx = pass.result.alike(machine)?;
-        let arguments = arguments![pass.result.at, pass.gradient.at, machine.at(&dx), width as u32];
-        machine.launch(Kernel("rows", "log_softmax_backward"), Grid::reducing(rows.max(1)), arguments)?;
-        Ok(vec![Some(dx)])
-    }
-}
-
-/// See [`log_softmax`](crate::ops::log_softmax).
-pub fn log_softmax(x: &Tensor) -> Result<Tensor> {
-    x.contiguous()?.apply_op1(OnMachine::of(LogSoftmax))
-}
-
 struct BoundedExp {
     bounds: [f32; 2],
 }

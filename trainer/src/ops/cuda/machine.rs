@@ -124,6 +124,11 @@ impl Grid {
         Self { blocks: [count.div_ceil(THREADS).clamp(1, 1 << 16), 1, 1], threads: THREADS, shared: 0 }
     }
 
+    /// A thread for every eight columns of every row.
+    pub fn each_few(rows: usize, width: usize) -> Self {
+        Self { blocks: [(rows * width.div_ceil(8)).div_ceil(THREADS).max(1), 1, 1], threads: THREADS, shared: 0 }
+    }
+
     /// For `column_sums`, whose blocks leave a row of sums each, and the rows that a block takes: all, if that does not take a thread
     /// long, and else as many as leave rows for one more such sum.
     pub fn summing(rows: usize, width: usize) -> (Self, usize) {

@@ -20,11 +20,13 @@ pub mod layers;
 #[cfg(feature = "cuda")]
 pub mod libraries;
 mod linear;
+mod losses;
 mod machine;
 pub mod network;
 #[cfg(feature = "cuda")]
 mod nvidia;
 mod operator;
+mod pooling;
 mod recording;
 mod rows;
 #[cfg(feature = "cuda")]
@@ -32,15 +34,17 @@ pub mod uploads;
 
 pub use adamw::{DeviceAdamW, Tuned};
 pub use attention::attention;
-pub use contrast::{bounded_exp, log_shares, log_softmax, unit_rows};
+pub use contrast::{bounded_exp, log_shares, unit_rows};
 pub use convolution::{depthwise_relu6, patches};
 pub use cross_entropy::{tied_cross_entropy, tied_cross_entropy_in_chunks};
 pub use elementwise::{dropout, dropout_add, gelu, relu6};
 pub use layer_norm::{dropout_add_layer_norm, layer_norm};
 pub use linear::{linear, linear_gelu, scalar_products};
+pub use losses::{binary_cross_entropy, soft_cross_entropy, squared_error};
 pub use machine::Element;
 #[cfg(feature = "cuda")]
 pub use nvidia::{from_host, zero};
+pub use pooling::{first_and_mean, relu_product};
 pub use rows::{pack_rows, select_rows};
 
 use candle_core::{Device, Result};

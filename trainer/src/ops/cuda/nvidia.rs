@@ -148,7 +148,17 @@ fn ptx(file: &str) -> Result<&'static str> {
             }
         };
     }
-    Ok(embedded!("adamw", "attention", "attention_bf16", "convolution", "cross_entropy", "elementwise", "layer_norm", "rows"))
+    Ok(embedded!(
+        "adamw",
+        "attention",
+        "attention_bf16",
+        "convolution",
+        "cross_entropy",
+        "elementwise",
+        "layer_norm",
+        "losses",
+        "rows"
+    ))
 }
 
 impl Machine for Nvidia {

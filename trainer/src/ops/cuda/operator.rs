@@ -83,11 +83,16 @@ impl Kept {
 
     /// Takes it, once.
     pub fn take<T: 'static>(&self, operator: &str) -> Result<T> {
-        let taken = self.0.lock().unwrap_or_else(|poisoned| poisoned.into_inner()).take();
-        match taken.map(|any| any.downcast::<T>()) {
-            Some(Ok(value)) => Ok(*value),
-            _ => candle_core::bail!("{operator}: a second backward pass through one forward pass"),
+        match self.try_take() {
+            Some(value) => Ok(value),
+            None => candle_core::bail!("{operator}: a second backward pass through one forward pass"),
         }
+    }
+
+    /// Takes it, if it is still there.
+    pub fn try_take<T: 'static>(&self) -> Option<T> {
+        let taken = self.0.lock().unwrap_or_else(|poisoned| poisoned.into_inner()).take();
+        Some(*taken?.downcast::<T>().ok()?)
     }
 }
 

@@ -5,7 +5,7 @@ use std::sync::Arc;
 use candle_core::{Result, Shape, Tensor};
 
 use super::draws;
-use super::machine::{Address, Argument, Grid, Kernel, Machine, THREADS, WARP, arguments};
+use super::machine::{Address, Argument, Grid, Kernel, Machine, WARP, arguments};
 use super::operator::{Input, OnMachine, Operator, Pass};
 
 /// Chosen rows, ordered for the backward pass: no two threads add to one row, and sums run in a fixed order.
@@ -62,12 +62,6 @@ impl Choosers {
     }
 }
 
-/// A thread for every eight columns of every row.
-fn each_few(rows: usize, width: usize) -> Grid {
-    let blocks = (rows * width.div_ceil(8)).div_ceil(THREADS).max(1);
-    Grid { blocks: [blocks, 1, 1], threads: THREADS, shared: 0 }
-}
-
 /// That there are such rows of a table.
 pub(super) fn check_ids(ids: &[u32], rows: usize) -> Result<()> {
     match ids.iter().find(|&&id| id as usize >= rows) {
@@ -83,7 +77,7 @@ pub(super) fn selected<M: Machine>(machine: &M, table: &Input, ids: &[u32]) -> R
     let (y, words) = (machine.allocate(ids.len() * width)?, machine.upload(ids)?);
     let arguments = arguments![table.at, machine.words_at(&words), machine.at(&y), ids.len() as u32, width as u32];
     let kernel = Kernel::on(table.element, "rows", ["select_rows", "select_rows_bf16"]);
-    machine.launch(kernel, each_few(ids.len(), width), arguments)?;
+    machine.launch(kernel, Grid::each_few(ids.len(), width), arguments)?;
     Ok(y)
 }
 
@@ -98,7 +92,7 @@ pub(super) fn spread<M: Machine>(machine: &M, chosen: &[(&[u32], Address)], to: 
     let words = machine.upload(&listed(chosen, rows, width))?;
     let starts = machine.words_at(&words);
     let arguments = arguments![starts, starts.after((rows + 1).next_multiple_of(2)), to.at, rows as u32, width as u32];
-    machine.launch(Kernel::on(to.element, "rows", ["spread_rows", "spread_rows_bf16"]), each_few(rows, width), arguments)
+    machine.launch(Kernel::on(to.element, "rows", ["spread_rows", "spread_rows_bf16"]), Grid::each_few(rows, width), arguments)
 }
 
 /// Where in a list those of each row begin, and the end; then, in a place of eight bytes, the list: where every row's gradients lie.
@@ -125,7 +119,7 @@ pub(super) fn select_sums<M: Machine>(machine: &M, [first, second]: [(&Input, Ad
     let width = first.0.matrix().1;
     let y = machine.allocate(rows * width)?;
     let arguments = arguments![first.0.at, first.1, second.0.at, second.1, machine.at(&y), rows as u32, width as u32];
-    machine.launch(Kernel("rows", "select_sums"), each_few(rows, width), arguments)?;
+    machine.launch(Kernel("rows", "select_sums"), Grid::each_few(rows, width), arguments)?;
     Ok(y)
 }
 
@@ -223,7 +217,7 @@ impl Packing {
         let ((rows, width), [first, second]) = (to.matrix(), both);
         let arguments = [arguments![first, second, self.rows[0] as u32, words, to.at], &self.last(width, words)[..]].concat();
         let kernel = Kernel::on(to.element, "rows", ["pack_rows", "pack_rows_bf16"]);
-        machine.launch(kernel, each_few(rows, width), &arguments)
+        machine.launch(kernel, Grid::each_few(rows, width), &arguments)
     }
 
     /// Asks for the gradients by both arrays, zeros by rows that are not packed.
@@ -232,7 +226,7 @@ impl Packing {
         let arguments = arguments![by_packed.at, first, second, self.rows[0] as u32, words.after(self.all())];
         let arguments = [arguments, &self.last(width, words)[..]].concat();
         let kernel = Kernel::on(by_packed.element, "rows", ["pack_rows_backward", "pack_rows_backward_bf16"]);
-        machine.launch(kernel, each_few(rows, width), &arguments)
+        machine.launch(kernel, Grid::each_few(rows, width), &arguments)
     }
 }
 

@@ -47,6 +47,8 @@ pub fn all() -> Vec<Case<'static>> {
     cases.extend(contrasts());
     cases.extend(products());
     cases.extend(losses());
+    cases.extend(targeted());
+    cases.extend(poolings());
     cases.extend(attentions());
     cases.extend(convolutions());
     cases
@@ -119,13 +121,6 @@ fn contrasts() -> Vec<Case<'static>> {
         formula: Box::new(|v| formulas::unit_rows(&v[0], 70)),
         tolerance: F32,
     };
-    let softmax = Case {
-        name: "logarithms of softmax".to_owned(),
-        inputs: vec![input(66, &[5, 300], 8.0)],
-        run: Box::new(|t| ops::log_softmax(&t[0])),
-        formula: Box::new(|v| formulas::log_softmax(&v[0], 300)),
-        tolerance: F32,
-    };
     let bounded = Case {
         name: "exponentials within bounds".to_owned(),
         inputs: vec![input(67, &[300], 3.0)],
@@ -146,7 +141,7 @@ fn contrasts() -> Vec<Case<'static>> {
         }
     };
     let (bare, added) = (shares("bare", 70, [0.0, -0.1]), shares("with something added", 300, [0.05, -0.5]));
-    vec![unit, softmax, bounded, bare, added]
+    vec![unit, bounded, bare, added]
 }
 
 fn alone() -> Vec<Case<'static>> {
@@ -268,6 +263,68 @@ fn losses() -> Vec<Case<'static>> {
         of("weighted", 40, true, &[part(11, 0.0, 1.0)], Precision::F32, F32),
         of("three means", 40, true, &[part(3, 0.1, 0.5), part(6, 0.0, -1.5), part(2, 0.2, 2.0)], Precision::F32, F32),
         of("smoothed, in bf16", 301, false, &[part(11, 0.1, 1.0)], Precision::Bf16, BF16),
+    ]
+}
+
+/// Losses against given targets: more columns than a block has threads, and fewer than a warp has.
+fn targeted() -> Vec<Case<'static>> {
+    type Run = fn(&Tensor, &Tensor) -> candle_core::Result<Tensor>;
+    type OfRow = fn(&[f64], &[f64]) -> f64;
+    let soft: OfRow = |x, y| -times(&formulas::log_softmax(x, x.len()), y).iter().sum::<f64>();
+    let binary: OfRow = |x, y| x.iter().zip(y).map(|(x, y)| (1.0 + x.exp()).ln() - x * y).sum();
+    let squared: OfRow = |x, y| x.iter().zip(y).map(|(x, y)| (x - y).powi(2)).sum::<f64>() / x.len() as f64;
+    let of = |name: &str, width: usize, run: Run, of_row: OfRow| {
+        let (rows, targets) = (5, values(75, 5 * width).into_iter().map(f32::abs).collect::<Vec<f32>>());
+        let wide: Vec<f64> = targets.iter().map(|&target| f64::from(target)).collect();
+        Case {
+            name: format!("{name}, {width} columns"),
+            inputs: vec![input(76, &[rows, width], 3.0)],
+            run: Box::new(move |t| run(&t[0], &Tensor::from_slice(&targets, (rows, width), t[0].device())?)),
+            formula: Box::new(move |v| {
+                let of_rows = v[0].chunks_exact(width).zip(wide.chunks_exact(width));
+                vec![of_rows.map(|(x, y)| of_row(x, y)).sum::<f64>() / rows as f64]
+            }),
+            tolerance: F32,
+        }
+    };
+    let both = |name: &str, run: Run, of_row: OfRow| [300, 1].map(|width| of(name, width, run, of_row));
+    [
+        both("cross-entropy with degrees of classes", ops::soft_cross_entropy, soft),
+        both("binary cross-entropy", ops::binary_cross_entropy, binary),
+        both("squared error", ops::squared_error, squared),
+    ]
+    .into_iter()
+    .flatten()
+    .collect()
+}
+
+fn poolings() -> Vec<Case<'static>> {
+    const WIDTH: usize = 21;
+    const COUNTS: [usize; 3] = [4, 1, 30];
+    let rows = COUNTS.iter().map(|count| 1 + count).sum();
+    vec![
+        Case {
+            name: "first rows beside means of the others".to_owned(),
+            inputs: vec![input(77, &[rows, WIDTH], 1.0)],
+            run: Box::new(|t| ops::first_and_mean(&t[0], &COUNTS)),
+            formula: Box::new(|v| {
+                let (mut y, mut rows) = (Vec::new(), v[0].chunks_exact(WIDTH));
+                for count in COUNTS {
+                    y.extend_from_slice(rows.next().unwrap_or_default());
+                    let others = rows.by_ref().take(count).fold(vec![0.0; WIDTH], |sum, row| plus(&sum, row));
+                    y.extend(others.iter().map(|sum| sum / count as f64));
+                }
+                y
+            }),
+            tolerance: F32,
+        },
+        Case {
+            name: "products of ReLUs".to_owned(),
+            inputs: vec![input(78, &[7, 45], 1.0), input(79, &[7, 45], 1.0)],
+            run: Box::new(|t| ops::relu_product(&t[0], &t[1])),
+            formula: Box::new(|v| v[0].iter().zip(&v[1]).map(|(a, b)| a.max(0.0) * b.max(0.0)).collect()),
+            tolerance: F32,
+        },
     ]
 }
 

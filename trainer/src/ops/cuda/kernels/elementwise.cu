@@ -137,6 +137,20 @@ extern "C" __global__ void dropout_add(
     FOR_EACH(i, count) y[i] = (residual ? residual[i] : 0.0f) + dropout(x[i], uint32_t(i));
 }
 
+// y = max(a, 0) · max(b, 0)
+extern "C" __global__ void relu_product(const float* a, const float* b, float* y, size_t count) {
+    FOR_EACH(i, count) y[i] = fmaxf(a[i], 0.0f) * fmaxf(b[i], 0.0f);
+}
+
+extern "C" __global__ void relu_product_backward(
+    const float* a, const float* b, const float* dy, float* da, float* db, size_t count
+) {
+    FOR_EACH(i, count) {
+        da[i] = a[i] > 0 ? dy[i] * fmaxf(b[i], 0.0f) : 0.0f;
+        db[i] = b[i] > 0 ? dy[i] * fmaxf(a[i], 0.0f) : 0.0f;
+    }
+}
+
 // values *= factor[0]
 extern "C" __global__ void scale_by(float* values, const float* factor, size_t count) {
     if (factor[0] == 1.0f) return;

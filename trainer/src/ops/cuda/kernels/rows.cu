@@ -203,25 +203,37 @@ extern "C" __global__ void unit_rows_backward(
     for (uint32_t i = lane; i < width; i += WARP) dx[first + i] = (dy[first + i] - y[first + i] * along) / length;
 }
 
-// Logarithms of the softmax of each row, a block for a row.
-extern "C" __global__ void log_softmax(const float* x, float* y, uint32_t width) {
-    SHARED(float, partial);
-    size_t first = size_t(blockIdx.x) * width;
-    float most = -INFINITY, sum = 0;
-    for (uint32_t i = threadIdx.x; i < width; i += blockDim.x) most = fmaxf(most, x[first + i]);
-    most = block_max(most, partial);
-    for (uint32_t i = threadIdx.x; i < width; i += blockDim.x) sum += expf(x[first + i] - most);
-    float all = most + logf(block_sum(sum, partial));
-    for (uint32_t i = threadIdx.x; i < width; i += blockDim.x) y[first + i] = x[first + i] - all;
+// Of texts whose rows x has from starts[text] on to starts[text + 1]: the first row, and beside it the mean of the others. A thread has
+// FEW columns of a text.
+extern "C" __global__ void first_and_mean(const float* x, const uint32_t* starts, float* y, uint32_t texts, uint32_t width) {
+    uint32_t spans = (width + FEW - 1) / FEW, place = blockIdx.x * blockDim.x + threadIdx.x;
+    uint32_t text = place / spans, column = place % spans * FEW, count = min(FEW, width - column);
+    if (text >= texts) return;
+    uint32_t first = starts[text], end = starts[text + 1];
+    float values[FEW], sum[FEW] = {}, share = 1.0f / (end - first - 1);
+    float* to = y + size_t(text) * 2 * width + column;
+    read_few(x + size_t(first) * width + column, count, values);
+    write_few(to, count, values);
+    for (uint32_t row = first + 1; row < end; row++) {
+        read_few(x + size_t(row) * width + column, count, values);
+        for (uint32_t e = 0; e < FEW; e++) sum[e] += values[e];
+    }
+    for (uint32_t e = 0; e < FEW; e++) sum[e] *= share;
+    write_few(to + width, count, sum);
 }
 
-extern "C" __global__ void log_softmax_backward(const float* y, const float* dy, float* dx, uint32_t width) {
-    SHARED(float, partial);
-    size_t first = size_t(blockIdx.x) * width;
-    float sum = 0;
-    for (uint32_t i = threadIdx.x; i < width; i += blockDim.x) sum += dy[first + i];
-    sum = block_sum(sum, partial);
-    for (uint32_t i = threadIdx.x; i < width; i += blockDim.x) dx[first + i] = dy[first + i] - expf(y[first + i]) * sum;
+extern "C" __global__ void first_and_mean_backward(
+    const float* dy, const uint32_t* starts, const uint32_t* of_rows, float* dx, uint32_t rows, uint32_t width
+) {
+    uint32_t spans = (width + FEW - 1) / FEW, place = blockIdx.x * blockDim.x + threadIdx.x;
+    uint32_t row = place / spans, column = place % spans * FEW, count = min(FEW, width - column);
+    if (row >= rows) return;
+    uint32_t text = of_rows[row], first = starts[text];
+    bool is_first = row == first;
+    float values[FEW], share = is_first ? 1.0f : 1.0f / (starts[text + 1] - first - 1);
+    read_few(dy + (size_t(text) * 2 + (is_first ? 0 : 1)) * width + column, count, values);
+    for (uint32_t e = 0; e < FEW; e++) values[e] *= share;
+    write_few(dx + size_t(row) * width + column, count, values);
 }
 
 // What a row's softmax over x / temperature gives to the columns that have the row's number: of all columns and of those alone the
