@@ -28,18 +28,26 @@ pub(super) struct Choosers {
 }
 
 impl Choosers {
-    pub(super) fn of(ids: &[u32]) -> Self {
-        let mut order: Vec<u32> = (0..ids.len() as u32).collect();
-        order.sort_unstable_by_key(|&place| (ids[place as usize], place));
-        let (mut starts, mut sources) = (Vec::new(), Vec::new());
-        for (i, &place) in order.iter().enumerate() {
-            let id = ids[place as usize];
-            if sources.last() != Some(&id) {
-                starts.push(i as u32);
-                sources.push(id);
+    /// Of rows that were chosen of a table of `rows`.
+    pub(super) fn of(ids: &[u32], rows: usize) -> Self {
+        let mut next = vec![0; rows];
+        ids.iter().for_each(|&id| next[id as usize] += 1);
+        let (mut starts, mut sources, mut start) = (Vec::new(), Vec::new(), 0);
+        for (row, next) in (0..).zip(&mut next) {
+            let count = std::mem::replace(next, start);
+            if count > 0 {
+                starts.push(start);
+                sources.push(row);
+                start += count;
             }
         }
-        starts.push(ids.len() as u32);
+        starts.push(start);
+        let mut order = vec![0; ids.len()];
+        for (place, &id) in (0..).zip(ids) {
+            let next = &mut next[id as usize];
+            order[*next as usize] = place;
+            *next += 1;
+        }
         Self { order, starts, sources }
     }
 
@@ -153,7 +161,7 @@ impl Operator for SelectRows {
         if !pass.inputs[0].wanted {
             return Ok(vec![None]);
         }
-        let choosers = Choosers::of(&self.ids);
+        let choosers = Choosers::of(&self.ids, pass.inputs[0].matrix().0);
         let words = machine.upload(&choosers.words())?;
         let told = (machine.words_at(&words), choosers.chosen());
         Ok(vec![Some(sum_chosen(machine, pass.inputs[0].matrix(), told, pass.gradient.at)?)])
@@ -312,12 +320,12 @@ mod tests {
 
     #[test]
     fn choosers_are_listed_by_what_they_chose() {
-        let of = Choosers::of(&[7, 2, 7, 0, 7]);
+        let of = Choosers::of(&[7, 2, 7, 0, 7], 9);
         let expected = Choosers { order: vec![3, 1, 0, 2, 4], starts: vec![0, 1, 2, 5], sources: vec![0, 2, 7] };
         assert_eq!(of, expected);
         assert_eq!(of.words(), [0, 1, 2, 5, 0, 2, 7, 3, 1, 0, 2, 4]);
         let filled = of.filled(6, 4);
         assert_eq!(filled.words(), [0, 1, 2, 5, 5, 0, 2, 7, NO_ROW, 3, 1, 0, 2, 4, 0]);
-        assert_eq!(Choosers::of(&[]), Choosers { order: vec![], starts: vec![0], sources: vec![] });
+        assert_eq!(Choosers::of(&[], 9), Choosers { order: vec![], starts: vec![0], sources: vec![] });
     }
 }

@@ -134,7 +134,10 @@ impl Embedding {
         // Image rows seldom change from batch to batch; text rows may as well be filled up by a part of both.
         let rows = [counts[0].next_multiple_of(unit(counts[0] + counts[1], 128)), filled(counts[1], 128)];
         let rows = rows.map(|rows| rows.next_multiple_of(16));
-        let choosers = [0, 1].map(|which| tables[which].track_op().then(|| Choosers::of(&self.texts[which])));
+        let choosers = [0, 1].map(|which| {
+            let (table, ids) = (tables[which], &self.texts[which]);
+            table.track_op().then(|| Choosers::of(ids, table.elem_count() / self.hidden()))
+        });
         // A row of the table that nobody chose costs a block of threads that ends at once.
         let chosen = choosers.each_ref().map(|of| of.as_ref().map_or(0, |of| filled(of.chosen(), 2).next_multiple_of(64)));
         let sizes = Sizes { rows, chosen };
