@@ -315,6 +315,27 @@ fn what_was_recorded_is_recorded_again_where_a_larger_pass_took_other_memory() {
     assert_eq!(model.passes_through_layers(), Counts { passes: 7, replayed: 5, recordings: 3 });
 }
 
+/// 33 uses, which differ in how much is dropped: one more than is remembered.
+#[test]
+fn the_use_that_was_not_met_for_the_longest_time_is_forgotten() {
+    let model = model_of(1);
+    let (batch, [text, _]) = batch_of(&model, &[4], 0);
+    let by: Vec<Var> = model.weights().values().cloned().collect();
+    let pass = |number: u8| {
+        let passed = model.forward(&batch, None, Dropout::of(f32::from(number) / 64.0, 1)).unwrap();
+        let loss = passed.hidden.rows(&[text]).unwrap().sum_all().unwrap();
+        passed.backward(&model, &batch, loss, &by).unwrap();
+        model.passes_through_layers().replayed
+    };
+    emulated(0, || {
+        assert!((0..32).all(|number| pass(number) == 0));
+        assert_eq!((pass(0), pass(32)), (1, 1));
+        assert_eq!(pass(0), 2, "what was met again is kept");
+        assert_eq!(pass(1), 2, "what was not met again is forgotten");
+        assert_eq!(pass(1), 3);
+    });
+}
+
 /// At once, or in the middle of the way back.
 #[test]
 fn a_machine_that_does_not_record_is_asked_for_every_layer() {

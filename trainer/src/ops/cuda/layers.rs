@@ -7,6 +7,7 @@
 //! on a CUDA device, one graph forward and one for each layer on the way back.
 
 mod embedding;
+mod recorded;
 mod runs;
 mod stack;
 

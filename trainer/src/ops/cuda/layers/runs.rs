@@ -6,14 +6,14 @@ use candle_core::{Result, Shape, Tensor};
 
 use super::super::attention::Attention;
 use super::super::attention_tables::Placed;
-use super::super::gathering::Gathering;
 use super::super::machine::{Address, Element};
 use super::super::operator::Input;
 use super::super::recording::{Records, Reserved};
 use super::super::rows::{check_ids, selected, spread};
 use super::super::{Precision, copy, fill_rows, round_to, widen_to};
 use super::embedding::{Embedded, Embedder, Found, Sizes};
-use super::stack::{Array, ByWeights, Left, Matrices, Stack, matrices};
+use super::recorded::{Gathered, Recorded, RecordedEmbedding, RecordedLayer};
+use super::stack::{Array, Left, Matrices, Stack, matrices};
 use super::{ByEmbedding, ByRows, EMBEDDING_WEIGHTS, Forward, Gradients, NAME, SEEDS};
 
 /// How many forward passes there were.
@@ -70,54 +70,6 @@ struct OneUse<M: Records> {
     /// Tables and seeds of the last pass, the layers' and then the embedding's.
     words: M::Words,
     stage: Stage<M>,
-}
-
-/// A use of the layers as recordings, on memory that is theirs while they are done.
-struct Recorded<M: Records> {
-    images: Option<[Input; 2]>,
-    result: Input,
-    by_result: Input,
-    forward: M::Recording,
-    /// Layers on the way back, the last one first.
-    backward: Vec<RecordedLayer<M>>,
-    by_embedding: Option<RecordedEmbedding<M>>,
-    _pieces: Option<M::Words>,
-}
-
-struct RecordedLayer<M: Records> {
-    number: usize,
-    backward: M::Recording,
-    gathered: Gathered<M>,
-}
-
-struct RecordedEmbedding<M: Records> {
-    backward: M::Recording,
-    gathered: Gathered<M>,
-    features: Option<Input>,
-}
-
-/// How gradients by weights are copied to tensors, and by which of them they are.
-struct Gathered<M: Records> {
-    numbers: Vec<usize>,
-    gathering: Gathering<M>,
-}
-
-impl<M: Records> Gathered<M> {
-    fn of(machine: &M, by_weights: &ByWeights<Reserved<M>>) -> Result<Self> {
-        let numbers = by_weights.places.iter().map(|&(number, ..)| number).collect();
-        let places: Vec<_> = by_weights.places.iter().map(|&(_, at, count)| (at, count)).collect();
-        Ok(Self { numbers, gathering: Gathering::of(machine, &places)? })
-    }
-
-    /// A copy of what lies there now.
-    fn copied<const N: usize>(&self, machine: &M, weights: &[Tensor; N]) -> Result<[Option<Tensor>; N]> {
-        let found = self.gathering.gathered(machine, self.numbers.iter().map(|&number| weights[number].shape()))?;
-        let mut all = [const { None }; N];
-        for (&number, gradient) in self.numbers.iter().zip(found) {
-            all[number] = Some(gradient);
-        }
-        Ok(all)
-    }
 }
 
 /// The forward pass that was done last.
