@@ -147,10 +147,10 @@ impl Passed {
     /// # Errors
     /// Those of candle.
     pub fn backward(self, model: &Unimo, batch: &PackedBatch, loss: Tensor, by: &[Var]) -> Result<GradStore> {
-        self.backward_by_layer(model, batch, loss, by, &mut |_, _| Ok(()))
+        self.backward_by_layer(model, batch, vec![loss], by, &mut |_, _| Ok(()))
     }
 
-    /// As [`Self::backward`]. Of a pass that goes by layers, `complete` is told the number of each that it has left, the last first,
+    /// As [`Self::backward`], of the sum of `losses`, which have nothing in common but this pass and variables. Of a pass that goes by layers, `complete` is told the number of each that it has left, the last first,
     /// and may take the gradients by that layer's variables: nothing is added to them any more.
     ///
     /// # Errors
@@ -159,17 +159,21 @@ impl Passed {
         self,
         model: &Unimo,
         batch: &PackedBatch,
-        loss: Tensor,
+        losses: Vec<Tensor>,
         by: &[Var],
         complete: &mut dyn FnMut(usize, &mut GradStore) -> Result<()>,
     ) -> Result<GradStore> {
+        let sum = |losses: Vec<Tensor>| {
+            let sum = losses.into_iter().map(Ok).reduce(|sum, loss| sum? + loss?);
+            sum.unwrap_or_else(|| candle_core::bail!("a way back from no loss"))
+        };
         let Self { hidden, features, dropout, kept } = self;
-        let Some(Kept { embedded, layers }) = kept else { return gradients(loss, by) };
+        let Some(Kept { embedded, layers }) = kept else { return gradients(sum(losses)?, by) };
         drop(features);
         let (mut all, mut carried);
         match layers {
             Layers::Composed(layers, given) => {
-                all = gradients(loss, by.iter().chain([&given]))?;
+                all = gradients(sum(losses)?, by.iter().chain([&given]))?;
                 carried = all.remove(&given);
                 // The last hidden states are not read again.
                 drop((hidden, given));
@@ -187,7 +191,7 @@ impl Passed {
             #[cfg(any(feature = "cuda", test))]
             Layers::InKernels => {
                 let Some(hidden) = hidden.in_kernels() else { candle_core::bail!("a pass in kernels has left no hidden states") };
-                all = gradients(loss, by.iter().chain(&hidden.leaves()))?;
+                all = ops::gradients_of_each(losses, by.iter().chain(&hidden.leaves()))?;
                 let by_rows = hidden.gradients(&mut all)?;
                 if by_rows.is_empty() {
                     return Ok(all);

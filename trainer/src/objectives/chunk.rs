@@ -94,19 +94,19 @@ impl Chunk {
         Ok(Forward { passed, seen })
     }
 
-    /// Gradients by variables of `loss`, a scalar that was computed of this chunk's forward pass. `complete` is as
+    /// Gradients by variables of the sum of `losses`, which were computed of this chunk's forward pass. `complete` is as
     /// [`Passed::backward_by_layer`] has it.
     pub(super) fn backward(
         &self,
         Forward { passed, seen }: Forward,
         (model, vision): (&Unimo, &Vision),
-        loss: Tensor,
+        losses: Vec<Tensor>,
         by: &[Var],
         complete: &mut dyn FnMut(usize, &mut GradStore) -> candle_core::Result<()>,
     ) -> candle_core::Result<GradStore> {
         let leaf = seen.as_ref().and_then(Seen::leaf).cloned();
         let by: Vec<Var> = by.iter().cloned().chain(leaf).collect();
-        let mut all = passed.backward_by_layer(model, &self.packed, loss, &by, complete)?;
+        let mut all = passed.backward_by_layer(model, &self.packed, losses, &by, complete)?;
         if let (Some(seen), Some(pictures)) = (&seen, &self.pictures) {
             seen.backward(vision, pictures, &mut all)?;
         }

@@ -66,19 +66,16 @@ impl Carrying {
         Self { gradients, at: [0; KINDS] }
     }
 
-    /// What has these gradients by what the next pass has encoded.
-    pub(super) fn next(&mut self, encoded: Encoded) -> Result<Option<Tensor>> {
-        let mut carried: Option<Tensor> = None;
+    /// Scalars that have these gradients by what the next pass has encoded.
+    pub(super) fn next(&mut self, encoded: Encoded) -> Result<Vec<Tensor>> {
+        let mut carried = Vec::new();
         for (kind, tensor) in encoded.tensors.into_iter().enumerate() {
             let Some(tensor) = tensor else { continue };
             let (start, count) = (self.at[kind], tensor.dim(0)?);
             self.at[kind] += count;
-            let Some(gradient) = &self.gradients[kind] else { continue };
-            let carrying = ops::carrying(&tensor, &gradient.narrow(0, start, count)?)?;
-            carried = Some(match carried {
-                Some(sum) => (sum + carrying)?,
-                None => carrying,
-            });
+            if let Some(gradient) = &self.gradients[kind] {
+                carried.push(ops::carrying(&tensor, &gradient.narrow(0, start, count)?)?);
+            }
         }
         Ok(carried)
     }
@@ -106,20 +103,19 @@ impl Learning {
     pub(super) fn add(
         &mut self,
         terms: Vec<Term>,
-        carried: Option<Tensor>,
-        backward: impl FnOnce(Tensor, &[Var]) -> candle_core::Result<GradStore>,
+        carried: Vec<Tensor>,
+        backward: impl FnOnce(Vec<Tensor>, &[Var]) -> candle_core::Result<GradStore>,
     ) -> Result<()> {
-        let mut sum = carried;
-        for Term { of, values, sum: weighted } in terms {
+        let mut losses = carried;
+        for Term { of, values, sum } in terms {
             self.counted.extend(of);
             self.values.push(values.flatten_all()?);
-            sum = Some(match sum {
-                Some(sum) => (sum + weighted)?,
-                None => weighted,
-            });
+            losses.push(sum);
         }
-        let Some(sum) = sum else { return Ok(()) };
-        let gradients = backward(sum, &self.by)?;
+        if losses.is_empty() {
+            return Ok(());
+        }
+        let gradients = backward(losses, &self.by)?;
         self.add_gradients(gradients)
     }
 

@@ -72,12 +72,12 @@ impl StepBatch {
                 let carried = carrying.next(encoded)?;
                 // The last pass completes a layer's gradients.
                 let (Some(early), true) = (early, i + 1 == self.chunks.len()) else {
-                    learnt.add(terms, carried, |loss, by| chunk.backward(forward, trained, loss, by, &mut |_, _| Ok(())))?;
+                    learnt.add(terms, carried, |losses, by| chunk.backward(forward, trained, losses, by, &mut |_, _| Ok(())))?;
                     continue;
                 };
                 let mut so_far = learnt.gradients.take();
-                learnt.add(terms, carried, |loss, by| {
-                    chunk.backward(forward, trained, loss, by, &mut |layer, all| {
+                learnt.add(terms, carried, |losses, by| {
+                    chunk.backward(forward, trained, losses, by, &mut |layer, all| {
                         layers.give_away_from(layer, [Some(&mut *all), so_far.as_mut()], early)
                     })
                 })?;
@@ -120,8 +120,8 @@ impl StepBatch {
         let comparison = Comparison::among(ranks, own, &members, model.config().embedding, model.device())?;
         let mut by_leaf = GradStore::default();
         let terms = comparison.terms(&recipe.weights, &model.temperature()?)?;
-        learnt.add(terms, None, |loss, by| {
-            let mut all = ops::gradients(loss, by.iter().chain(comparison.leaves()))?;
+        learnt.add(terms, Vec::new(), |losses, by| {
+            let mut all = ops::gradients_of_each(losses, by.iter().chain(comparison.leaves()))?;
             for leaf in comparison.leaves() {
                 if let Some(gradient) = all.remove(leaf) {
                     by_leaf.insert(leaf, gradient);

@@ -17,21 +17,49 @@ use candle_core::{CpuStorage, CudaStorage, CustomOp1, Layout, Result, Shape, Ten
 /// # Errors
 /// Those of candle.
 pub fn gradients<'a>(scalar: Tensor, by: impl IntoIterator<Item = &'a Var>) -> Result<GradStore> {
+    gradients_of_each(vec![scalar], by)
+}
+
+/// The gradients of a sum of scalars, each taken back by itself, so that nothing is made of the sum. Of what two of them have in common,
+/// operators that keep something for one way back must be no part.
+///
+/// # Errors
+/// Those of candle.
+pub(crate) fn gradients_of_each<'a>(scalars: Vec<Tensor>, by: impl IntoIterator<Item = &'a Var>) -> Result<GradStore> {
+    let by: Vec<&Var> = by.into_iter().collect();
     let before = LEFT.replace(Some(GradStore::default()));
-    let all = scalar.backward();
+    let of_candle = of_candle(scalars, &by);
     let mut left = LEFT.replace(before).unwrap_or_default();
-    let (mut all, mut gradients) = (all?, GradStore::default());
+    let mut all = of_candle?;
     for variable in by {
-        let (of_candle, of_operators) = (all.remove(variable), left.remove(variable));
-        let sum = match (of_candle, of_operators) {
-            (Some(a), Some(b)) => Some((a.detach() + b)?),
-            (one, other) => one.or(other),
-        };
-        if let Some(gradient) = sum {
-            gradients.insert(variable, gradient.detach());
+        if let Some(gradient) = left.remove(variable) {
+            add_to(&mut all, variable, gradient)?;
         }
     }
-    Ok(gradients)
+    Ok(all)
+}
+
+/// What candle finds, without what operators leave.
+fn of_candle(scalars: Vec<Tensor>, by: &[&Var]) -> Result<GradStore> {
+    let mut all = GradStore::default();
+    for scalar in scalars {
+        let mut found = scalar.backward()?;
+        for variable in by {
+            if let Some(gradient) = found.remove(variable) {
+                add_to(&mut all, variable, gradient.detach())?;
+            }
+        }
+    }
+    Ok(all)
+}
+
+fn add_to(all: &mut GradStore, by: &Tensor, gradient: Tensor) -> Result<()> {
+    let sum = match all.remove(by) {
+        Some(so_far) => (so_far + gradient)?,
+        None => gradient,
+    };
+    all.insert(by, sum);
+    Ok(())
 }
 
 thread_local! {
@@ -47,12 +75,7 @@ thread_local! {
 pub(super) fn leave(input: &Tensor, gradient: Tensor) -> Result<Option<Tensor>> {
     LEFT.with_borrow_mut(|left| {
         let Some(left) = left.as_mut().filter(|_| input.is_variable()) else { return Ok(Some(gradient)) };
-        let sum = match left.remove(input) {
-            Some(so_far) => (so_far + gradient)?,
-            None => gradient,
-        };
-        left.insert(input, sum);
-        Ok(None)
+        add_to(left, input, gradient).map(|()| None)
     })
 }
 
@@ -127,17 +150,25 @@ mod tests {
             Var::from_vec(values, shape, &Device::Cpu).unwrap()
         };
         let (weight, bias, x) = (tensor((3, 3), 0.0), Var::zeros(3, DType::F32, &Device::Cpu).unwrap(), tensor((5, 3), 1.0));
-        let scalar = || -> Result<Tensor> {
+        let scalars = || -> Result<[Tensor; 2]> {
             let y = crate::ops::linear(&crate::ops::linear(&x, &weight, &bias)?, &weight, &bias)?;
-            y.sqr()?.sum_all()? + weight.as_tensor().sqr()?.sum_all()?
+            Ok([y.sqr()?.sum_all()?, crate::ops::linear(&x, &weight, &bias)?.mean_all()?])
         };
+        let by = [&weight, &bias, &x];
         emulated(0, || {
-            let expected = scalar().unwrap().backward().unwrap();
-            let found = gradients(scalar().unwrap(), [&weight, &bias, &x]).unwrap();
-            for var in [&weight, &bias, &x] {
-                let [expected, found] = [&expected, &found].map(|of| of.get(var).unwrap().flatten_all().unwrap());
-                let off = (expected - found).unwrap().abs().unwrap().max(0).unwrap().to_scalar::<f32>().unwrap();
-                assert!(off < 1e-5, "off by {off}");
+            let sum = || {
+                let [a, b] = scalars().unwrap();
+                ((a + b).unwrap() + weight.as_tensor().sqr().unwrap().sum_all().unwrap()).unwrap()
+            };
+            let expected = sum().backward().unwrap();
+            let [a, b] = scalars().unwrap();
+            let each = vec![a, weight.as_tensor().sqr().unwrap().sum_all().unwrap(), b];
+            for found in [gradients(sum(), by).unwrap(), gradients_of_each(each, by).unwrap()] {
+                for var in by {
+                    let [expected, found] = [&expected, &found].map(|of| of.get(var).unwrap().flatten_all().unwrap());
+                    let off = (expected - found).unwrap().abs().unwrap().max(0).unwrap().to_scalar::<f32>().unwrap();
+                    assert!(off < 1e-5, "off by {off}");
+                }
             }
         });
         assert!(LEFT.take().is_none(), "gradients are still collected");

@@ -52,7 +52,7 @@ fn gradients_of(
     let rows = passed.hidden.rows(&[text, pair]).unwrap();
     let words = model.language_loss(&rows, vec![7, 9], 0.1).unwrap();
     let embedding = model.text_embedding(batch, &passed.hidden, &[text]).unwrap();
-    let loss = (words + embedding.narrow(1, 0, 3).unwrap().sum_all().unwrap()).unwrap();
+    let losses = vec![words, embedding.narrow(1, 0, 3).unwrap().sum_all().unwrap()];
     let by: Vec<Var> = model.weights().values().cloned().collect();
     let (mut left, mut taken) = (Vec::new(), GradStore::default());
     let mut complete = |layer: usize, all: &mut GradStore| {
@@ -62,7 +62,7 @@ fn gradients_of(
         }
         Ok(())
     };
-    let mut found = passed.backward_by_layer(model, batch, loss, &by, &mut complete).unwrap();
+    let mut found = passed.backward_by_layer(model, batch, losses, &by, &mut complete).unwrap();
     for var in &by {
         let Some(gradient) = taken.remove(var) else { continue };
         assert!(found.insert(var, gradient).is_none(), "what was complete goes on");
