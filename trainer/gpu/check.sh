@@ -220,8 +220,10 @@ stand_in() {
 }
 
 case ${1:-} in
-    stand-in) stand_in "$(realpath "${2:?which program}")" ;;
-    rehearse) rehearse "$(realpath "${2:?which program}")" ;;
+    stand-in | rehearse)
+        program=$(realpath -e "${2:?which program}")
+        "${1//-/_}" "$program"
+        ;;
     pack) pack "${2:?which program}" "${3:?into which folder}" ;;
     '') run ;;
     *) echo "usage: check.sh pack PROGRAM FOLDER, check.sh rehearse PROGRAM, check.sh stand-in PROGRAM, or check.sh" >&2; exit 2 ;;
