@@ -138,8 +138,11 @@ fn curve(run: &Path) -> Vec<(u64, f64)> {
 }
 
 fn moments(run: &Path) -> std::collections::HashMap<String, candle_core::Tensor> {
-    let last: PathBuf = checkpoint::list(&run.join("checkpoints")).unwrap().pop().unwrap();
-    candle_core::safetensors::load(last.join("optimizer.safetensors"), &candle_core::Device::Cpu).unwrap()
+    moments_of(&checkpoint::list(&run.join("checkpoints")).unwrap().pop().unwrap())
+}
+
+fn moments_of(checkpoint: &Path) -> std::collections::HashMap<String, candle_core::Tensor> {
+    candle_core::safetensors::load(checkpoint.join("optimizer.safetensors"), &candle_core::Device::Cpu).unwrap()
 }
 
 #[test]
@@ -238,7 +241,7 @@ fn a_step_in_chunks_or_with_its_activations_thrown_away_teaches_what_one_pass_do
             job.size.dropout = 0.0;
             (job.size.image_embedding, job.size.text_embedding) = embeddings;
             job.recipe = Recipe::from_toml(recipe).unwrap();
-            job.recipe.steps = 2;
+            (job.recipe.steps, job.recipe.checkpoint_every) = (2, 1);
             job.recipe.batch.chunks = chunks;
             job.recipe.weights.cross_modal = 0.5;
             training::run(&job).unwrap();
@@ -255,12 +258,14 @@ fn a_step_in_chunks_or_with_its_activations_thrown_away_teaches_what_one_pass_do
                     assert!(near, "{name} {step} {objective}: {loss} {many:?}");
                 }
             }
-            let (one, many) = (moments(&whole), moments(&cut));
+            // Of the first step: AdamW then moves each weight as far, whichever sign rounding gave the gradient of one that has none, and
+            // the backbone's ReLU6 cuts off here and not there.
+            let [one, many] = [&whole, &cut].map(|run| moments_of(&checkpoint::list(&run.join("checkpoints")).unwrap()[0]));
             for (weight, moment) in one.iter().filter(|(weight, _)| weight.ends_with(".first")) {
                 let scale = moment.abs().unwrap().flatten_all().unwrap().max(0).unwrap().to_scalar::<f32>().unwrap();
                 let difference = (moment - &many[weight]).unwrap().abs().unwrap().flatten_all().unwrap().max(0).unwrap();
                 let difference = difference.to_scalar::<f32>().unwrap();
-                assert!(difference <= 1e-2 * scale + 1e-7, "{name}: {weight} differs by {difference} of {scale}");
+                assert!(difference <= 1e-4 * scale + 1e-9, "{name}: {weight} differs by {difference} of {scale}");
             }
         }
     }

@@ -64,8 +64,12 @@ impl Operator for TiedCrossEntropy {
         let chunks = rows.div_ceil(self.chunk_rows);
         // A row of column sums for each chunk.
         let (losses, biases) = (machine.allocate(rows)?, machine.allocate(chunks * classes)?);
-        let logits = machine.allocate(self.chunk_rows.min(rows) * classes)?;
-        let row = |factor: Address, start: usize| Element::of(precision).after(factor, start * width);
+        let (element, most) = (Element::of(precision), self.chunk_rows.min(rows) * classes);
+        let logits = machine.allocate(most)?;
+        // In f32 the gradient by the logits takes their place.
+        let rounded = (element == Element::Bf16).then(|| machine.allocate(element.words(most))).transpose()?;
+        let gradient = rounded.as_ref().map_or_else(|| machine.at(&logits), |rounded| machine.at(rounded));
+        let row = |factor: Address, start: usize| element.after(factor, start * width);
         for (chunk, start) in (0..rows).step_by(self.chunk_rows).enumerate() {
             let n = self.chunk_rows.min(rows - start);
             machine.multiply(&Product {
@@ -80,16 +84,14 @@ impl Operator for TiedCrossEntropy {
                 precision,
             })?;
             let (rows_at, losses_at) = (words_at.after(ROW * start), machine.at(&losses).after(start));
-            let of_row = arguments![machine.at(&logits), inputs[2].at, rows_at, losses_at, classes as u32];
-            machine.launch(Kernel("cross_entropy", "cross_entropy_rows"), Grid::reducing(n), of_row)?;
-            let of_logits =
-                Input { at: machine.at(&logits), shape: Shape::from((n, classes)), element: Element::F32, wanted: true };
-            let gradient = Factor::new(machine, &of_logits, precision)?;
+            let of_row = arguments![machine.at(&logits), inputs[2].at, rows_at, losses_at, gradient, classes as u32];
+            let kernel = Kernel::on(element, "cross_entropy", ["cross_entropy_rows", "cross_entropy_rows_bf16"]);
+            machine.launch(kernel, Grid::reducing(n), of_row)?;
             machine.multiply(&Product {
                 m: n,
                 n: width,
                 k: classes,
-                a: Matrix::rows(gradient.at, classes),
+                a: Matrix::rows(gradient, classes),
                 b: Matrix::rows(weight.at, width),
                 c: machine.at(&dx).after(start * width),
                 of_result: Element::F32,
@@ -100,14 +102,14 @@ impl Operator for TiedCrossEntropy {
                 m: classes,
                 n: width,
                 k: n,
-                a: Matrix::rows(gradient.at, classes).t(),
+                a: Matrix::rows(gradient, classes).t(),
                 b: Matrix::rows(row(x.at, start), width),
                 c: machine.at(&dw),
                 of_result: Element::F32,
                 accumulate: start > 0,
                 precision,
             })?;
-            let sums = column_sums(machine, machine.at(&logits), Element::F32, n, classes)?;
+            let sums = column_sums(machine, gradient, element, n, classes)?;
             let to = machine.at(&biases).after(chunk * classes);
             fill_rows(machine, machine.at(&sums), to, Element::F32, 1, classes)?;
         }

@@ -174,6 +174,7 @@ const Kernel kernels[] = {
     KERNEL(column_sums_bf16),
     KERNEL(cross_entropy_parts),
     KERNEL(cross_entropy_rows),
+    KERNEL(cross_entropy_rows_bf16),
     KERNEL(depthwise_relu6),
     KERNEL(depthwise_relu6_bf16),
     KERNEL(depthwise_relu6_input_backward),

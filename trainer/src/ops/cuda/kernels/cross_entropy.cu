@@ -1,4 +1,4 @@
-// Softmax cross-entropy of rows of logits, which become their own gradients.
+// Softmax cross-entropy of rows of logits, and the gradient by these.
 #include "device.cuh"
 
 // A row's target, how many times its cross-entropy counts, what it counts in the sum of all means, and what part of it is smoothed over
@@ -9,39 +9,67 @@ struct Predicted {
 };
 
 // A block takes row blockIdx.x of `logits` [rows, classes] (bias not yet added): losses[row] becomes its cross-entropy, times its
-// weight; the logits become the gradient of that in the sum of all means.
-extern "C" __global__ void cross_entropy_rows(
-    float* logits, const float* bias, const Predicted* rows, float* losses, uint32_t classes
+// weight, and the row of `gradients`, which may be where the logits are, the gradient by these of that in the sum of all means. A thread
+// has FEW columns at one time.
+template <typename T>
+__device__ __forceinline__ void cross_entropy(
+    const float* logits, const float* bias, const Predicted* rows, float* losses, T* gradients, uint32_t classes, float* partial
 ) {
-    SHARED(float, partial);
-    float* row = logits + size_t(blockIdx.x) * classes;
-    float most = -INFINITY, sum = 0, exponentials = 0;
-    for (uint32_t i = threadIdx.x; i < classes; i += blockDim.x) {
-        float value = row[i] + bias[i];
-        row[i] = value;
-        sum += value;
-        // The exponentials are counted from the largest value so far.
-        if (value > most) {
-            exponentials *= expf(most - value);
-            most = value;
+    const float* row = logits + size_t(blockIdx.x) * classes;
+    T* to = gradients + size_t(blockIdx.x) * classes;
+    Predicted of = rows[blockIdx.x];
+    float most = -INFINITY, sum = 0, exponentials = 0, some[FEW], others[FEW];
+    for (uint32_t i = threadIdx.x * FEW; i < classes; i += blockDim.x * FEW) {
+        uint32_t count = min(FEW, classes - i);
+        read_few(row + i, count, some);
+        read_few(bias + i, count, others);
+        for (uint32_t e = 0; e < count; e++) {
+            float value = some[e] + others[e];
+            sum += value;
+            // The exponentials are counted from the largest value so far.
+            if (value > most) {
+                exponentials *= expf(most - value);
+                most = value;
+            }
+            exponentials += expf(value - most);
         }
-        exponentials += expf(value - most);
     }
     float largest = block_max(most, partial);
     // A thread without a value holds the empty sum.
     float total = block_sum(exponentials == 0.0f ? 0.0f : exponentials * expf(most - largest), partial);
     sum = block_sum(sum, partial);
-    Predicted of = rows[blockIdx.x];
     float smoothing = of.smoothing, log_total = logf(total) + largest;
     if (threadIdx.x == 0) {
-        losses[blockIdx.x] = of.weight * ((1.0f - smoothing) * (log_total - row[of.target]) + smoothing * (log_total - sum / classes));
+        float at_target = row[of.target] + bias[of.target];
+        losses[blockIdx.x] = of.weight * ((1.0f - smoothing) * (log_total - at_target) + smoothing * (log_total - sum / classes));
     }
+    // The target's logit was read.
     __syncthreads();
     float scale = of.share / total, floor = of.share * smoothing / classes;
-    for (uint32_t i = threadIdx.x; i < classes; i += blockDim.x) {
-        float gradient = expf(row[i] - largest) * scale - floor;
-        row[i] = i == of.target ? gradient - of.share * (1.0f - smoothing) : gradient;
+    for (uint32_t i = threadIdx.x * FEW; i < classes; i += blockDim.x * FEW) {
+        uint32_t count = min(FEW, classes - i);
+        read_few(row + i, count, some);
+        read_few(bias + i, count, others);
+        for (uint32_t e = 0; e < count; e++) {
+            some[e] = expf(some[e] + others[e] - largest) * scale - floor;
+            if (i + e == of.target) some[e] -= of.share * (1.0f - smoothing);
+        }
+        write_few(to + i, count, some);
     }
+}
+
+extern "C" __global__ void cross_entropy_rows(
+    const float* logits, const float* bias, const Predicted* rows, float* losses, float* gradients, uint32_t classes
+) {
+    SHARED(float, partial);
+    cross_entropy(logits, bias, rows, losses, gradients, classes, partial);
+}
+
+extern "C" __global__ void cross_entropy_rows_bf16(
+    const float* logits, const float* bias, const Predicted* rows, float* losses, bf16* gradients, uint32_t classes
+) {
+    SHARED(float, partial);
+    cross_entropy(logits, bias, rows, losses, gradients, classes, partial);
 }
 
 // Losses that make one mean: where they begin and end, one over their number, and how many times the mean counts.
