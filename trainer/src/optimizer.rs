@@ -129,6 +129,8 @@ pub struct AdamW {
     updates: u64,
     /// The same on a CUDA device that has made some: the host need not know whether it left one out.
     on_device: Option<Tensor>,
+    #[cfg(any(feature = "cuda", test))]
+    recorded: crate::ops::cuda::Updates,
     variables: Vec<(String, Var, Moments)>,
 }
 
@@ -201,7 +203,14 @@ impl AdamW {
     #[must_use]
     pub fn new<'a>(config: OptimizerConfig, weights: impl IntoIterator<Item = (&'a String, &'a Var)>) -> Self {
         let variables = weights.into_iter().map(|(name, var)| (name.clone(), var.clone(), Moments::of(var))).collect();
-        Self { config, updates: 0, on_device: None, variables }
+        Self {
+            config,
+            updates: 0,
+            on_device: None,
+            #[cfg(any(feature = "cuda", test))]
+            recorded: crate::ops::cuda::Updates::default(),
+            variables,
+        }
     }
 
     /// Updates applied so far.
@@ -289,7 +298,7 @@ impl AdamW {
         });
         let (tensors, clip_norm) = (tensors.collect(), self.config.clip_norm as f32);
         let update = DeviceAdamW { tensors, clip_norm, progress: &progress, step: self.update_of("", rate, 1) };
-        Ok(Update(Norm::OnDevice(update.update(&device)?)))
+        Ok(Update(Norm::OnDevice(update.update(&self.recorded, &device)?)))
     }
 
     /// The moments as tensors `<weight>.first` and `<weight>.second`, and the number of updates.
@@ -409,6 +418,32 @@ mod tests {
             let got = run(on_kernels);
             assert!(got.iter().zip(&expected).all(|(a, b)| (a - b).abs() < 1e-6), "{on_kernels:?}: {got:?} {expected:?}");
         }
+    }
+
+    /// With other gradients at other places each time; and where the machine does not record.
+    #[test]
+    fn updates_that_are_replayed_are_those_that_are_asked_for() {
+        use crate::ops::cuda::emulation::{emulated, recording_only};
+        let run = |recordings: u32| {
+            let values = (0..40_000).map(|i| (i as f32 * 0.7).sin()).collect();
+            let var = Var::from_vec(values, 40_000, &Device::Cpu).unwrap();
+            let weights = BTreeMap::from([("a.weight".to_owned(), var.clone())]);
+            let step = |optimizer: &mut AdamW, number: u32| {
+                let loss = var.as_tensor().powf(f64::from(number % 3) + 2.0).unwrap().sum_all().unwrap();
+                optimizer.step(&loss.backward().unwrap(), 0.01 / f64::from(number + 1)).unwrap().read().unwrap().gradient_norm
+            };
+            let steps = || {
+                let mut optimizer = AdamW::new(OptimizerConfig::default(), &weights);
+                let norms: Vec<f64> = (0..4).map(|number| step(&mut optimizer, number)).collect();
+                (norms, optimizer.recorded.replayed())
+            };
+            let (norms, replayed) = recording_only(recordings, || emulated(0, steps));
+            (norms, var.as_tensor().to_vec1::<f32>().unwrap(), replayed)
+        };
+        let (replayed, asked) = (run(u32::MAX), run(0));
+        assert_eq!((replayed.2, asked.2), (3, 0));
+        assert!(replayed.0 == asked.0 && replayed.1 == asked.1);
+        assert!(replayed.0.windows(2).all(|pair| pair[0] != pair[1]), "{:?}", replayed.0);
     }
 
     #[test]

@@ -11,15 +11,14 @@ mod recorded;
 mod runs;
 mod stack;
 
-use std::any::Any;
+use std::sync::Arc;
 use std::sync::atomic::AtomicU64;
-use std::sync::{Arc, Mutex, PoisonError};
 
 use candle_core::{Device, Result, Tensor};
 
 use super::Precision;
 use super::operator::on_machine;
-use super::recording::Records;
+use super::recording::{OfMachine, Records};
 use crate::ops::AttentionPlan;
 pub use embedding::{ByEmbedding, EMBEDDING_WEIGHTS, Embedding};
 pub use runs::Counts;
@@ -112,7 +111,7 @@ pub type ByRows = (Arc<[u32]>, Tensor);
 
 /// Passes through layers, of which the last forward pass can be taken back without being done again: its activations are there.
 #[derive(Default)]
-pub struct Runs(Mutex<Option<Box<dyn Any + Send>>>);
+pub struct Runs(OfMachine);
 
 impl Runs {
     /// Embeds rows and runs `layers` over them.
@@ -166,29 +165,18 @@ impl Runs {
     /// How many passes there were.
     #[must_use]
     pub fn counts(&self) -> Counts {
-        let engine = self.0.lock().unwrap_or_else(PoisonError::into_inner);
-        let counts = |engine: &Box<dyn Any + Send>| {
-            #[cfg(feature = "cuda")]
-            if let Some(engine) = engine.downcast_ref::<Engine<super::nvidia::Nvidia>>() {
-                return Some(engine.counts());
-            }
-            #[cfg(test)]
-            if let Some(engine) = engine.downcast_ref::<Engine<super::emulation::Emulated>>() {
-                return Some(engine.counts());
-            }
-            None
-        };
-        engine.as_ref().and_then(counts).unwrap_or_default()
+        #[cfg(feature = "cuda")]
+        if let Some(counts) = self.0.look(Engine::<super::nvidia::Nvidia>::counts) {
+            return counts;
+        }
+        #[cfg(test)]
+        if let Some(counts) = self.0.look(Engine::<super::emulation::Emulated>::counts) {
+            return counts;
+        }
+        Counts::default()
     }
 
     fn with<M: Records, R>(&self, machine: &M, work: impl FnOnce(&mut Engine<M>) -> Result<R>) -> Result<R> {
-        let mut engine = self.0.lock().unwrap_or_else(PoisonError::into_inner);
-        if engine.as_ref().is_none_or(|engine| !engine.is::<Engine<M>>()) {
-            *engine = Some(Box::new(Engine::new(machine.apart()?)));
-        }
-        match engine.as_mut().and_then(|engine| engine.downcast_mut()) {
-            Some(engine) => work(engine),
-            None => candle_core::bail!("{NAME}: no machine"),
-        }
+        self.0.with(|| Ok(Engine::new(machine.apart()?)), work)
     }
 }

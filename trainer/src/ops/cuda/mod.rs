@@ -32,7 +32,7 @@ mod rows;
 #[cfg(feature = "cuda")]
 pub mod uploads;
 
-pub use adamw::{DeviceAdamW, Tuned};
+pub use adamw::{DeviceAdamW, Tuned, Updates};
 pub use attention::attention;
 pub use contrast::{bounded_exp, log_shares, unit_rows};
 pub use convolution::{depthwise_relu6, patches};

@@ -4,8 +4,9 @@
 //! What is recorded are kernels and products with all their arguments, so every run reads and writes the same places. That is what
 //! [`Reserved`] is for.
 
+use std::any::Any;
 use std::collections::BTreeMap;
-use std::sync::{Arc, Mutex, MutexGuard};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use candle_core::{Result, Shape, Tensor};
 
@@ -26,6 +27,40 @@ pub trait Records: Machine + Send {
 
     /// Asks for all of it, in its order.
     fn replay(&self, recording: &Self::Recording) -> Result<()>;
+}
+
+/// What is made for a machine when it is first needed, whatever kind of machine that is.
+#[derive(Default)]
+pub struct OfMachine(Mutex<Option<Box<dyn Any + Send>>>);
+
+impl OfMachine {
+    fn locked(&self) -> MutexGuard<'_, Option<Box<dyn Any + Send>>> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Works on it; another kind than before is made anew.
+    ///
+    /// # Errors
+    /// Those of `make` and `work`.
+    pub fn with<E: Send + 'static, R>(
+        &self,
+        make: impl FnOnce() -> Result<E>,
+        work: impl FnOnce(&mut E) -> Result<R>,
+    ) -> Result<R> {
+        let mut made = self.locked();
+        if made.as_ref().is_none_or(|made| !made.is::<E>()) {
+            *made = Some(Box::new(make()?));
+        }
+        match made.as_mut().and_then(|made| made.downcast_mut()) {
+            Some(made) => work(made),
+            None => candle_core::bail!("nothing was made for this machine"),
+        }
+    }
+
+    /// Looks at it, if there is one of this kind.
+    pub fn look<E: 'static, R>(&self, at: impl FnOnce(&E) -> R) -> Option<R> {
+        self.locked().as_ref()?.downcast_ref().map(at)
+    }
 }
 
 /// A machine that keeps its memory: what is given back is lent again to whoever asks for that much or less, and given to nobody else.
@@ -104,7 +139,7 @@ pub struct Lent<M: Machine> {
 }
 
 fn locked<M: Machine>(store: &Mutex<Store<M>>) -> MutexGuard<'_, Store<M>> {
-    store.lock().unwrap_or_else(|poisoned| poisoned.into_inner())
+    store.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 impl<M: Machine> Drop for Lent<M> {
