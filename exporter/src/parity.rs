@@ -227,7 +227,7 @@ impl Session<'_> {
         let batch = packer.finish(&Device::Cpu)?;
         let hidden = model.evaluate(&batch)?;
         let embedding = model.text_embedding(&batch, &hidden, &[alone])?;
-        let logit = model.match_logits(&hidden.rows(&[pair.image])?, &hidden.rows(&pair.texts)?)?;
+        let logit = model.match_logits(&model.at_once(), &hidden.rows(&[pair.image])?, &hidden.rows(&pair.texts)?)?;
 
         let padding = m.max_text - ids.len();
         let padded = ids.iter().copied().chain(vec![PAD; padding]).map(i64::from).collect();

@@ -87,7 +87,7 @@ fn matching(model: &Unimo, regions: Regions<'_>, texts: &[&[u32]]) -> Result<Vec
     let hidden = model.evaluate(&packer.finish(model.device())?)?;
     let images: Vec<usize> = rows.iter().map(|rows| rows.image).collect();
     let texts: Vec<usize> = rows.iter().map(|rows| rows.texts[0]).collect();
-    Ok(model.match_logits(&hidden.rows(&images)?, &hidden.rows(&texts)?)?.to_vec1()?)
+    Ok(model.match_logits(&model.at_once(), &hidden.rows(&images)?, &hidden.rows(&texts)?)?.squeeze(1)?.to_vec1()?)
 }
 
 /// Logarithm of each text's probability as the picture's caption; texts are `[CLS] w1 … wn [SEP]`.

@@ -14,6 +14,7 @@ use candle_core::{Result, Tensor, Var};
 use super::Hidden;
 #[cfg(any(feature = "cuda", test))]
 use super::LAYER_NORM_EPS;
+use super::computing::{Back, Scalars, gradients_of};
 use super::{Dropout, PackedBatch, Passed, Unimo};
 #[cfg(any(feature = "cuda", test))]
 use crate::ops::cuda::layers;
@@ -147,10 +148,10 @@ impl Passed {
     /// # Errors
     /// Those of candle.
     pub fn backward(self, model: &Unimo, batch: &PackedBatch, loss: Tensor, by: &[Var]) -> Result<GradStore> {
-        self.backward_by_layer(model, batch, vec![loss], by, &mut |_, _| Ok(()))
+        self.backward_by_layer(model, batch, vec![loss.into()], by, &mut |_, _| Ok(()))
     }
 
-    /// As [`Self::backward`], of the sum of `losses`, which have nothing in common but this pass and variables. Of a pass that goes by
+    /// As [`Self::backward`], of the sum of all that leads back, which has nothing in common but this pass and variables. Of a pass that goes by
     /// layers, `complete` is told the number of each that it has left, the last first, and may take the gradients by that layer's
     /// variables: nothing is added to them any more.
     ///
@@ -160,21 +161,17 @@ impl Passed {
         self,
         model: &Unimo,
         batch: &PackedBatch,
-        losses: Vec<Tensor>,
+        backs: Vec<Back>,
         by: &[Var],
         complete: &mut dyn FnMut(usize, &mut GradStore) -> Result<()>,
     ) -> Result<GradStore> {
-        let sum = |losses: Vec<Tensor>| {
-            let sum = losses.into_iter().map(Ok).reduce(|sum, loss| sum? + loss?);
-            sum.unwrap_or_else(|| candle_core::bail!("a way back from no loss"))
-        };
         let Self { hidden, features, dropout, kept } = self;
-        let Some(Kept { embedded, layers }) = kept else { return gradients(sum(losses)?, by) };
+        let Some(Kept { embedded, layers }) = kept else { return Ok(gradients_of(backs, by, Scalars::Connected)?.0) };
         drop(features);
         let (mut all, mut carried);
         match layers {
             Layers::Composed(layers, given) => {
-                all = gradients(sum(losses)?, by.iter().chain([&given]))?;
+                all = gradients_of(backs, by.iter().chain([&given]), Scalars::Connected)?.0;
                 carried = all.remove(&given);
                 // The last hidden states are not read again.
                 drop((hidden, given));
@@ -192,8 +189,9 @@ impl Passed {
             #[cfg(any(feature = "cuda", test))]
             Layers::InKernels => {
                 let Some(hidden) = hidden.in_kernels() else { candle_core::bail!("a pass in kernels has left no hidden states") };
-                all = ops::gradients_of_each(losses, by.iter().chain(&hidden.leaves()))?;
-                let by_rows = hidden.gradients(&mut all)?;
+                let mut by_rows;
+                (all, by_rows) = gradients_of(backs, by.iter().chain(&hidden.leaves()), Scalars::Apart)?;
+                by_rows.extend(hidden.gradients(&mut all)?);
                 if by_rows.is_empty() {
                     return Ok(all);
                 }

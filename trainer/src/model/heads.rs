@@ -2,11 +2,11 @@
 
 use candle_core::{Result, Tensor};
 
-use super::{Dropout, Hidden, ImageCache, ImageEmbedding, PackedBatch, Passed, TextEmbedding, Unimo};
-use crate::ops::{self, Targets};
+use super::{Dropout, Hidden, ImageCache, ImageEmbedding, LAYER_NORM_EPS, PackedBatch, Passed, TextEmbedding, Unimo};
+use crate::ops::{self, Operators, Targets};
 
 /// Bounds of the learnt temperature.
-const TEMPERATURE: [f32; 2] = [0.001, 0.5];
+pub const TEMPERATURE: [f32; 2] = [0.001, 0.5];
 
 /// Images that are embedded together; each kind has dropout of its own where it is embedded from means of features.
 #[derive(Debug, Clone, Copy)]
@@ -19,6 +19,14 @@ pub enum EmbeddedImages {
     Further,
 }
 
+/// Rows that a text is embedded from.
+pub struct TextRows {
+    /// Which, text after text.
+    pub rows: Vec<usize>,
+    /// Tokens behind each text's first; nothing where that alone is read.
+    pub counts: Option<Vec<usize>>,
+}
+
 impl Unimo {
     /// Unified-space embeddings of images encoded alone, whose `[IMG]`s lie at `rows` of a pass over `batch`: `[n, embedding]`, unit
     /// length.
@@ -26,22 +34,42 @@ impl Unimo {
     /// # Errors
     /// Rows that are not an image's, and those of candle.
     pub fn image_embedding(&self, batch: &PackedBatch, passed: &Passed, rows: &[usize], kind: EmbeddedImages) -> Result<Tensor> {
+        let x = match self.image_means(batch, passed, rows)? {
+            Some(means) => means,
+            None => passed.hidden.rows(rows)?,
+        };
+        self.embed_images(&self.at_once(), &x, passed.dropout, kind)
+    }
+
+    /// Of a model that embeds images by these, the means of the standardised features of images whose `[IMG]`s lie at `rows` of a pass
+    /// over `batch`, `[n, region_feature]`. Another one embeds the rows' hidden states.
+    ///
+    /// # Errors
+    /// Rows that are not an image's, and those of candle.
+    pub fn image_means(&self, batch: &PackedBatch, passed: &Passed, rows: &[usize]) -> Result<Option<Tensor>> {
         match (self.config.image_embedding, &passed.features) {
-            (ImageEmbedding::Token, _) => ops::unit_rows(&self.linear("embed.image", &passed.hidden.rows(rows)?)?),
-            (ImageEmbedding::Pooled, Some(features)) => self.embed_means(&batch.means(features, rows)?, passed.dropout, kind),
+            (ImageEmbedding::Token, _) => Ok(None),
+            (ImageEmbedding::Pooled, Some(features)) => batch.means(features, rows).map(Some),
             (ImageEmbedding::Pooled, None) => candle_core::bail!("a batch without images has no image to embed"),
         }
     }
 
-    /// Unified-space embeddings of images that are known by the means of their standardised region features, `[n, region_feature]` →
-    /// `[n, embedding]`, unit length. For models whose image embedding is pooled.
+    /// Unified-space embeddings, `[n, embedding]`, unit length, of what images are embedded by: means of their standardised region
+    /// features, `[n, region_feature]`, which dropout takes from, or hidden states of `[IMG]`, `[n, hidden]`.
     ///
     /// # Errors
-    /// Those of candle, as of a model that embeds hidden states.
-    pub fn embed_means(&self, means: &Tensor, dropout: Dropout, kind: EmbeddedImages) -> Result<Tensor> {
-        // Behind the sites of the layers.
-        let site = dropout.site(1 + 3 * self.config.layers + kind as usize);
-        ops::unit_rows(&self.linear("embed.image", &ops::dropout(means, dropout.features, site)?)?)
+    /// Those of the operators.
+    pub fn embed_images<O: Operators>(&self, on: &O, x: &O::Array, dropout: Dropout, kind: EmbeddedImages) -> Result<O::Array> {
+        let [weight, bias] = self.both("embed.image")?;
+        let x = match self.config.image_embedding {
+            ImageEmbedding::Token => x.clone(),
+            ImageEmbedding::Pooled => {
+                // Behind the sites of the layers.
+                let site = dropout.site(1 + 3 * self.config.layers + kind as usize);
+                on.dropout(x, dropout.features, site)?
+            }
+        };
+        on.unit_rows(&on.linear(&x, weight, bias)?)
     }
 
     /// Unified-space embeddings of encoded images, `[batch, embedding]`, unit length.
@@ -49,10 +77,11 @@ impl Unimo {
     /// # Errors
     /// Those of candle.
     pub fn embed_image(&self, image: &ImageCache) -> Result<Tensor> {
-        match self.config.image_embedding {
-            ImageEmbedding::Token => ops::unit_rows(&self.linear("embed.image", &image.hidden.narrow(1, 0, 1)?.squeeze(1)?)?),
-            ImageEmbedding::Pooled => self.embed_means(&image.means, Dropout::OFF, EmbeddedImages::Described),
-        }
+        let x = match self.config.image_embedding {
+            ImageEmbedding::Token => image.hidden.narrow(1, 0, 1)?.squeeze(1)?,
+            ImageEmbedding::Pooled => image.means.clone(),
+        };
+        self.embed_images(&self.at_once(), &x, Dropout::OFF, EmbeddedImages::Described)
     }
 
     /// Unified-space embeddings of texts encoded alone, whose `[CLS]`s lie at `rows` of a pass over `batch` that gave the hidden
@@ -61,38 +90,65 @@ impl Unimo {
     /// # Errors
     /// Rows that are not a text's first, and those of candle.
     pub fn text_embedding(&self, batch: &PackedBatch, hidden: &Hidden, rows: &[usize]) -> Result<Tensor> {
-        let embedded = match self.config.text_embedding {
-            TextEmbedding::Token => hidden.rows(rows)?,
+        let TextRows { rows, counts } = self.text_rows(batch, rows)?;
+        self.embed_texts(&self.at_once(), &hidden.rows(&rows)?, counts.as_deref())
+    }
+
+    /// What texts are embedded from, whose `[CLS]`s lie at `rows` of a batch.
+    ///
+    /// # Errors
+    /// Rows that are not a text's first.
+    pub fn text_rows(&self, batch: &PackedBatch, rows: &[usize]) -> Result<TextRows> {
+        match self.config.text_embedding {
+            TextEmbedding::Token => Ok(TextRows { rows: rows.to_vec(), counts: None }),
             TextEmbedding::Both => {
                 let counts = rows.iter().map(|&row| batch.tokens_behind(row)).collect::<Result<Vec<usize>>>()?;
-                let all = rows.iter().zip(&counts).flat_map(|(&row, &count)| row..=row + count).collect::<Vec<_>>();
-                ops::first_and_mean(&hidden.rows(&all)?, &counts)?
+                let rows = rows.iter().zip(&counts).flat_map(|(&row, &count)| row..=row + count).collect();
+                Ok(TextRows { rows, counts: Some(counts) })
             }
-        };
-        ops::unit_rows(&self.linear("embed.text", &embedded)?)
+        }
     }
 
-    /// Matching logits of jointly encoded pairs: hidden states of `[IMG]` and `[CLS]`, both `[n, hidden]` → `[n]`.
+    /// Unified-space embeddings of texts, `[n, embedding]`, unit length, of the hidden states of what they are embedded from.
     ///
     /// # Errors
-    /// Those of candle.
-    pub fn match_logits(&self, image: &Tensor, text: &Tensor) -> Result<Tensor> {
-        let (image, text) = (self.linear("pool.image", image)?, self.linear("pool.text", text)?);
-        self.linear("match", &ops::relu_product(&image, &text)?)?.squeeze(1)
+    /// Those of the operators.
+    pub fn embed_texts<O: Operators>(&self, on: &O, hidden: &O::Array, counts: Option<&[usize]>) -> Result<O::Array> {
+        let [weight, bias] = self.both("embed.text")?;
+        let x = match counts {
+            Some(counts) => on.first_and_mean(hidden, counts)?,
+            None => hidden.clone(),
+        };
+        on.unit_rows(&on.linear(&x, weight, bias)?)
     }
 
-    /// Logits of a downstream task, `[n, classes]`, from hidden states: the poolings of `[IMG]` (at rows `images`)
-    /// and `[CLS]` (at rows `texts`), multiplied, or that of `[CLS]` alone where there are no images; then a hidden layer.
+    /// Matching logits of jointly encoded pairs: hidden states of `[IMG]` and `[CLS]`, both `[n, hidden]` → `[n, 1]`.
     ///
     /// # Errors
-    /// Another number of images than of texts, a model without a task's head, and those of candle.
-    pub fn task_logits(&self, hidden: &Hidden, images: &[usize], texts: &[usize]) -> Result<Tensor> {
-        let text = self.linear("pool.text", &hidden.rows(texts)?)?;
-        let pooled = match images {
-            [] => text.relu()?,
-            _ => ops::relu_product(&self.linear("pool.image", &hidden.rows(images)?)?, &text)?,
-        };
-        self.linear("task.output", &self.linear_gelu("task.hidden", &pooled)?)
+    /// Those of the operators.
+    pub fn match_logits<O: Operators>(&self, on: &O, image: &O::Array, text: &O::Array) -> Result<O::Array> {
+        let [weight, bias] = self.both("match")?;
+        on.linear(&self.pool(on, Some(image), text)?, weight, bias)
+    }
+
+    /// The poolings of `[IMG]` and `[CLS]`, multiplied, or that of `[CLS]` alone.
+    fn pool<O: Operators>(&self, on: &O, image: Option<&O::Array>, text: &O::Array) -> Result<O::Array> {
+        let ([of_image, image_bias], [of_text, text_bias]) = (self.both("pool.image")?, self.both("pool.text")?);
+        let text = on.linear(text, of_text, text_bias)?;
+        match image {
+            Some(image) => on.relu_product(&on.linear(image, of_image, image_bias)?, &text),
+            None => on.relu(&text),
+        }
+    }
+
+    /// Logits of a downstream task, `[n, classes]`, from hidden states: the poolings of `[IMG]` and `[CLS]`, multiplied, or that of
+    /// `[CLS]` alone where there are no images; then a hidden layer.
+    ///
+    /// # Errors
+    /// Another number of images than of texts, a model without a task's head, and those of the operators.
+    pub fn task_logits<O: Operators>(&self, on: &O, image: Option<&O::Array>, text: &O::Array) -> Result<O::Array> {
+        let ([of_hidden, hidden_bias], [of_output, output_bias]) = (self.both("task.hidden")?, self.both("task.output")?);
+        on.linear(&on.linear_gelu(&self.pool(on, image, text)?, of_hidden, hidden_bias)?, of_output, output_bias)
     }
 
     /// The contrast's temperature τ, a scalar inside [0.001, 0.5].
@@ -100,11 +156,20 @@ impl Unimo {
     /// # Errors
     /// Those of candle.
     pub fn temperature(&self) -> Result<Tensor> {
-        ops::bounded_exp(self.weight("temperature")?, TEMPERATURE)
+        ops::bounded_exp(self.log_temperature()?, TEMPERATURE)
     }
 
-    fn lm_transform(&self, hidden: &Tensor) -> Result<Tensor> {
-        self.norm("lm.norm", &self.linear_gelu("lm.transform", hidden)?)
+    /// Its logarithm, where it is inside its bounds, [`TEMPERATURE`].
+    ///
+    /// # Errors
+    /// Those of candle.
+    pub fn log_temperature(&self) -> Result<&Tensor> {
+        self.weight("temperature")
+    }
+
+    fn lm_transform<O: Operators>(&self, on: &O, hidden: &O::Array) -> Result<O::Array> {
+        let ([weight, bias], [of_norm, norm_bias]) = (self.both("lm.transform")?, self.both("lm.norm")?);
+        on.layer_norm(&on.linear_gelu(hidden, weight, bias)?, of_norm, norm_bias, LAYER_NORM_EPS)
     }
 
     /// Mean cross-entropy of the language model at the given hidden states `[n, hidden]`.
@@ -112,17 +177,17 @@ impl Unimo {
     /// # Errors
     /// As many targets as rows are needed, inside the vocabulary.
     pub fn language_loss(&self, hidden: &Tensor, targets: Vec<u32>, smoothing: f32) -> Result<Tensor> {
-        Ok(self.language_losses(hidden, Targets::of_one(targets, None, smoothing))?.0)
+        self.language_losses(&self.at_once(), hidden, &Targets::of_one(targets, None, smoothing))?.get(0)
     }
 
-    /// Cross-entropies of the language model at the given hidden states `[n, hidden]`: the weighted sum of the means of the targets'
-    /// parts, a scalar, and these means, `[parts]`, as constants.
+    /// Cross-entropies of the language model at the given hidden states `[n, hidden]`, as
+    /// [`tied_cross_entropy`](ops::tied_cross_entropy) gives them: `[1 + parts]`.
     ///
     /// # Errors
     /// As many targets as rows are needed, inside the vocabulary.
-    pub fn language_losses(&self, hidden: &Tensor, targets: Targets) -> Result<(Tensor, Tensor)> {
-        let x = self.lm_transform(hidden)?;
-        ops::tied_cross_entropy(&x, self.weight("text.token.weight")?, self.weight("lm.bias")?, targets)
+    pub fn language_losses<O: Operators>(&self, on: &O, hidden: &O::Array, targets: &Targets) -> Result<O::Array> {
+        let x = self.lm_transform(on, hidden)?;
+        on.tied_cross_entropy(&x, self.weight("text.token.weight")?, self.weight("lm.bias")?, targets)
     }
 
     /// Policy-gradient loss of sampled tokens: the mean of −advantage · ln p(target), p being the softmax of the logits divided
@@ -131,10 +196,10 @@ impl Unimo {
     /// # Errors
     /// As many targets and advantages as rows are needed, targets inside the vocabulary.
     pub fn policy_loss(&self, hidden: &Tensor, targets: Vec<u32>, advantages: Vec<f32>, temperature: f64) -> Result<Tensor> {
-        let x = (self.lm_transform(hidden)? / temperature)?;
+        let x = (self.lm_transform(&self.at_once(), hidden)? / temperature)?;
         let bias = (self.weight("lm.bias")? / temperature)?;
         let targets = Targets::of_one(targets, Some(advantages), 0.0);
-        Ok(ops::tied_cross_entropy(&x, self.weight("text.token.weight")?, &bias, targets)?.0)
+        ops::tied_cross_entropy(&x, self.weight("text.token.weight")?, &bias, &targets)?.get(0)
     }
 
     /// Logits of the language model, `[n, hidden]` → `[n, vocabulary]`.
@@ -142,23 +207,26 @@ impl Unimo {
     /// # Errors
     /// Those of candle.
     pub fn language_logits(&self, hidden: &Tensor) -> Result<Tensor> {
-        ops::linear(&self.lm_transform(hidden)?, self.weight("text.token.weight")?, self.weight("lm.bias")?)
+        let x = self.lm_transform(&self.at_once(), hidden)?;
+        ops::linear(&x, self.weight("text.token.weight")?, self.weight("lm.bias")?)
     }
 
     /// Predicted features of regions, `[n, hidden]` → `[n, region_feature]`.
     ///
     /// # Errors
-    /// Those of candle.
-    pub fn region_features(&self, hidden: &Tensor) -> Result<Tensor> {
-        self.linear("region.feature", hidden)
+    /// Those of the operators.
+    pub fn region_features<O: Operators>(&self, on: &O, hidden: &O::Array) -> Result<O::Array> {
+        let [weight, bias] = self.both("region.feature")?;
+        on.linear(hidden, weight, bias)
     }
 
     /// Logits of the regions' classes, `[n, hidden]` → `[n, region_classes]`.
     ///
     /// # Errors
-    /// Those of candle.
-    pub fn region_logits(&self, hidden: &Tensor) -> Result<Tensor> {
-        self.linear("region.class", hidden)
+    /// Those of the operators.
+    pub fn region_logits<O: Operators>(&self, on: &O, hidden: &O::Array) -> Result<O::Array> {
+        let [weight, bias] = self.both("region.class")?;
+        on.linear(hidden, weight, bias)
     }
 }
 
@@ -299,7 +367,8 @@ mod tests {
     fn dropout_reaches_pooled_features_alike_in_both_passes_of_a_chunk_and_unlike_for_other_images() {
         let model = model(2, 0);
         let means = Tensor::from_slice(&[1f32, 2.0, 3.0, 4.0, 5.0, 6.0], (2, WIDTH), &Device::Cpu).unwrap();
-        let embed = |dropout: Dropout, kind: EmbeddedImages| wide(&model.embed_means(&means, dropout, kind).unwrap());
+        let embed =
+            |dropout: Dropout, kind: EmbeddedImages| wide(&model.embed_images(&model.at_once(), &means, dropout, kind).unwrap());
         let dropout = Dropout::of(0.5, 7);
         let once = embed(dropout, EmbeddedImages::Described);
         assert_eq!(once, embed(dropout, EmbeddedImages::Described));

@@ -10,7 +10,10 @@ use candle_core::{Var, backprop::GradStore};
 
 use crate::ops;
 #[cfg(any(feature = "cuda", test))]
-use crate::ops::cuda::layers::{ByRows, Forward, Runs};
+use crate::ops::{
+    ByRows,
+    cuda::layers::{Forward, Runs},
+};
 
 /// Hidden states, `[rows, hidden]`.
 pub struct Hidden(States);
@@ -42,7 +45,10 @@ impl Hidden {
     /// # Errors
     /// A row out of range.
     pub fn rows(&self, rows: &[usize]) -> Result<Tensor> {
-        let ids: Arc<[u32]> = rows.iter().map(|&row| row as u32).collect();
+        self.rows_of(rows.iter().map(|&row| row as u32).collect())
+    }
+
+    pub(super) fn rows_of(&self, ids: Arc<[u32]>) -> Result<Tensor> {
         match &self.0 {
             States::Whole(states) => ops::select_rows(states, &ids),
             #[cfg(any(feature = "cuda", test))]
@@ -78,6 +84,15 @@ impl Hidden {
         match &self.0 {
             States::Whole(states) => states.is_variable(),
             States::InKernels(_) => true,
+        }
+    }
+
+    /// The pass that they are of, where they are in the kernels' memory.
+    #[cfg(any(feature = "cuda", test))]
+    pub(super) fn pass(&self) -> Option<(&Runs, &Forward)> {
+        match &self.0 {
+            States::Whole(_) => None,
+            States::InKernels(pass) => Some((&pass.runs, &pass.pass)),
         }
     }
 

@@ -1,6 +1,7 @@
 //! The UNIMO model: one post-LayerNorm Transformer over image regions and text (arXiv 2012.15409, section 2).
 
 mod by_layer;
+mod computing;
 mod config;
 mod generate;
 mod heads;
@@ -17,14 +18,15 @@ use anyhow::{Context, Result, bail};
 use candle_core::{DType, Device, Tensor, Var};
 use rand::Rng;
 
+pub use computing::{Back, Computing, Found, Given, Losses, Pending, Scalars, gradients_of};
 pub use config::{ImageEmbedding, ModelConfig, TextEmbedding};
 pub use generate::{ImageCache, Step};
-pub use heads::EmbeddedImages;
+pub use heads::{EmbeddedImages, TEMPERATURE, TextRows};
 pub use hidden::Hidden;
 pub use packing::{Features, ImageRows, PackedBatch, Packer, Regions, region_boxes};
 pub use statistics::RegionStatistics;
 
-use crate::ops;
+use crate::ops::{self, AtOnce};
 use packing::ImageFeatures;
 
 /// LayerNorm's addition to the variance, everywhere.
@@ -80,6 +82,8 @@ pub struct Unimo {
     statistics: RegionStatistics,
     checkpoints_activations: bool,
     goes_by_layer: bool,
+    /// Where heads and objectives are computed.
+    computing: Computing,
     /// Passes through the layers on the kernels for CUDA devices.
     #[cfg(any(feature = "cuda", test))]
     runs: Arc<ops::cuda::layers::Runs>,
@@ -128,6 +132,7 @@ impl Unimo {
             statistics,
             checkpoints_activations: false,
             goes_by_layer: false,
+            computing: Computing::default(),
             #[cfg(any(feature = "cuda", test))]
             runs: Arc::default(),
         }
@@ -282,21 +287,41 @@ impl Unimo {
         }
     }
 
+    /// Where heads and objectives of this model's are computed.
+    #[must_use]
+    pub fn computing(&self) -> &Computing {
+        &self.computing
+    }
+
+    /// Operators on tensors of the model's device.
+    #[must_use]
+    pub fn at_once(&self) -> AtOnce<'_> {
+        AtOnce(&self.device)
+    }
+
+    /// Weight and bias.
+    fn both(&self, name: &str) -> candle_core::Result<[&Tensor; 2]> {
+        Ok([self.weight(&format!("{name}.weight"))?, self.weight(&format!("{name}.bias"))?])
+    }
+
     fn linear(&self, name: &str, x: &Tensor) -> candle_core::Result<Tensor> {
-        ops::linear(x, self.weight(&format!("{name}.weight"))?, self.weight(&format!("{name}.bias"))?)
+        let [weight, bias] = self.both(name)?;
+        ops::linear(x, weight, bias)
     }
 
     fn linear_gelu(&self, name: &str, x: &Tensor) -> candle_core::Result<Tensor> {
-        ops::linear_gelu(x, self.weight(&format!("{name}.weight"))?, self.weight(&format!("{name}.bias"))?)
+        let [weight, bias] = self.both(name)?;
+        ops::linear_gelu(x, weight, bias)
     }
 
     fn norm(&self, name: &str, x: &Tensor) -> candle_core::Result<Tensor> {
-        ops::layer_norm(x, self.weight(&format!("{name}.weight"))?, self.weight(&format!("{name}.bias"))?, LAYER_NORM_EPS)
+        let [weight, bias] = self.both(name)?;
+        ops::layer_norm(x, weight, bias, LAYER_NORM_EPS)
     }
 
     /// Normalised sum of a sublayer's input and what it made of it, with dropout at `site`.
     fn add_norm(&self, name: &str, both: (&Tensor, &Tensor), dropout: Dropout, site: usize) -> candle_core::Result<Tensor> {
-        let (weight, bias) = (self.weight(&format!("{name}.weight"))?, self.weight(&format!("{name}.bias"))?);
+        let [weight, bias] = self.both(name)?;
         ops::dropout_add_layer_norm(both, (dropout.rate, dropout.site(site)), weight, bias, LAYER_NORM_EPS)
     }
 

@@ -2,16 +2,18 @@
 
 use anyhow::Result;
 use candle_core::backprop::GradStore;
-use candle_core::{Tensor, Var};
+use candle_core::{Device, Tensor, Var};
 
+use super::Source;
 use super::draft::{Parts, Predictions};
-use super::masked_regions::{MaskedRegions, region_classification, region_regression};
+use super::losses::{Encoding, Kind, Language, Matching, Regions, Task};
+use super::masked_regions::MaskedRegions;
 use super::tally::Tally;
-use super::{Source, matching_loss};
-use crate::model::{Dropout, EmbeddedImages, Hidden, PackedBatch, Passed, Unimo};
-use crate::ops::{Ahead, Part, Targets};
+use crate::model::{
+    Back, Computing, Dropout, EmbeddedImages, Given, Hidden, Losses, PackedBatch, Passed, Pending, TextRows, Unimo,
+};
+use crate::ops::{Ahead, Computation, Part, Targets};
 use crate::recipe::Recipe;
-use crate::tasks::task_loss;
 use crate::vision::{Pictures, Seen, Vision};
 
 /// One forward pass of a step.
@@ -48,41 +50,61 @@ pub(super) struct Counted {
 /// Losses of objectives in one forward pass, which were computed together.
 pub(super) struct Term {
     pub(super) of: Vec<Counted>,
-    /// One of each, constants: `[objectives]`, or of a single one a scalar.
-    pub(super) values: Tensor,
-    /// Their weighted sum, a scalar.
-    pub(super) sum: Tensor,
+    /// The loss of each, one tensor or several, constants.
+    pub(super) values: Vec<Tensor>,
+    /// How their weighted sum leads back.
+    pub(super) back: Back,
 }
 
 impl Term {
-    /// The loss of an objective by itself.
-    pub(super) fn of_one(of: Counted, loss: Tensor) -> candle_core::Result<Self> {
-        let (factor, values) = (of.weight * of.share, loss.detach());
-        let sum = if factor == 1.0 { loss } else { loss.affine(factor, 0.0)? };
-        Ok(Self { of: vec![of], values, sum })
+    /// Computes losses of objectives by themselves.
+    pub(super) fn of<C: Computation>(
+        of: Vec<Counted>,
+        computing: &Computing,
+        computation: &C,
+        from: (Option<&Hidden>, &[Given]),
+        device: &Device,
+    ) -> candle_core::Result<Self> {
+        let factors: Vec<f64> = of.iter().map(|counted| counted.weight * counted.share).collect();
+        let Losses { outputs, back } = computing.losses(computation, from, &factors, device)?;
+        Ok(Self { of, values: outputs, back })
     }
 
-    /// Name and loss of a single objective.
+    /// The loss of an objective, led back by candle.
+    pub(super) fn through(of: Counted, loss: Tensor) -> candle_core::Result<Self> {
+        let (factor, values) = (of.weight * of.share, vec![loss.detach()]);
+        let sum = if factor == 1.0 { loss } else { loss.affine(factor, 0.0)? };
+        Ok(Self { of: vec![of], values, back: Back::Through(sum) })
+    }
+
+    /// Name and loss of a single objective, which may be the sum of two values.
     #[cfg(test)]
     pub(super) fn alone(&self) -> (&'static str, f64) {
-        (self.of[0].name, f64::from(self.values.to_scalar::<f32>().unwrap()))
+        let value = |value: &Tensor| f64::from(value.to_scalar::<f32>().unwrap());
+        (self.of[0].name, self.values.iter().map(value).sum())
     }
 }
 
 /// Kinds of what the contrasts compare.
 pub(super) const KINDS: usize = 7;
 
+/// The kind that is logits of pairs.
+pub(super) const JOINT: usize = 4;
+
 /// What the contrasts compare; each absent where a chunk or step has none.
-#[derive(Default, Clone)]
+#[derive(Default)]
 pub(super) struct Encoded {
     /// Unified-space embeddings `[n, embedding]` of pictures, captions, retrieved images and retrieved texts; the matching logits
     /// `[n]` of jointly encoded pairs; then embeddings of further pictures and, one of each, their captions.
     pub(super) tensors: [Option<Tensor>; KINDS],
+    /// What leads back from them, where they are not tracked.
+    pub(super) pending: Option<Pending>,
 }
 
 impl Encoded {
+    /// The values, which lead nowhere.
     pub(super) fn detached(&self) -> Self {
-        Self { tensors: self.tensors.clone().map(|t| t.map(|t| t.detach())) }
+        Self { tensors: self.tensors.clone().map(|t| t.map(|t| t.detach())), pending: None }
     }
 }
 
@@ -94,31 +116,23 @@ impl Chunk {
         Ok(Forward { passed, seen })
     }
 
-    /// Gradients by variables of the sum of `losses`, which were computed of this chunk's forward pass. `complete` is as
+    /// Gradients by variables of the sum of all that leads back, which was computed of this chunk's forward pass. `complete` is as
     /// [`Passed::backward_by_layer`] has it.
     pub(super) fn backward(
         &self,
         Forward { passed, seen }: Forward,
         (model, vision): (&Unimo, &Vision),
-        losses: Vec<Tensor>,
+        backs: Vec<Back>,
         by: &[Var],
         complete: &mut dyn FnMut(usize, &mut GradStore) -> candle_core::Result<()>,
     ) -> candle_core::Result<GradStore> {
         let leaf = seen.as_ref().and_then(Seen::leaf).cloned();
         let by: Vec<Var> = by.iter().cloned().chain(leaf).collect();
-        let mut all = passed.backward_by_layer(model, &self.packed, losses, &by, complete)?;
+        let mut all = passed.backward_by_layer(model, &self.packed, backs, &by, complete)?;
         if let (Some(seen), Some(pictures)) = (&seen, &self.pictures) {
             seen.backward(vision, pictures, &mut all)?;
         }
         Ok(all)
-    }
-
-    fn match_logits(&self, hidden: &Hidden, model: &Unimo) -> Result<Option<Tensor>> {
-        let parts = &self.parts;
-        if parts.match_labels.is_empty() {
-            return Ok(None);
-        }
-        Ok(Some(model.match_logits(&hidden.rows(&parts.match_images)?, &hidden.rows(&parts.match_texts)?)?))
     }
 
     /// Objectives whose loss is a mean over samples, each in one chunk.
@@ -155,60 +169,103 @@ impl Chunk {
                 of.push(counted);
             }
         }
+        let (computing, device) = (model.computing(), model.device());
         if !of.is_empty() {
-            let (sum, values) = model.language_losses(&hidden.rows(&all_rows)?, all)?;
-            terms.push(Term { of, values, sum });
+            let computation = Language { model, targets: &all };
+            // The parts' factors are in their sum.
+            let Losses { outputs, back } =
+                computing.losses(&computation, (Some(hidden), &[Given::varying_rows(&all_rows)]), &[1.0], device)?;
+            let values = outputs.iter().map(|output| output.narrow(0, 1, of.len())).collect::<Result<_, _>>()?;
+            terms.push(Term { of, values, back });
         }
-        let mut put =
-            |name, weight, count: usize, loss| Term::of_one(counted(name, weight, count), loss).map(|term| terms.push(term));
         let Predictions { rows, targets } = &parts.sampled.predictions;
         if !rows.is_empty() {
             let (advantages, temperature) = (parts.sampled.advantages.clone(), recipe.batch.sampling_temperature);
             let loss = model.policy_loss(&hidden.rows(rows)?, targets.clone(), advantages, temperature)?;
-            put("self_critical", w.self_critical, rows.len(), loss)?;
+            terms.push(Term::through(counted("self_critical", w.self_critical, rows.len()), loss)?);
         }
-        if let Some(logits) = self.match_logits(hidden, model)? {
-            let loss = matching_loss(&logits, &parts.match_labels)?;
-            put("matching", w.matching, parts.match_labels.len(), loss)?;
+        if !parts.match_labels.is_empty() {
+            let computation = Matching { model, labels: &parts.match_labels };
+            let given = [Given::rows(&parts.match_images), Given::rows(&parts.match_texts)];
+            let of = vec![counted("matching", w.matching, parts.match_labels.len())];
+            terms.push(Term::of(of, computing, &computation, (Some(hidden), &given), device)?);
         }
         if let (Some(task), false) = (source.task, parts.task_examples.is_empty()) {
-            let logits = model.task_logits(hidden, &parts.task_images, &parts.task_texts)?;
             let targets: Vec<&[(u32, f32)]> = parts.task_examples.iter().map(|&i| task.examples[i].target.as_slice()).collect();
-            let loss = task_loss(&logits, task.spec.goal, &targets)?;
-            put("task", w.task, targets.len(), loss)?;
+            let computation = Task { model, classes: task.spec.classes.len(), goal: task.spec.goal, targets: &targets };
+            let mut given = vec![Given::rows(&parts.task_texts)];
+            if !parts.task_images.is_empty() {
+                given.push(Given::rows(&parts.task_images));
+            }
+            let of = vec![counted("task", w.task, targets.len())];
+            terms.push(Term::of(of, computing, &computation, (Some(hidden), &given), device)?);
         }
         if let Some(MaskedRegions { features, labels }) = &self.regions {
-            let rows = hidden.rows(&parts.regions.rows)?;
-            put("region_features", w.region_features, parts.regions.rows.len(), region_regression(model, &rows, features)?)?;
-            if let Some(labels) = labels {
-                let loss = region_classification(model, &rows, labels)?;
-                put("region_classes", w.region_classes, parts.regions.rows.len(), loss)?;
+            let (rows, mut of) = (&parts.regions.rows, Vec::new());
+            let mut given = vec![Given::varying_rows(rows)];
+            for (name, weight, targets) in
+                [("region_features", w.region_features, Some(features)), ("region_classes", w.region_classes, labels.as_ref())]
+            {
+                if let Some(targets) = targets {
+                    of.push(counted(name, weight, rows.len()));
+                    given.push(Given::Matrices { all: vec![targets.clone()], vary: true });
+                }
             }
+            terms.push(Term::of(of, computing, &Regions { model }, (Some(hidden), &given), device)?);
         }
         Ok(terms)
     }
 
     pub(super) fn encode(&self, passed: &Passed, model: &Unimo, recipe: &Recipe) -> Result<Encoded> {
-        let (parts, hidden) = (&self.parts, &passed.hidden);
-        let images = |rows: &[usize], kind: EmbeddedImages| -> Result<Option<Tensor>> {
-            Ok(if rows.is_empty() { None } else { Some(model.image_embedding(&self.packed, passed, rows, kind)?) })
+        let parts = &self.parts;
+        let (mut places, mut kinds, mut given) = (Vec::new(), Vec::new(), Vec::new());
+        let mut put = |place: usize, kind: Kind, of_kind: Vec<Given>| {
+            places.push(place);
+            kinds.push(kind);
+            given.extend(of_kind);
         };
-        let texts = |rows: &[usize]| -> Result<Option<Tensor>> {
-            Ok(if rows.is_empty() { None } else { Some(model.text_embedding(&self.packed, hidden, rows)?) })
+        let images = |rows: &[usize]| {
+            let means = model.image_means(&self.packed, passed, rows)?;
+            anyhow::Ok(vec![means.map_or_else(|| Given::rows(rows), |means| Given::matrix(&means))])
         };
-        let mut encoded = Encoded::default();
-        let [pictures, captions, found_images, found_texts, joint, further_pictures, further_captions] = &mut encoded.tensors;
+        let texts = |rows: &[usize]| {
+            let TextRows { rows, counts } = model.text_rows(&self.packed, rows)?;
+            let given = if counts.is_some() { Given::varying_rows(&rows) } else { Given::rows(&rows) };
+            anyhow::Ok((Kind::Texts(counts), vec![given]))
+        };
         if !parts.text_rows.is_empty() {
-            *pictures = images(&parts.image_rows, EmbeddedImages::Described)?;
-            *captions = texts(&parts.text_rows)?;
-            *found_images = images(&parts.retrieved_image_rows, EmbeddedImages::Retrieved)?;
-            *found_texts = texts(&parts.retrieved_text_rows)?;
-            *joint = if recipe.weights.cross_modal > 0.0 { self.match_logits(hidden, model)? } else { None };
+            let both = [
+                (&parts.image_rows, EmbeddedImages::Described, &parts.text_rows),
+                (&parts.retrieved_image_rows, EmbeddedImages::Retrieved, &parts.retrieved_text_rows),
+            ];
+            for (place, (image_rows, of_images, text_rows)) in [0, 2].into_iter().zip(both) {
+                if !image_rows.is_empty() {
+                    put(place, Kind::Images(of_images), images(image_rows)?);
+                }
+                if !text_rows.is_empty() {
+                    let (kind, given) = texts(text_rows)?;
+                    put(place + 1, kind, given);
+                }
+            }
+            if recipe.weights.cross_modal > 0.0 && !parts.match_labels.is_empty() {
+                put(JOINT, Kind::Pairs, vec![Given::rows(&parts.match_images), Given::rows(&parts.match_texts)]);
+            }
         }
         if let Some(means) = &self.further_means {
-            *further_pictures = Some(model.embed_means(means, passed.dropout, EmbeddedImages::Further)?);
-            *further_captions = texts(&parts.further_text_rows)?;
+            put(5, Kind::Images(EmbeddedImages::Further), vec![Given::matrix(means)]);
+            let (kind, given) = texts(&parts.further_text_rows)?;
+            put(6, kind, given);
         }
+        let mut encoded = Encoded::default();
+        if kinds.is_empty() {
+            return Ok(encoded);
+        }
+        let computation = Encoding { model, dropout: passed.dropout, kinds };
+        let (tensors, pending) = model.computing().forward(&computation, (Some(&passed.hidden), &given), model.device())?;
+        for (place, tensor) in places.into_iter().zip(tensors) {
+            encoded.tensors[place] = Some(if place == JOINT { tensor.squeeze(1)? } else { tensor });
+        }
+        encoded.pending = pending;
         Ok(encoded)
     }
 }

@@ -13,9 +13,12 @@ use candle_core::backprop::GradStore;
 use candle_core::{D, DType, Device, Tensor, Var};
 
 use super::chunk::{Counted, Encoded, KINDS, Term};
-use super::contrastive::{contrastive_part, cross_modal_contrast, same, similarities};
+use super::contrastive::{cross_modal_contrast, same, similarities};
+use super::losses::Contrasting;
 use super::members::Members;
 use super::tally::{CONTRAST, CROSS_MODAL};
+use crate::model::{Computing, Given, TEMPERATURE};
+use crate::ops;
 use crate::parallel::{Collective, sums};
 use crate::recipe::LossWeights;
 
@@ -90,18 +93,16 @@ impl Comparison {
     ///
     /// # Errors
     /// Those of candle.
-    pub fn terms(&self, weights: &LossWeights, temperature: &Tensor) -> Result<Vec<Term>> {
+    pub fn terms(&self, weights: &LossWeights, computing: &Computing, log_temperature: &Tensor) -> Result<Vec<Term>> {
         let mut terms = Vec::new();
-        let mut put = |name, weight, loss: Option<Tensor>| -> Result<()> {
-            let term = loss.map(|loss| Term::of_one(Counted { name, weight, share: 1.0 }, loss));
-            terms.extend(term.transpose()?);
-            Ok(())
-        };
         if weights.contrast > 0.0 {
-            put(CONTRAST, weights.contrast, self.contrast(temperature)?)?;
+            terms.extend(self.contrast(weights.contrast, computing, log_temperature)?);
         }
         if weights.cross_modal > 0.0 {
-            put(CROSS_MODAL, weights.cross_modal, self.cross_modal(temperature)?)?;
+            let temperature = ops::bounded_exp(log_temperature, TEMPERATURE)?;
+            if let Some(loss) = self.cross_modal(&temperature)? {
+                terms.push(Term::through(Counted { name: CROSS_MODAL, weight: weights.cross_modal, share: 1.0 }, loss)?);
+            }
         }
         Ok(terms)
     }
@@ -152,10 +153,10 @@ impl Comparison {
     }
 
     /// This rank's terms of the contrast of separately encoded pictures and captions. Every rank's further ones lie behind its others.
-    fn contrast(&self, temperature: &Tensor) -> Result<Option<Tensor>> {
+    fn contrast(&self, weight: f64, computing: &Computing, log_temperature: &Tensor) -> Result<Option<Term>> {
         let images = self.alternating(IMAGES, FURTHER_IMAGES)?;
         let texts = self.alternating(TEXTS, FURTHER_TEXTS)?;
-        let (Some(images), Some(texts)) = (images, texts) else { return Ok(None) };
+        let (Some(device), false) = (images.first().map(Tensor::device), texts.is_empty()) else { return Ok(None) };
         let (mut image_of_text, mut own) = (Vec::new(), [0..0, 0..0]);
         let mut images_before = 0;
         for (rank, members) in self.members.iter().enumerate() {
@@ -167,26 +168,36 @@ impl Comparison {
             }
             images_before = first_further + members.further;
         }
-        Ok(contrastive_part(&images, &texts, &image_of_text, temperature, &own)?)
+        let computation = Contrasting { temperature: log_temperature, image_of_text: &image_of_text, images: images_before, own };
+        let terms = computation.terms();
+        if terms == 0 {
+            return Ok(None);
+        }
+        let given = [images.clone(), texts].map(|all| Given::Matrices { all, vary: false });
+        // The loss is the sum of them.
+        let of = vec![Counted { name: CONTRAST, weight, share: 1.0 }; terms];
+        Ok(Some(Term::of(of, computing, &computation, (None, &given), device)?))
     }
 
     /// Each rank's rows of one kind and then its rows of another.
-    fn alternating(&self, one: usize, other: usize) -> Result<Option<Tensor>> {
+    fn alternating(&self, one: usize, other: usize) -> Result<Vec<Tensor>> {
         let (first, second) = match (self.leaf(one), self.leaf(other)) {
             (Some(first), Some(second)) => (first, second),
-            (first, second) => return Ok(first.or(second).cloned()),
+            (first, second) => return Ok(first.or(second).cloned().into_iter().collect()),
         };
         let (mut parts, mut at) = (Vec::new(), [0; 2]);
         for members in &self.members {
             for ((all, at), kind) in [first, second].into_iter().zip(&mut at).zip([one, other]) {
                 let count = members.counts()[kind];
-                if count > 0 {
+                if count == all.dim(0)? {
+                    parts.push(all.clone());
+                } else if count > 0 {
                     parts.push(all.narrow(0, *at, count)?);
                 }
                 *at += count;
             }
         }
-        Ok(Some(Tensor::cat(&parts, 0)?))
+        Ok(parts)
     }
 
     /// This rank's terms of the cross-modal contrast: those of its own pictures.

@@ -5,7 +5,7 @@ use std::ops::Range;
 
 use candle_core::{D, DType, Device, Result, Tensor};
 
-use crate::ops;
+use crate::ops::{self, AtOnce, Operators};
 
 /// Added to a picture's share of its texts, so that its logarithm is finite.
 const LEAST_SHARE: f64 = 1e-12;
@@ -19,35 +19,39 @@ const LEAST_SHARE: f64 = 1e-12;
 /// # Errors
 /// No text, and those of candle.
 pub fn contrastive_loss(images: &Tensor, texts: &Tensor, image_of_text: &[usize], temperature: &Tensor) -> Result<Tensor> {
-    let all = [0..images.dim(0)?, 0..texts.dim(0)?];
-    match contrastive_part(images, texts, image_of_text, temperature, &all)? {
-        Some(loss) => Ok(loss),
+    let (n, all) = (images.dim(0)?, [0..images.dim(0)?, 0..texts.dim(0)?]);
+    let terms = contrastive_part(&AtOnce(images.device()), [images, texts], image_of_text, n, temperature, &all)?;
+    match terms.into_iter().map(Ok).reduce(|sum, term| sum? + term?) {
+        Some(loss) => loss,
         None => candle_core::bail!("contrastive_loss: there is no text"),
     }
 }
 
-/// The terms of [`contrastive_loss`] of some of the images and some of the texts; nothing where these have none.
+/// The terms of [`contrastive_loss`] of some of `n` images and some of the texts, which add up to their part of it; none where these have
+/// none.
 ///
 /// # Errors
-/// Those of candle.
-pub(super) fn contrastive_part(
-    images: &Tensor,
-    texts: &Tensor,
+/// Those of the operators.
+pub(super) fn contrastive_part<O: Operators>(
+    on: &O,
+    [images, texts]: [&O::Array; 2],
     image_of_text: &[usize],
-    temperature: &Tensor,
+    n: usize,
+    temperature: &O::Array,
     [own_images, own_texts]: &[Range<usize>; 2],
-) -> Result<Option<Tensor>> {
-    let (n, m) = (images.dim(0)?, texts.dim(0)?);
+) -> Result<Vec<O::Array>> {
+    let m = image_of_text.len();
     let mut is_described = vec![false; n];
     image_of_text.iter().for_each(|&image| is_described[image] = true);
     let described = is_described.iter().filter(|described| **described).count();
     let numbers = |of: &[usize]| of.iter().map(|&number| number as u32).collect::<Vec<u32>>();
     let (of_images, of_texts) = (numbers(&(0..n).collect::<Vec<_>>()), numbers(image_of_text));
     // Of these rows with all columns.
-    let term = |[rows, columns]: [&Tensor; 2], own: &Range<usize>, numbers: [&[u32]; 2], least: f64, count: usize| {
-        let products = ops::scalar_products(&rows.narrow(0, own.start, own.len())?, columns)?;
+    let term = |[rows, columns]: [&O::Array; 2], own: &Range<usize>, numbers: [&[u32]; 2], least: f64, count: usize| {
+        let rows = if own.len() == numbers[0].len() { rows.clone() } else { on.some_rows(rows, own.clone())? };
         let [of_rows, of_columns] = numbers;
-        ops::log_shares(&products, temperature, [&of_rows[own.clone()], of_columns], [least, -0.5 / count as f64])
+        let products = on.scalar_products(&rows, columns)?;
+        on.log_shares(&products, temperature, [&of_rows[own.clone()], of_columns], [least, -0.5 / count as f64])
     };
     let mut terms = Vec::new();
     if own_images.clone().any(|image| is_described[image]) {
@@ -56,7 +60,7 @@ pub(super) fn contrastive_part(
     if !own_texts.is_empty() {
         terms.push(term([texts, images], own_texts, [&of_texts, &of_images], 0.0, m)?);
     }
-    terms.into_iter().map(Ok).reduce(|sum, term| sum? + term?).transpose()
+    Ok(terms)
 }
 
 /// Scalar products of all rows with all columns, each `[n, embedding]`, over the temperature: `[rows, columns]`.

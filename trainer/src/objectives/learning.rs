@@ -4,9 +4,9 @@ use anyhow::Result;
 use candle_core::backprop::GradStore;
 use candle_core::{Tensor, Var};
 
-use super::chunk::{Counted, Encoded, KINDS, Term};
+use super::chunk::{Counted, Encoded, JOINT, KINDS, Term};
 use super::tally::sum_losses;
-use crate::model::Unimo;
+use crate::model::{Back, Unimo};
 use crate::ops;
 use crate::parallel::Collective;
 use crate::vision::Vision;
@@ -66,18 +66,25 @@ impl Carrying {
         Self { gradients, at: [0; KINDS] }
     }
 
-    /// Scalars that have these gradients by what the next pass has encoded.
-    pub(super) fn next(&mut self, encoded: Encoded) -> Result<Vec<Tensor>> {
-        let mut carried = Vec::new();
-        for (kind, tensor) in encoded.tensors.into_iter().enumerate() {
+    /// What leads these gradients back from what the next pass has encoded.
+    pub(super) fn next(&mut self, Encoded { tensors, pending }: Encoded) -> Result<Vec<Back>> {
+        let (mut backs, mut by_outputs) = (Vec::new(), Vec::new());
+        for (kind, tensor) in tensors.into_iter().enumerate() {
             let Some(tensor) = tensor else { continue };
             let (start, count) = (self.at[kind], tensor.dim(0)?);
             self.at[kind] += count;
-            if let Some(gradient) = &self.gradients[kind] {
-                carried.push(ops::carrying(&tensor, &gradient.narrow(0, start, count)?)?);
+            let gradient = self.gradients[kind].as_ref().map(|gradient| gradient.narrow(0, start, count)).transpose()?;
+            match (&pending, gradient) {
+                (Some(_), Some(gradient)) if kind == JOINT => by_outputs.push(Some(gradient.unsqueeze(1)?)),
+                (Some(_), gradient) => by_outputs.push(gradient),
+                (None, Some(gradient)) => backs.push(Back::Through(ops::carrying(&tensor, &gradient)?)),
+                (None, None) => {}
             }
         }
-        Ok(carried)
+        if let Some(pending) = pending.filter(|_| by_outputs.iter().any(Option::is_some)) {
+            backs.push(Back::Gone(pending.backward(&by_outputs)?));
+        }
+        Ok(backs)
     }
 }
 
@@ -103,19 +110,21 @@ impl Learning {
     pub(super) fn add(
         &mut self,
         terms: Vec<Term>,
-        carried: Vec<Tensor>,
-        backward: impl FnOnce(Vec<Tensor>, &[Var]) -> candle_core::Result<GradStore>,
+        carried: Vec<Back>,
+        backward: impl FnOnce(Vec<Back>, &[Var]) -> candle_core::Result<GradStore>,
     ) -> Result<()> {
-        let mut losses = carried;
-        for Term { of, values, sum } in terms {
+        let mut backs = carried;
+        for Term { of, values, back } in terms {
             self.counted.extend(of);
-            self.values.push(values.flatten_all()?);
-            losses.push(sum);
+            for value in values {
+                self.values.push(value.flatten_all()?);
+            }
+            backs.push(back);
         }
-        if losses.is_empty() {
+        if backs.is_empty() {
             return Ok(());
         }
-        let gradients = backward(losses, &self.by)?;
+        let gradients = backward(backs, &self.by)?;
         self.add_gradients(gradients)
     }
 

@@ -62,17 +62,6 @@ fn softmax(mut logits: Vec<f32>, classes: usize) -> Vec<f32> {
     logits
 }
 
-/// Mean squared error of the masked regions' predicted features; `rows` is `[n, hidden]`, `features` `[n, region_feature]`.
-pub(super) fn region_regression(model: &Unimo, rows: &Tensor, features: &Tensor) -> candle_core::Result<Tensor> {
-    ops::squared_error(&model.region_features(rows)?, features)
-}
-
-/// Cross-entropy of the masked regions with their soft labels `[n, region_classes]` (its gradient is that of the
-/// Kullback–Leibler divergence).
-pub(super) fn region_classification(model: &Unimo, rows: &Tensor, labels: &Tensor) -> candle_core::Result<Tensor> {
-    ops::soft_cross_entropy(&model.region_logits(rows)?, labels)
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;

@@ -9,6 +9,7 @@ mod comparison;
 mod contrastive;
 mod draft;
 mod learning;
+pub(crate) mod losses;
 mod masked_regions;
 mod masking;
 mod members;
@@ -17,7 +18,6 @@ mod self_critical;
 mod step;
 mod tally;
 
-use candle_core::Tensor;
 use rand::seq::SliceRandom;
 
 pub use contrastive::{Contrast, contrastive_loss, cross_modal_contrast};
@@ -28,7 +28,6 @@ pub use step::StepBatch;
 pub use tally::Tally;
 
 use crate::corpus::Corpus;
-use crate::ops;
 use crate::seed;
 use crate::tasks::TaskData;
 use crate::tasks::generation::WritingData;
@@ -74,15 +73,6 @@ pub struct Orders {
     images: Option<(u64, Vec<u32>)>,
     texts: Option<(u64, Vec<u32>)>,
     examples: Option<(u64, Vec<u32>)>,
-}
-
-/// Mean binary cross-entropy of matching logits `[n]` with labels 0 or 1, stable for large logits.
-///
-/// # Errors
-/// Those of candle.
-pub fn matching_loss(logits: &Tensor, labels: &[f32]) -> candle_core::Result<Tensor> {
-    let labels = ops::from_host(labels.to_vec(), (labels.len(), 1), logits.device())?;
-    ops::binary_cross_entropy(&logits.unsqueeze(1)?, &labels)
 }
 
 /// A small corpus for the tests of this module.

@@ -11,7 +11,7 @@ use super::learning::{Carrying, Learning, Learnt};
 use super::members::Members;
 use super::tally::{CONTRAST, Tally};
 use super::{Source, StepBatch};
-use crate::model::{Dropout, Unimo};
+use crate::model::{Dropout, Scalars, Unimo, gradients_of};
 use crate::ops;
 use crate::parallel::Collective;
 use crate::parallel::gradients::{self, Early};
@@ -72,12 +72,12 @@ impl StepBatch {
                 let carried = carrying.next(encoded)?;
                 // The last pass completes a layer's gradients.
                 let (Some(early), true) = (early, i + 1 == self.chunks.len()) else {
-                    learnt.add(terms, carried, |losses, by| chunk.backward(forward, trained, losses, by, &mut |_, _| Ok(())))?;
+                    learnt.add(terms, carried, |backs, by| chunk.backward(forward, trained, backs, by, &mut |_, _| Ok(())))?;
                     continue;
                 };
                 let mut so_far = learnt.gradients.take();
-                learnt.add(terms, carried, |losses, by| {
-                    chunk.backward(forward, trained, losses, by, &mut |layer, all| {
+                learnt.add(terms, carried, |backs, by| {
+                    chunk.backward(forward, trained, backs, by, &mut |layer, all| {
                         layers.give_away_from(layer, [Some(&mut *all), so_far.as_mut()], early)
                     })
                 })?;
@@ -116,12 +116,12 @@ impl StepBatch {
         learnt: &mut Learning,
     ) -> Result<[Option<Tensor>; KINDS]> {
         let members = self.members(recipe);
-        let own = Encoded { tensors: together(passes)? };
+        let own = Encoded { tensors: together(passes)?, pending: None };
         let comparison = Comparison::among(ranks, own, &members, model.config().embedding, model.device())?;
         let mut by_leaf = GradStore::default();
-        let terms = comparison.terms(&recipe.weights, &model.temperature()?)?;
-        learnt.add(terms, Vec::new(), |losses, by| {
-            let mut all = ops::gradients_of_each(losses, by.iter().chain(comparison.leaves()))?;
+        let terms = comparison.terms(&recipe.weights, model.computing(), model.log_temperature()?)?;
+        learnt.add(terms, Vec::new(), |backs, by| {
+            let (mut all, _) = gradients_of(backs, by.iter().chain(comparison.leaves()), Scalars::Apart)?;
             for leaf in comparison.leaves() {
                 if let Some(gradient) = all.remove(leaf) {
                     by_leaf.insert(leaf, gradient);

@@ -383,9 +383,9 @@ mod tests {
             expected -= (e(&images[own], text) / images.iter().map(|image| e(image, text)).sum::<f64>()).ln() / 16.0;
         }
         let loss = |encoded: &Encoded, members: &Members, name: &str| {
-            let (width, temperature) = (model.config().embedding, model.temperature().unwrap());
+            let (width, temperature) = (model.config().embedding, model.log_temperature().unwrap());
             let comparison = Comparison::among(&Alone, encoded.detached(), members, width, model.device()).unwrap();
-            let terms = comparison.terms(&recipe.weights, &temperature).unwrap();
+            let terms = comparison.terms(&recipe.weights, model.computing(), temperature).unwrap();
             terms.iter().map(Term::alone).find(|(of, _)| *of == name).unwrap().1
         };
         let members = batch.members(&recipe);
@@ -393,7 +393,7 @@ mod tests {
         let found = loss(&encoded, &members, CONTRAST);
         assert!((found - expected).abs() < 1e-4, "{found} is not {expected}");
         // The cross-modal contrast is that of the step without further pairs.
-        let fewer = Encoded { tensors: [&encoded.tensors[..5], &[None, None]].concat().try_into().unwrap() };
+        let fewer = Encoded { tensors: [&encoded.tensors[..5], &[None, None]].concat().try_into().unwrap(), pending: None };
         let none_further = Members { further: 0, ..members.clone() };
         assert_eq!(loss(&encoded, &members, CROSS_MODAL), loss(&fewer, &none_further, CROSS_MODAL));
         assert_ne!(found, loss(&fewer, &none_further, CONTRAST));

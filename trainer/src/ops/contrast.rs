@@ -27,9 +27,7 @@ pub fn unit_rows(x: &Tensor) -> Result<Tensor> {
 /// Other numbers of rows or columns, a dtype other than f32.
 pub fn log_shares(scores: &Tensor, temperature: &Tensor, numbers: [&[u32]; 2], [least, factor]: [f64; 2]) -> Result<Tensor> {
     let (rows, columns) = scores.dims2()?;
-    if [rows, columns] != numbers.map(<[u32]>::len) || rows == 0 {
-        candle_core::bail!("log_shares: numbers of {:?} for {:?}", numbers.map(<[u32]>::len), scores.shape());
-    }
+    check([rows, columns], numbers)?;
     on_cuda!(scores.device(), super::cuda::log_shares(scores, temperature, numbers, [least, factor]));
     let known: HashSet<u32> = numbers[1].iter().copied().collect();
     let there: Vec<u32> = (0u32..).zip(numbers[0]).filter(|(_, number)| known.contains(number)).map(|(row, _)| row).collect();
@@ -46,6 +44,14 @@ pub fn log_shares(scores: &Tensor, temperature: &Tensor, numbers: [&[u32]; 2], [
     let logarithms = (own - scores.log_sum_exp(D::Minus1)?)?;
     let logarithms = if least > 0.0 { (logarithms.exp()? + least)?.log()? } else { logarithms };
     logarithms.sum_all()?.affine(factor, 0.0)
+}
+
+/// That rows and columns have numbers.
+pub(super) fn check(sizes: [usize; 2], numbers: [&[u32]; 2]) -> Result<()> {
+    if sizes != numbers.map(<[u32]>::len) || sizes[0] == 0 {
+        candle_core::bail!("log_shares: numbers of {:?} for {sizes:?}", numbers.map(<[u32]>::len));
+    }
+    Ok(())
 }
 
 /// `exp(x)`, but no less than `least` and no more than `most`, where the gradient is 0.

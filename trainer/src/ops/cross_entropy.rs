@@ -1,6 +1,6 @@
 //! Softmax cross-entropy straight from hidden states and the tied output projection.
 
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::Mutex;
 
 use candle_core::{CpuStorage, CustomOp3, Error, Layout, Result, Shape, Tensor};
 use rayon::prelude::*;
@@ -92,8 +92,6 @@ struct Gradients {
 /// The forward pass has the logits at hand, so it makes the gradients too: the projection is computed once, not twice.
 struct TiedCrossEntropy {
     targets: Targets,
-    /// The parts' means.
-    means: Arc<Mutex<Vec<f32>>>,
     gradients: Mutex<Option<Gradients>>,
 }
 
@@ -154,16 +152,17 @@ impl CustomOp3 for TiedCrossEntropy {
             add_assign(&mut gradients.bias, &linear::column_sums(logits, classes));
         }
         *self.gradients.lock().map_err(|_| Error::Msg(format!("{name}: poisoned")))? = Some(gradients);
-        let (mut sum, mut means, mut left) = (0f64, Vec::new(), &losses[..]);
+        let (mut sum, mut found, mut left) = (0f64, vec![0.0], &losses[..]);
         for part in &self.targets.parts {
             let (own, others) = left.split_at(part.rows);
             let mean = own.iter().sum::<f64>() / part.rows as f64;
             sum += f64::from(part.factor) * mean;
-            means.push(mean as f32);
+            found.push(mean as f32);
             left = others;
         }
-        *self.means.lock().unwrap_or_else(PoisonError::into_inner) = means;
-        Ok((CpuStorage::F32(vec![sum as f32]), Shape::from(())))
+        found[0] = sum as f32;
+        let shape = Shape::from(found.len());
+        Ok((CpuStorage::F32(found), shape))
     }
 
     fn bwd(
@@ -178,7 +177,7 @@ impl CustomOp3 for TiedCrossEntropy {
         let Some(made) = taken else {
             candle_core::bail!("{}: a second backward pass through one forward pass", self.name());
         };
-        let upstream = f64::from(gradient.to_scalar::<f32>()?);
+        let upstream = f64::from(gradient.get(0)?.to_scalar::<f32>()?);
         let scaled = |values: Vec<f32>, like: &Tensor| -> Result<Option<Tensor>> {
             let tensor = Tensor::from_vec(values, like.shape(), like.device())?;
             if upstream == 1.0 { Ok(Some(tensor)) } else { tensor.affine(upstream, 0.0).map(Some) }
@@ -187,20 +186,17 @@ impl CustomOp3 for TiedCrossEntropy {
     }
 }
 
-/// Cross-entropies of `hidden · weightᵀ + bias` with `targets`: the sum of the parts' means, each as many times as it counts, a scalar;
-/// and the means, `[parts]`, as constants.
+/// Cross-entropies of `hidden · weightᵀ + bias` with `targets`, `[1 + parts]`: the sum of the parts' means, each as many times as it counts,
+/// and then the means. A gradient leads back through the sum alone.
 ///
 /// `hidden` is `[rows, width]`, `weight` `[classes, width]`, `bias` `[classes]`. No `[rows, classes]` tensor is kept.
 ///
 /// # Errors
 /// Shapes that do not fit, parts without rows or of other rows than there are, a target outside the classes.
-pub fn tied_cross_entropy(hidden: &Tensor, weight: &Tensor, bias: &Tensor, targets: Targets) -> Result<(Tensor, Tensor)> {
+pub fn tied_cross_entropy(hidden: &Tensor, weight: &Tensor, bias: &Tensor, targets: &Targets) -> Result<Tensor> {
     on_cuda!(hidden.device(), super::cuda::tied_cross_entropy([hidden, weight, bias], targets, super::precision()));
-    let means = Arc::new(Mutex::new(Vec::new()));
-    let op = TiedCrossEntropy { targets, means: Arc::clone(&means), gradients: Mutex::new(None) };
-    let sum = hidden.contiguous()?.apply_op3(weight, bias, op)?;
-    let means = std::mem::take(&mut *means.lock().unwrap_or_else(PoisonError::into_inner));
-    Ok((sum, Tensor::new(means, hidden.device())?))
+    let op = TiedCrossEntropy { targets: targets.clone(), gradients: Mutex::new(None) };
+    hidden.contiguous()?.apply_op3(weight, bias, op)
 }
 
 #[cfg(test)]
@@ -231,9 +227,9 @@ mod tests {
             expected.push(reference::tied_cross_entropy(&rows, &weight, &bias, &alone).unwrap().to_scalar::<f32>().unwrap());
             first += part.rows;
         }
-        let run = || tied_cross_entropy(&hidden, &weight, &bias, targets.clone()).unwrap();
-        for (sum, means) in [run(), emulated(0, run)] {
-            let (sum, means) = (sum.to_scalar::<f32>().unwrap(), means.to_vec1::<f32>().unwrap());
+        let run = || tied_cross_entropy(&hidden, &weight, &bias, &targets).unwrap().to_vec1::<f32>().unwrap();
+        for found in [run(), emulated(0, run)] {
+            let (sum, means) = (found[0], &found[1..]);
             assert_eq!(means.len(), expected.len());
             assert!(means.iter().zip(&expected).all(|(a, b)| (a - b).abs() < 1e-5), "{means:?} is not {expected:?}");
             let whole = 0.5 * expected[0] + 3.0 * expected[1] - expected[2];
@@ -253,7 +249,7 @@ mod tests {
             (Targets { parts: vec![part(1), part(1)], ..good.clone() }, "of 3 rows"),
             (Targets { parts: vec![part(3), part(0)], ..good.clone() }, "no rows"),
         ] {
-            let run = || tied_cross_entropy(&hidden, &weight, &bias, targets.clone()).unwrap_err().to_string();
+            let run = || tied_cross_entropy(&hidden, &weight, &bias, &targets).unwrap_err().to_string();
             for error in [run(), emulated(0, run)] {
                 assert!(error.contains(expected), "{error}");
             }

@@ -53,7 +53,11 @@ fn of_candle(scalars: Vec<Tensor>, by: &[&Var]) -> Result<GradStore> {
     Ok(all)
 }
 
-fn add_to(all: &mut GradStore, by: &Tensor, gradient: Tensor) -> Result<()> {
+/// Adds a gradient to what there is.
+///
+/// # Errors
+/// Those of candle.
+pub(crate) fn add_to(all: &mut GradStore, by: &Tensor, gradient: Tensor) -> Result<()> {
     let sum = match all.remove(by) {
         Some(so_far) => (so_far + gradient)?,
         None => gradient,

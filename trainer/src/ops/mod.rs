@@ -6,6 +6,7 @@
 //! candle's differentiable operators ([`reference`](mod@reference)).
 
 mod attention;
+mod computation;
 mod contrast;
 mod convolution;
 mod cross_entropy;
@@ -23,17 +24,20 @@ pub mod reference;
 mod rows;
 
 pub use attention::{AttentionGroup, AttentionPlan, QueryBlock, attention};
+pub use computation::{AtOnce, Computation, Operators};
 pub use contrast::{bounded_exp, log_shares, unit_rows};
 pub use convolution::{convolution_relu6, depthwise_relu6, pointwise_relu6};
 pub use cross_entropy::{Part, Targets, tied_cross_entropy};
 pub use elementwise::{dropout, dropout_add, dropout_add_layer_norm, gelu, layer_norm, relu6};
 pub use gradients::gradients;
-pub(crate) use gradients::{carrying, gradients_of_each};
+pub(crate) use gradients::{add_to as add_gradient, carrying, gradients_of_each};
 pub use linear::{linear, linear_gelu, scalar_products};
 pub use losses::{binary_cross_entropy, soft_cross_entropy, squared_error};
-pub use pooling::{first_and_mean, relu_product};
+pub use pooling::{first_and_mean, relu, relu_product};
 pub use precision::{Precision, precision, set_precision};
 pub use rows::select_rows;
+
+use std::sync::Arc;
 
 use candle_core::{CpuStorage, Device, Error, Layout, Result, Shape, Storage, Tensor};
 
@@ -47,6 +51,9 @@ macro_rules! on_cuda {
     };
 }
 use on_cuda;
+
+/// The gradient by rows of a matrix: which rows, and `[their number, width]`.
+pub type ByRows = (Arc<[u32]>, Tensor);
 
 /// Host values on a device, for constants of a step: what goes to a GPU goes in parts that no host waits for, or as [`ahead`] has it.
 ///

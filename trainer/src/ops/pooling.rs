@@ -11,11 +11,7 @@ use super::on_cuda;
 /// # Errors
 /// Other numbers of rows, a text of one row, no text, a dtype other than f32.
 pub fn first_and_mean(x: &Tensor, counts: &[usize]) -> Result<Tensor> {
-    let (rows, _) = x.dims2()?;
-    let all: usize = counts.iter().map(|count| 1 + count).sum();
-    if rows != all || counts.is_empty() || counts.contains(&0) {
-        candle_core::bail!("first_and_mean: {} texts of {all} rows, {rows} rows given", counts.len());
-    }
+    check(counts, x.dims2()?.0)?;
     on_cuda!(x.device(), super::cuda::first_and_mean(x, counts));
     // As many rows of every text; what is filled up counts nothing.
     let longest = counts.iter().copied().max().unwrap_or(0);
@@ -29,6 +25,24 @@ pub fn first_and_mean(x: &Tensor, counts: &[usize]) -> Result<Tensor> {
     let shares = Tensor::from_vec(shares, (counts.len(), longest, 1), x.device())?;
     let others = super::select_rows(x, &places.into())?.reshape((counts.len(), longest, x.dim(1)?))?;
     Tensor::cat(&[super::select_rows(x, &firsts.into())?, others.broadcast_mul(&shares)?.sum(1)?], 1)
+}
+
+/// That there are rows for so many texts.
+pub(super) fn check(counts: &[usize], rows: usize) -> Result<()> {
+    let all: usize = counts.iter().map(|count| 1 + count).sum();
+    if rows != all || counts.is_empty() || counts.contains(&0) {
+        candle_core::bail!("first_and_mean: {} texts of {all} rows, {rows} rows given", counts.len());
+    }
+    Ok(())
+}
+
+/// `max(x, 0)`.
+///
+/// # Errors
+/// A dtype other than f32.
+pub fn relu(x: &Tensor) -> Result<Tensor> {
+    on_cuda!(x.device(), super::cuda::relu(x));
+    x.relu()
 }
 
 /// `max(a, 0) · max(b, 0)`, of two arrays of one shape.

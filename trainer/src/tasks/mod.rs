@@ -8,13 +8,13 @@ pub mod vqa;
 use std::collections::HashMap;
 
 use anyhow::{Context, Result, bail};
-use candle_core::Tensor;
 use serde::{Deserialize, Serialize};
 use unimo::tokenizer::{CLS, SEP, Tokenizer};
 
 use crate::corpus::Corpus;
 use crate::metrics::classification;
 use crate::model::{Packer, Regions, Unimo};
+use crate::ops::Operators;
 use crate::vision::Vision;
 
 /// Examples in one forward pass of a prediction.
@@ -281,33 +281,40 @@ pub fn predict(model: &Unimo, vision: &Vision, corpus: &Corpus, data: &TaskData)
             }
         }
         let hidden = model.evaluate(&packer.finish(model.device())?)?;
-        logits.extend(model.task_logits(&hidden, &images, &texts)?.to_vec2::<f32>()?);
+        let images = (!images.is_empty()).then(|| hidden.rows(&images)).transpose()?;
+        logits.extend(model.task_logits(&model.at_once(), images.as_ref(), &hidden.rows(&texts)?)?.to_vec2::<f32>()?);
     }
     Ok(logits)
 }
 
 /// Loss of logits `[n, classes]` against the examples' targets: cross-entropy of classes, the sum of binary cross-entropies of
-/// answers, or the squared error of values; the mean over examples.
+/// answers, or the squared error of values, of which an example has one; the mean over examples.
 ///
 /// # Errors
-/// Those of candle.
-pub fn task_loss(logits: &Tensor, goal: Goal, targets: &[&[(u32, f32)]]) -> candle_core::Result<Tensor> {
-    let (n, classes) = logits.dims2()?;
-    let mut dense = vec![0f32; n * classes];
+/// Those of the operators.
+pub fn task_loss<O: Operators>(
+    on: &O,
+    logits: &O::Array,
+    classes: usize,
+    goal: Goal,
+    targets: &[&[(u32, f32)]],
+) -> candle_core::Result<O::Array> {
+    let mut dense = vec![0f32; targets.len() * classes];
     for (row, target) in targets.iter().enumerate() {
         target.iter().for_each(|&(class, degree)| dense[row * classes + class as usize] = degree);
     }
-    let dense = crate::ops::from_host(dense, (n, classes), logits.device())?;
+    let dense = on.constants(dense, (targets.len(), classes))?;
     match goal {
-        Goal::Class => crate::ops::soft_cross_entropy(logits, &dense),
-        Goal::Value => crate::ops::squared_error(logits, &dense)?.affine(classes as f64, 0.0),
-        Goal::Answer => crate::ops::binary_cross_entropy(logits, &dense),
+        Goal::Class => on.soft_cross_entropy(logits, &dense),
+        Goal::Value => on.squared_error(logits, &dense),
+        Goal::Answer => on.binary_cross_entropy(logits, &dense),
     }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::ops::AtOnce;
     use candle_core::{Device, Var};
 
     fn example(id: &str, label: Label) -> RawExample {
@@ -346,7 +353,7 @@ mod tests {
     fn losses_agree_with_their_formulas() {
         let z = [[0.3f32, -1.2, 2.0], [0.0, 0.7, -0.4]];
         let targets: [&[(u32, f32)]; 2] = [&[(2, 1.0)], &[(0, 0.9), (1, 0.3)]];
-        let formula = |goal: Goal, z: &[[f64; 3]; 2], columns: usize| -> f64 {
+        let formula = |goal: Goal, z: &[[f64; 3]; 2], (columns, targets): (usize, &[&[(u32, f32)]; 2])| -> f64 {
             let row = |(z, target): (&[f64; 3], &&[(u32, f32)])| {
                 let y = |c: usize| target.iter().find(|(class, _)| *class == c as u32).map_or(0.0, |(_, d)| f64::from(*d));
                 let total: f64 = z.iter().map(|v| v.exp()).sum();
@@ -361,20 +368,22 @@ mod tests {
                     })
                     .sum::<f64>()
             };
-            z.iter().zip(&targets).map(row).sum::<f64>() / 2.0
+            z.iter().zip(targets).map(row).sum::<f64>() / 2.0
         };
-        for goal in [Goal::Class, Goal::Answer, Goal::Value] {
+        let value: [&[(u32, f32)]; 2] = [&[(0, 0.4)], &[(0, 0.9)]];
+        for (goal, columns, targets) in [(Goal::Class, 3, targets), (Goal::Answer, 3, targets), (Goal::Value, 1, value)] {
             let var = Var::new(&z, &Device::Cpu).unwrap();
-            let loss = task_loss(var.as_tensor(), goal, &targets).unwrap();
+            let logits = var.narrow(1, 0, columns).unwrap();
+            let loss = task_loss(&AtOnce(&Device::Cpu), &logits, columns, goal, &targets).unwrap();
             let exact = z.map(|row| row.map(f64::from));
             let got = f64::from(loss.to_scalar::<f32>().unwrap());
-            assert!((got - formula(goal, &exact, 3)).abs() < 1e-5, "{goal:?}: {got}");
+            assert!((got - formula(goal, &exact, (columns, &targets))).abs() < 1e-5, "{goal:?}: {got}");
             let gradient = loss.backward().unwrap().get(&var).unwrap().to_vec2::<f32>().unwrap();
-            for (row, column) in [(0, 0), (0, 2), (1, 1)] {
+            for (row, column) in [(0, 0), (0, 2), (1, 1)].into_iter().filter(|(_, column)| *column < columns) {
                 let at = |delta: f64| {
                     let mut moved = exact;
                     moved[row][column] += delta;
-                    formula(goal, &moved, 3)
+                    formula(goal, &moved, (columns, &targets))
                 };
                 let slope = (at(1e-4) - at(-1e-4)) / 2e-4;
                 assert!((slope - f64::from(gradient[row][column])).abs() < 1e-4, "{goal:?} {row} {column}: {slope}");

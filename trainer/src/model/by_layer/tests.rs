@@ -52,7 +52,7 @@ fn gradients_of(
     let rows = passed.hidden.rows(&[text, pair]).unwrap();
     let words = model.language_loss(&rows, vec![7, 9], 0.1).unwrap();
     let embedding = model.text_embedding(batch, &passed.hidden, &[text]).unwrap();
-    let losses = vec![words, embedding.narrow(1, 0, 3).unwrap().sum_all().unwrap()];
+    let losses = vec![words.into(), embedding.narrow(1, 0, 3).unwrap().sum_all().unwrap().into()];
     let by: Vec<Var> = model.weights().values().cloned().collect();
     let (mut left, mut taken) = (Vec::new(), GradStore::default());
     let mut complete = |layer: usize, all: &mut GradStore| {

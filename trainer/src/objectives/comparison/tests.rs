@@ -1,7 +1,7 @@
 //! Both contrasts among one and several ranks, against their formulas and finite differences of these, in f64.
 
 use super::*;
-use crate::ops;
+use crate::model::{Scalars, gradients_of};
 use crate::parallel::Connected;
 use crate::parallel::testing::{among, between_devices};
 
@@ -100,16 +100,14 @@ type Found = (Vec<(&'static str, f64)>, [Option<Tensor>; KINDS], f64);
 
 fn compared(ranks: &dyn Collective, encoded: Encoded, members: &Members, weights: &LossWeights, temperature: f64) -> Found {
     let comparison = Comparison::among(ranks, encoded, members, WIDTH, &Device::Cpu).unwrap();
-    let temperature = Var::new(temperature as f32, &Device::Cpu).unwrap();
-    let terms = comparison.terms(weights, temperature.as_tensor()).unwrap();
-    let weighted = terms.iter().map(|term| term.sum.clone());
+    let log_temperature = Var::new(temperature.ln() as f32, &Device::Cpu).unwrap();
+    let terms = comparison.terms(weights, &Computing::default(), log_temperature.as_tensor()).unwrap();
     let losses = terms.iter().map(Term::alone).collect();
-    let mut all = GradStore::default();
-    if let Some(sum) = weighted.reduce(|sum, term| (sum + term).unwrap()) {
-        all = ops::gradients(sum, comparison.leaves().chain([&temperature])).unwrap();
-    }
-    let by_temperature = all.remove(&temperature).map_or(0.0, |gradient| f64::from(gradient.to_scalar::<f32>().unwrap()));
-    (losses, comparison.own_gradients(ranks, &mut all).unwrap(), by_temperature)
+    let backs = terms.into_iter().map(|term| term.back).collect();
+    let leaves = comparison.leaves().chain([&log_temperature]);
+    let (mut all, _) = gradients_of(backs, leaves, Scalars::Apart).unwrap();
+    let by_log = all.remove(&log_temperature).map_or(0.0, |gradient| f64::from(gradient.to_scalar::<f32>().unwrap()));
+    (losses, comparison.own_gradients(ranks, &mut all).unwrap(), by_log / temperature)
 }
 
 fn check(plan: &[Rank], temperature: f64) {
@@ -132,7 +130,7 @@ fn check(plan: &[Rank], temperature: f64) {
             let shaped = if kind == 4 { tensor } else { tensor.reshape((count / WIDTH, WIDTH)).unwrap() };
             (count > 0).then_some(shaped)
         };
-        let encoded = Encoded { tensors: std::array::from_fn(tensor) };
+        let encoded = Encoded { tensors: std::array::from_fn(tensor), pending: None };
         compared(ranks, encoded, &plan[number].members(first), &weights, temperature)
     };
     let through_hosts = among(plan.len(), work);
@@ -187,7 +185,7 @@ fn losses_and_gradients_over_ranks_are_those_of_the_formulas() {
     let single = Rank { images: 1, image_of_text: vec![0], retrieved_text_of: vec![0], ..Rank::default() };
     // A picture that nothing is said of, and a rank without pictures.
     let undescribed = Rank { images: 2, image_of_text: vec![1], ..Rank::default() };
-    for temperature in [1.0, 0.3, 0.1] {
+    for temperature in [0.45, 0.3, 0.1] {
         check(&[two.clone(), three.clone()], temperature);
         check(&[single.clone(), two.clone(), three.clone()], temperature);
         check(&[undescribed.clone(), Rank::default(), single.clone()], temperature);
@@ -203,7 +201,7 @@ fn losses_and_gradients_over_ranks_are_those_of_the_formulas() {
 fn captions_of_another_ranks_pictures_are_refused() {
     let told = among(2, |ranks| {
         let tensor = || Some(Tensor::ones((1, WIDTH), DType::F32, &Device::Cpu).unwrap());
-        let encoded = Encoded { tensors: [tensor(), tensor(), None, None, None, None, None] };
+        let encoded = Encoded { tensors: [tensor(), tensor(), None, None, None, None, None], pending: None };
         let members = Rank { images: 1, image_of_text: vec![0], ..Rank::default() }.members(ranks.rank());
         let members = Members { image_of_text: vec![0], ..members };
         Comparison::among(ranks, encoded, &members, WIDTH, &Device::Cpu).err().unwrap().to_string()

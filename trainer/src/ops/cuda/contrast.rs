@@ -5,7 +5,8 @@ use candle_core::{Result, Shape, Tensor};
 use super::machine::{Grid, Kernel, Machine, WARP, arguments};
 use super::operator::{Input, OnMachine, Operator, Pass};
 
-struct UnitRows;
+#[derive(Debug)]
+pub(super) struct UnitRows;
 
 impl UnitRows {
     /// A warp for each row.
@@ -40,8 +41,9 @@ pub fn unit_rows(x: &Tensor) -> Result<Tensor> {
     x.contiguous()?.apply_op1(OnMachine::of(UnitRows))
 }
 
-struct BoundedExp {
-    bounds: [f32; 2],
+#[derive(Debug)]
+pub(super) struct BoundedExp {
+    pub(super) bounds: [f32; 2],
 }
 
 impl Operator for BoundedExp {
@@ -69,12 +71,11 @@ pub fn bounded_exp(x: &Tensor, bounds: [f32; 2]) -> Result<Tensor> {
     x.contiguous()?.apply_op1(OnMachine::of(BoundedExp { bounds }))
 }
 
-/// Inputs: scores and the temperature.
-struct LogShares {
-    /// Of the rows, then of the columns.
-    numbers: Vec<u32>,
-    least: f32,
-    factor: f32,
+/// Inputs: scores and the temperature. It is told the numbers of the rows, then of the columns.
+#[derive(Debug)]
+pub(super) struct LogShares {
+    pub(super) least: f32,
+    pub(super) factor: f32,
 }
 
 impl Operator for LogShares {
@@ -82,8 +83,8 @@ impl Operator for LogShares {
 
     fn forward<M: Machine>(&self, machine: &M, inputs: &[Input]) -> Result<(M::Values, Shape)> {
         let (rows, width) = inputs[0].matrix();
-        let (values, numbers, total) = (machine.allocate(rows)?, machine.upload(&self.numbers)?, machine.allocate(1)?);
-        let (scores, temperature, numbers) = (inputs[0].at, inputs[1].at, machine.words_at(&numbers));
+        let (values, total) = (machine.allocate(rows)?, machine.allocate(1)?);
+        let (scores, temperature, numbers) = (inputs[0].at, inputs[1].at, inputs[2].at);
         let arguments = arguments![scores, temperature, numbers, machine.at(&values), width as u32, self.least];
         machine.launch(Kernel("rows", "log_shares"), Grid::reducing(rows), arguments)?;
         let arguments = arguments![machine.at(&values), machine.at(&total), rows as u32, self.factor];
@@ -93,9 +94,9 @@ impl Operator for LogShares {
 
     fn backward<M: Machine>(&self, machine: &M, pass: &Pass) -> Result<Vec<Option<M::Values>>> {
         let (rows, width) = pass.inputs[0].matrix();
-        let (by_scores, numbers) = (pass.inputs[0].alike(machine)?, machine.upload(&self.numbers)?);
+        let by_scores = pass.inputs[0].alike(machine)?;
         let (of_rows, by_temperature) = (machine.allocate(rows)?, machine.allocate(1)?);
-        let first = arguments![pass.inputs[0].at, pass.inputs[1].at, machine.words_at(&numbers), pass.gradient.at];
+        let first = arguments![pass.inputs[0].at, pass.inputs[1].at, pass.inputs[2].at, pass.gradient.at];
         let last = arguments![machine.at(&by_scores), machine.at(&of_rows), width as u32, self.least, self.factor];
         machine.launch(Kernel("rows", "log_shares_backward"), Grid::reducing(rows), &[&first[..], last].concat())?;
         let arguments = arguments![machine.at(&of_rows), machine.at(&by_temperature), rows as u32, 1f32];
@@ -106,6 +107,6 @@ impl Operator for LogShares {
 
 /// See [`log_shares`](crate::ops::log_shares), which has checked the numbers.
 pub fn log_shares(scores: &Tensor, temperature: &Tensor, numbers: [&[u32]; 2], [least, factor]: [f64; 2]) -> Result<Tensor> {
-    let op = LogShares { numbers: numbers.concat(), least: least as f32, factor: factor as f32 };
-    scores.contiguous()?.apply_op2(&temperature.contiguous()?, OnMachine::of(op))
+    let op = LogShares { least: least as f32, factor: factor as f32 };
+    scores.contiguous()?.apply_op2(&temperature.contiguous()?, OnMachine::of(op).told(numbers.concat()))
 }

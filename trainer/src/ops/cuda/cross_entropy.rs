@@ -1,7 +1,5 @@
 //! Softmax cross-entropy straight from hidden states and the tied output projection, a chunk of rows at a time.
 
-use std::sync::Arc;
-
 use candle_core::{Result, Shape, Tensor};
 
 use super::linear::Factor;
@@ -15,38 +13,46 @@ const CHUNK_LOGITS: usize = 1 << 24;
 /// Words of a `Predicted`.
 const ROW: usize = 4;
 
-/// The forward pass has the logits at hand, so it makes the gradients too: the projection is computed once, not twice.
-struct TiedCrossEntropy {
-    targets: Targets,
+/// The forward pass has the logits at hand, so it makes the gradients too: the projection is computed once, not twice. It is told a
+/// `Predicted` of the kernels for each row, then a `Mean` for each part. Of its result, a gradient by the first value is taken.
+#[derive(Debug)]
+pub(super) struct TiedCrossEntropy {
+    parts: usize,
     chunk_rows: usize,
     precision: Precision,
-    /// The parts' means, a tensor.
-    means: Arc<Kept>,
     gradients: Kept,
 }
 
 impl TiedCrossEntropy {
-    fn check(&self, inputs: &[Input]) -> Result<(usize, usize, usize)> {
+    /// Of so many parts, as many rows at one time as is good for so many classes.
+    pub(super) fn of(parts: usize, classes: usize, precision: Precision) -> Self {
+        let chunk_rows = (CHUNK_LOGITS / classes.max(1)).max(1);
+        Self { parts, chunk_rows, precision, gradients: Kept::default() }
+    }
+
+    /// Rows of hidden states, their width, and classes.
+    fn sizes(inputs: &[Input]) -> Result<(usize, usize, usize)> {
         let ((rows, width), (classes, inner)) = (inputs[0].matrix(), inputs[1].shape.dims2()?);
         if width != inner || inputs[2].count() != classes {
             candle_core::bail!("tied_cross_entropy: hidden {:?}, weight {:?}", inputs[0].shape, inputs[1].shape);
         }
-        self.targets.check(rows, classes)?;
         Ok((rows, width, classes))
     }
 
-    /// A `Predicted` of the kernels for each row, then a `Mean` for each part.
-    fn words(&self) -> Vec<u32> {
-        let rows = self.targets.rows().flat_map(|Row { target, weight, share, smoothing }| {
+    /// What is told of targets of the first of so many rows. The others count nothing.
+    pub(super) fn words(targets: &Targets, rows: usize) -> Vec<u32> {
+        let of_rows = targets.rows().flat_map(|Row { target, weight, share, smoothing }| {
             [target, weight.to_bits(), share.to_bits(), smoothing.to_bits()]
         });
+        let mut words: Vec<u32> = of_rows.collect();
+        words.resize(ROW * rows, 0);
         let mut first = 0;
-        let parts = self.targets.parts.iter().flat_map(|part| {
+        words.extend(targets.parts.iter().flat_map(|part| {
             let start = first;
             first += part.rows as u32;
             [start, first, (1.0 / part.rows as f32).to_bits(), part.factor.to_bits()]
-        });
-        rows.chain(parts).collect()
+        }));
+        words
     }
 }
 
@@ -54,10 +60,8 @@ impl Operator for TiedCrossEntropy {
     const NAME: &'static str = "tied_cross_entropy";
 
     fn forward<M: Machine>(&self, machine: &M, inputs: &[Input]) -> Result<(M::Values, Shape)> {
-        let (rows, width, classes) = self.check(inputs)?;
-        let precision = self.precision;
-        let words = machine.upload(&self.words())?;
-        let words_at = machine.words_at(&words);
+        let (rows, width, classes) = Self::sizes(inputs)?;
+        let (precision, words_at) = (self.precision, inputs[3].at);
         let x = Factor::new(machine, &inputs[0], precision)?;
         let weight = Factor::new(machine, &inputs[1], precision)?;
         let (dx, dw) = (machine.allocate(rows * width)?, machine.allocate(classes * width)?);
@@ -114,14 +118,12 @@ impl Operator for TiedCrossEntropy {
             fill_rows(machine, machine.at(&sums), to, Element::F32, 1, classes)?;
         }
         let db = all_column_sums(machine, biases, chunks, classes)?;
-        let parts = self.targets.parts.len();
-        let (sum, means) = (machine.allocate(1)?, machine.allocate(parts)?);
+        let found = machine.allocate(1 + self.parts)?;
         let (losses_at, parts_at) = (machine.at(&losses), words_at.after(ROW * rows));
-        let of_parts = arguments![losses_at, parts_at, machine.at(&means), machine.at(&sum), parts as u32];
+        let of_parts = arguments![losses_at, parts_at, machine.at(&found), self.parts as u32];
         machine.launch(Kernel("cross_entropy", "cross_entropy_parts"), Grid::reducing(1), of_parts)?;
-        self.means.put(machine.tensor(means, &Shape::from(parts))?);
         self.gradients.put([dx, dw, db]);
-        Ok((sum, Shape::from(())))
+        Ok((found, Shape::from(1 + self.parts)))
     }
 
     fn backward<M: Machine>(&self, machine: &M, pass: &Pass) -> Result<Vec<Option<M::Values>>> {
@@ -135,20 +137,25 @@ impl Operator for TiedCrossEntropy {
 }
 
 /// See [`tied_cross_entropy`](crate::ops::tied_cross_entropy).
-pub fn tied_cross_entropy(inputs: [&Tensor; 3], targets: Targets, precision: Precision) -> Result<(Tensor, Tensor)> {
-    let chunk_rows = (CHUNK_LOGITS / inputs[2].elem_count().max(1)).max(1);
-    tied_cross_entropy_in_chunks(inputs, targets, precision, chunk_rows)
+pub fn tied_cross_entropy(inputs: [&Tensor; 3], targets: &Targets, precision: Precision) -> Result<Tensor> {
+    let op = TiedCrossEntropy::of(targets.parts.len(), inputs[2].elem_count(), precision);
+    apply(op, inputs, targets)
 }
 
 /// The same in chunks of `chunk_rows` rows.
 pub fn tied_cross_entropy_in_chunks(
-    [hidden, weight, bias]: [&Tensor; 3],
-    targets: Targets,
+    inputs: [&Tensor; 3],
+    targets: &Targets,
     precision: Precision,
     chunk_rows: usize,
-) -> Result<(Tensor, Tensor)> {
-    let means = Arc::new(Kept::default());
-    let op = TiedCrossEntropy { targets, chunk_rows, precision, means: Arc::clone(&means), gradients: Kept::default() };
-    let sum = hidden.contiguous()?.apply_op3(&weight.contiguous()?, &bias.contiguous()?, OnMachine::of(op))?;
-    Ok((sum, means.take(TiedCrossEntropy::NAME)?))
+) -> Result<Tensor> {
+    let op = TiedCrossEntropy { chunk_rows, ..TiedCrossEntropy::of(targets.parts.len(), 1, precision) };
+    apply(op, inputs, targets)
+}
+
+fn apply(op: TiedCrossEntropy, [hidden, weight, bias]: [&Tensor; 3], targets: &Targets) -> Result<Tensor> {
+    let rows = hidden.dim(0)?;
+    targets.check(rows, bias.elem_count())?;
+    let op = OnMachine::of(op).told(TiedCrossEntropy::words(targets, rows));
+    hidden.contiguous()?.apply_op3(&weight.contiguous()?, &bias.contiguous()?, op)
 }

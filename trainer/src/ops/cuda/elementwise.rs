@@ -7,6 +7,7 @@ use super::operator::{Input, OnMachine, Operator, Pass};
 use super::{all_column_sums, draws};
 
 /// `GELU(x + bias)`, or without a second input `GELU(x)`.
+#[derive(Debug)]
 pub(super) struct Gelu;
 
 impl Operator for Gelu {
@@ -47,6 +48,7 @@ pub fn gelu(x: &Tensor) -> Result<Tensor> {
     x.contiguous()?.apply_op1(OnMachine::of(Gelu))
 }
 
+#[derive(Debug)]
 struct Relu6;
 
 /// Asks for ReLU6 of `x`; that may be where the result goes.
@@ -92,57 +94,84 @@ pub fn relu6(x: &Tensor, element: Element) -> Result<Tensor> {
     x.contiguous()?.apply_op1(OnMachine::within(Relu6, element))
 }
 
+/// `max(x, 0)`
+#[derive(Debug)]
+pub(super) struct Relu;
+
+impl Operator for Relu {
+    const NAME: &'static str = "relu";
+
+    fn forward<M: Machine>(&self, machine: &M, inputs: &[Input]) -> Result<(M::Values, Shape)> {
+        let (x, y) = (&inputs[0], inputs[0].alike(machine)?);
+        machine.launch(Kernel("elementwise", "relu"), Grid::each(x.count()), arguments![x.at, machine.at(&y), x.count()])?;
+        Ok((y, x.shape.clone()))
+    }
+
+    fn backward<M: Machine>(&self, machine: &M, pass: &Pass) -> Result<Vec<Option<M::Values>>> {
+        let (x, dx) = (&pass.inputs[0], pass.inputs[0].alike(machine)?);
+        let arguments = arguments![x.at, pass.gradient.at, machine.at(&dx), x.count()];
+        machine.launch(Kernel("elementwise", "relu_backward"), Grid::each(x.count()), arguments)?;
+        Ok(vec![Some(dx)])
+    }
+}
+
+/// See [`relu`](crate::ops::relu).
+pub fn relu(x: &Tensor) -> Result<Tensor> {
+    x.contiguous()?.apply_op1(OnMachine::of(Relu))
+}
+
+/// `residual + dropout(x)`. It is told the seed.
+#[derive(Debug)]
 struct DropoutAdd {
-    seed: u32,
     keep: f32,
 }
 
-impl DropoutAdd {
-    fn run<M: Machine>(&self, machine: &M, residual: Address, x: Address, count: usize) -> Result<M::Values> {
-        let (y, (limit, scale)) = (machine.allocate(count)?, draws(self.keep));
-        let arguments = arguments![residual, x, machine.at(&y), count, self.seed, limit, scale];
-        machine.launch(Kernel("elementwise", "dropout_add"), Grid::each(count), arguments)?;
-        Ok(y)
-    }
+/// Asks for the sum of a residual, or nothing, and of `x`, dropped out by the seed at `seed`.
+fn dropout_sum<M: Machine>(machine: &M, residual: Address, x: &Input, seed: Address, keep: f32) -> Result<M::Values> {
+    let (y, (limit, scale)) = (machine.allocate(x.count())?, draws(keep));
+    let arguments = arguments![residual, x.at, machine.at(&y), x.count(), seed, limit, scale];
+    machine.launch(Kernel("elementwise", "dropout_add"), Grid::each(x.count()), arguments)?;
+    Ok(y)
 }
 
 impl Operator for DropoutAdd {
     const NAME: &'static str = "dropout_add";
 
     fn forward<M: Machine>(&self, machine: &M, inputs: &[Input]) -> Result<(M::Values, Shape)> {
-        Ok((self.run(machine, inputs[0].at, inputs[1].at, inputs[1].count())?, inputs[1].shape.clone()))
+        Ok((dropout_sum(machine, inputs[0].at, &inputs[1], inputs[2].at, self.keep)?, inputs[1].shape.clone()))
     }
 
     fn backward<M: Machine>(&self, machine: &M, pass: &Pass) -> Result<Vec<Option<M::Values>>> {
-        let count = pass.gradient.count();
-        let by_residual = match pass.inputs[0].wanted {
-            true => Some(DropoutAdd { seed: 0, keep: 1.0 }.run(machine, Address::NULL, pass.gradient.at, count)?),
-            false => None,
-        };
-        Ok(vec![by_residual, Some(self.run(machine, Address::NULL, pass.gradient.at, count)?)])
+        let by = |keep| dropout_sum(machine, Address::NULL, pass.gradient, pass.inputs[2].at, keep);
+        Ok(vec![pass.inputs[0].wanted.then(|| by(1.0)).transpose()?, Some(by(self.keep)?)])
     }
 }
 
-struct Dropout(DropoutAdd);
+/// `dropout(x)`. It is told the seed.
+#[derive(Debug)]
+pub(super) struct Dropout {
+    pub(super) keep: f32,
+}
 
 impl Operator for Dropout {
     const NAME: &'static str = "dropout";
 
     fn forward<M: Machine>(&self, machine: &M, inputs: &[Input]) -> Result<(M::Values, Shape)> {
-        Ok((self.0.run(machine, Address::NULL, inputs[0].at, inputs[0].count())?, inputs[0].shape.clone()))
+        Ok((dropout_sum(machine, Address::NULL, &inputs[0], inputs[1].at, self.keep)?, inputs[0].shape.clone()))
     }
 
     fn backward<M: Machine>(&self, machine: &M, pass: &Pass) -> Result<Vec<Option<M::Values>>> {
-        Ok(vec![Some(self.0.run(machine, Address::NULL, pass.gradient.at, pass.gradient.count())?)])
+        Ok(vec![Some(dropout_sum(machine, Address::NULL, pass.gradient, pass.inputs[1].at, self.keep)?)])
     }
 }
 
 /// See [`dropout`](crate::ops::dropout).
 pub fn dropout(x: &Tensor, rate: f32, seed: u32) -> Result<Tensor> {
-    x.contiguous()?.apply_op1(OnMachine::of(Dropout(DropoutAdd { seed, keep: 1.0 - rate })))
+    x.contiguous()?.apply_op1(OnMachine::of(Dropout { keep: 1.0 - rate }).told(vec![seed]))
 }
 
 /// See [`dropout_add`](crate::ops::dropout_add).
 pub fn dropout_add(residual: &Tensor, x: &Tensor, rate: f32, seed: u32) -> Result<Tensor> {
-    residual.contiguous()?.apply_op2(&x.contiguous()?, OnMachine::of(DropoutAdd { seed, keep: 1.0 - rate }))
+    let op = DropoutAdd { keep: 1.0 - rate };
+    residual.contiguous()?.apply_op2(&x.contiguous()?, OnMachine::of(op).told(vec![seed]))
 }

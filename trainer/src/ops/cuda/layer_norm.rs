@@ -10,6 +10,7 @@ use super::{all_column_sums, copy, draws};
 const SHARED_VALUES: usize = 48 * 1024 / 4;
 
 /// LayerNorm of one array or of the sum of two.
+#[derive(Debug)]
 pub(super) struct LayerNorm {
     pub(super) eps: f32,
     /// The share kept, of a sum.
@@ -100,11 +101,16 @@ impl LayerNorm {
 }
 
 /// A LayerNorm of one array by itself. Inputs: this, weight and bias.
-struct OfOne {
+#[derive(Debug)]
+pub(super) struct OfOne {
     norm: LayerNorm,
 }
 
 impl OfOne {
+    pub(super) fn of(eps: f32) -> Self {
+        Self { norm: LayerNorm { eps, keep: None } }
+    }
+
     fn parameters(inputs: &[Input]) -> Result<(&[Input], Parameters)> {
         match inputs {
             [x, weight, bias] if [weight, bias].iter().all(|of| of.shape.elem_count() == x.matrix().1) => {
@@ -136,23 +142,22 @@ impl Operator for OfOne {
 }
 
 /// A LayerNorm of a sum by itself. Inputs: the residual, what is dropped out, and weight, bias and perhaps what is added to the values
-/// before they are dropped out, as `[2 or 3, hidden]`.
+/// before they are dropped out, as `[2 or 3, hidden]`. It is told the seed.
 struct OfSum {
     norm: LayerNorm,
-    seed: u32,
 }
 
 impl OfSum {
     /// What lies where, in one array but for the seed.
-    fn parameters(inputs: &[Input], seed: Address) -> Result<(&[Input], Parameters)> {
-        let Some((parameters, summands)) = inputs.split_last() else { candle_core::bail!("layer_norm: no inputs") };
+    fn parameters(inputs: &[Input]) -> Result<(&[Input], Parameters)> {
+        let [summands @ .., parameters, seed] = inputs else { candle_core::bail!("layer_norm: no inputs") };
         let width = summands.first().map_or(0, |first| first.matrix().1);
         let (at, rows) = match parameters.shape.dims() {
             [rows @ (2 | 3), of_row] if *of_row == width => (parameters.at, *rows),
             other => candle_core::bail!("layer_norm: {other:?} parameters, hidden {width}"),
         };
         let added = if rows == 3 { at.after(2 * width) } else { Address::NULL };
-        Ok((summands, Parameters { weight: at, bias: at.after(width), added, seed }))
+        Ok((summands, Parameters { weight: at, bias: at.after(width), added, seed: seed.at }))
     }
 }
 
@@ -164,14 +169,12 @@ impl Operator for OfSum {
     }
 
     fn forward<M: Machine>(&self, machine: &M, inputs: &[Input]) -> Result<(M::Values, Shape)> {
-        let seed = machine.upload(&[self.seed])?;
-        let (summands, parameters) = Self::parameters(inputs, machine.words_at(&seed))?;
+        let (summands, parameters) = Self::parameters(inputs)?;
         self.norm.of(machine, summands, &parameters)
     }
 
     fn backward<M: Machine>(&self, machine: &M, pass: &Pass) -> Result<Vec<Option<M::Values>>> {
-        let seed = machine.upload(&[self.seed])?;
-        let (summands, parameters) = Self::parameters(pass.inputs, machine.words_at(&seed))?;
+        let (summands, parameters) = Self::parameters(pass.inputs)?;
         let Gradients { by_sum, by_x, by_parameters } = self.norm.gradients(machine, summands, &parameters, pass.gradient)?;
         Ok(vec![Some(by_sum), by_x, Some(by_parameters)])
     }
@@ -179,8 +182,7 @@ impl Operator for OfSum {
 
 /// See [`layer_norm`](crate::ops::layer_norm).
 pub fn layer_norm(x: &Tensor, weight: &Tensor, bias: &Tensor, eps: f32) -> Result<Tensor> {
-    let op = OfOne { norm: LayerNorm { eps, keep: None } };
-    x.contiguous()?.apply_op3(&weight.contiguous()?, &bias.contiguous()?, OnMachine::of(op))
+    x.contiguous()?.apply_op3(&weight.contiguous()?, &bias.contiguous()?, OnMachine::of(OfOne::of(eps)))
 }
 
 /// See [`dropout_add_layer_norm`](crate::ops::dropout_add_layer_norm). `parameters` are weight, bias and perhaps what is added to `x`
@@ -192,7 +194,6 @@ pub fn dropout_add_layer_norm(
     eps: f32,
     element: Element,
 ) -> Result<Tensor> {
-    let op = OfSum { norm: LayerNorm { eps, keep: Some(1.0 - rate) }, seed };
-    let parameters = Tensor::stack(parameters, 0)?;
-    residual.contiguous()?.apply_op3(&x.contiguous()?, &parameters, OnMachine::within(op, element))
+    let op = OnMachine::within(OfSum { norm: LayerNorm { eps, keep: Some(1.0 - rate) } }, element).told(vec![seed]);
+    residual.contiguous()?.apply_op3(&x.contiguous()?, &Tensor::stack(parameters, 0)?, op)
 }

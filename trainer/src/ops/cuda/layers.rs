@@ -17,9 +17,10 @@ use std::sync::atomic::AtomicU64;
 use candle_core::{Device, Result, Tensor};
 
 use super::Precision;
-use super::operator::on_machine;
+use super::machine::Address;
+use super::operator::{Input, on_machine};
 use super::recording::{OfMachine, Records};
-use crate::ops::AttentionPlan;
+use crate::ops::{AttentionPlan, ByRows};
 pub use embedding::{ByEmbedding, EMBEDDING_WEIGHTS, Embedding};
 pub use runs::Counts;
 use runs::Engine;
@@ -91,6 +92,11 @@ impl Forward {
         self.embedding.rows()
     }
 
+    /// Their width.
+    pub fn width(&self) -> usize {
+        self.embedding.hidden()
+    }
+
     /// Whether a gradient by the hidden states leads anywhere.
     pub fn leads_back(&self) -> bool {
         self.common.first_kept < self.layers.len()
@@ -105,9 +111,6 @@ impl Forward {
         self.common.first_kept == 0 && self.embedding.is_tracked()
     }
 }
-
-/// The gradient by rows of a pass's hidden states: which rows, and `[their number, hidden]`.
-pub type ByRows = (Arc<[u32]>, Tensor);
 
 /// Passes through layers, of which the last forward pass can be taken back without being done again: its activations are there.
 #[derive(Default)]
@@ -132,6 +135,14 @@ impl Runs {
     /// A row that there is none of, and those of candle.
     pub fn rows(&self, pass: &Forward, ids: &[u32]) -> Result<Tensor> {
         on_machine!(pass.device(), NAME, |machine| self.with(&machine, |engine| engine.rows(pass, ids)))
+    }
+
+    /// Brings as many rows of them as `to` has, f32, there; ids at `ids`, words that name rows that there are.
+    ///
+    /// # Errors
+    /// Those of candle.
+    pub(super) fn rows_to(&self, pass: &Forward, ids: Address, to: &Input) -> Result<()> {
+        on_machine!(pass.device(), NAME, |machine| self.with(&machine, |engine| engine.rows_to(pass, ids, to)))
     }
 
     /// All of them.

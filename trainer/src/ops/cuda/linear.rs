@@ -30,6 +30,7 @@ impl<M: Machine> Factor<M> {
 }
 
 /// `x · weightᵀ + bias`, or without a third input the product alone.
+#[derive(Debug)]
 pub(super) struct Linear {
     pub(super) precision: Precision,
 }
@@ -157,13 +158,14 @@ impl Operator for Linear {
 }
 
 /// A layer by itself, whose factors are rounded once for both ways.
-struct Alone {
+#[derive(Debug)]
+pub(super) struct Alone {
     linear: Linear,
     factors: Kept,
 }
 
 impl Alone {
-    fn of(precision: Precision) -> Self {
+    pub(super) fn of(precision: Precision) -> Self {
         Self { linear: Linear { precision }, factors: Kept::default() }
     }
 }

@@ -1,6 +1,7 @@
 //! Differentiable operators whose passes are kernels, and how they become candle's.
 
 use std::any::Any;
+use std::fmt::{self, Debug, Formatter};
 use std::sync::Mutex;
 
 use candle_core::{CpuStorage, CudaStorage, CustomOp1, CustomOp2, CustomOp3, Error, Layout, Result, Shape, Tensor};
@@ -27,6 +28,16 @@ pub struct Input {
 }
 
 impl Input {
+    /// f32 values of a shape.
+    pub fn at(at: Address, shape: impl Into<Shape>) -> Self {
+        Self { at, shape: shape.into(), element: Element::F32, wanted: false }
+    }
+
+    /// So many words that an operator is told.
+    pub fn told(at: Address, count: usize) -> Self {
+        Self::at(at, count)
+    }
+
     /// Memory for an array like it, with nothing in particular in it.
     pub fn alike<M: Machine>(&self, machine: &M) -> Result<M::Values> {
         machine.allocate(self.element.words(self.count()))
@@ -44,6 +55,35 @@ impl Input {
     }
 }
 
+/// An array in a machine's memory, and what holds that.
+pub struct Array<M: Machine> {
+    /// First value.
+    pub at: Address,
+    /// Shape.
+    pub shape: Shape,
+    /// What its values are stored as.
+    pub element: Element,
+    _memory: M::Values,
+}
+
+impl<M: Machine> Array<M> {
+    pub fn new(machine: &M, (values, shape): (M::Values, Shape), element: Element) -> Self {
+        Self { at: machine.at(&values), shape, element, _memory: values }
+    }
+
+    /// With nothing in particular in it.
+    pub fn empty(machine: &M, shape: impl Into<Shape>, element: Element) -> Result<Self> {
+        let shape = shape.into();
+        let values = machine.allocate(element.words(shape.elem_count()))?;
+        Ok(Self::new(machine, (values, shape), element))
+    }
+
+    /// As an operator takes it, with a gradient to be made by it.
+    pub fn input(&self) -> Input {
+        Input { at: self.at, shape: self.shape.clone(), element: self.element, wanted: true }
+    }
+}
+
 /// What a backward pass starts from.
 pub struct Pass<'a> {
     /// Inputs of the forward pass.
@@ -54,7 +94,8 @@ pub struct Pass<'a> {
     pub gradient: &'a Input,
 }
 
-/// An operator. Its result is stored as its first input is, and a gradient as what it is a gradient by.
+/// An operator. Its result is stored as its first input is, and a gradient as what it is a gradient by. One that is told numbers has
+/// them as its last input, words that no gradient is taken by; what varies from step to step while shapes do not is told so.
 pub trait Operator: Send + Sync + 'static {
     /// In messages.
     const NAME: &'static str;
@@ -74,6 +115,13 @@ pub trait Operator: Send + Sync + 'static {
 /// What a forward pass leaves to the backward pass of the same operator.
 #[derive(Default)]
 pub struct Kept(Mutex<Option<Box<dyn Any + Send>>>);
+
+impl Debug for Kept {
+    /// The same whatever is there, which is of one pass.
+    fn fmt(&self, f: &mut Formatter) -> fmt::Result {
+        f.write_str("Kept")
+    }
+}
 
 impl Kept {
     /// Leaves something.
@@ -121,6 +169,10 @@ pub struct OnMachine<O> {
     operator: O,
     /// What activations are stored as inside it.
     element: Element,
+    /// What the operator is told.
+    words: Vec<u32>,
+    /// These on the machine, from the forward pass on.
+    uploaded: Kept,
 }
 
 impl<O: Operator> OnMachine<O> {
@@ -131,7 +183,22 @@ impl<O: Operator> OnMachine<O> {
 
     /// With activations stored as that inside, as where operators follow upon each other.
     pub fn within(operator: O, element: Element) -> Self {
-        Self { operator, element }
+        Self { operator, element, words: Vec::new(), uploaded: Kept::default() }
+    }
+
+    /// Told this.
+    pub fn told(self, words: Vec<u32>) -> Self {
+        Self { words, ..self }
+    }
+
+    /// Adds what the operator is told to its inputs. It lies in the memory that comes with them.
+    fn tell<M: Machine>(&self, machine: &M, inputs: &mut Vec<Input>, there: Option<M::Words>) -> Result<Option<M::Words>> {
+        if self.words.is_empty() {
+            return Ok(None);
+        }
+        let words = there.map_or_else(|| machine.upload(&self.words), Ok)?;
+        inputs.push(Input::told(machine.words_at(&words), self.words.len()));
+        Ok(Some(words))
     }
 
     /// Stores the first inputs, f32, as the operator is to have them, and gives the memory that they are in from now on.
@@ -157,7 +224,9 @@ impl<O: Operator> OnMachine<O> {
 
     fn forward_on<M: Machine>(&self, machine: &M, mut inputs: Vec<Input>) -> Result<(M::Values, Shape)> {
         let _held = self.store(machine, inputs.iter_mut().take(self.operator.activations()))?;
+        let words = self.tell(machine, &mut inputs, None)?;
         let (values, shape) = self.operator.forward(machine, &inputs)?;
+        words.into_iter().for_each(|words| self.uploaded.put(words));
         Ok((self.in_f32(machine, values, shape.elem_count())?, shape))
     }
 
@@ -172,6 +241,7 @@ impl<O: Operator> OnMachine<O> {
         let activations = self.operator.activations();
         let others = [&mut result, &mut gradient].into_iter().take(if activations > 0 { 2 } else { 0 });
         let _held = self.store(machine, inputs.iter_mut().take(activations).chain(others))?;
+        let _words = self.tell(machine, &mut inputs, self.uploaded.try_take())?;
         let made = self.operator.backward(machine, &Pass { inputs: &inputs, result: &result, gradient: &gradient })?;
         let tensor = |(number, (values, input)): (usize, (Option<M::Values>, &Input))| {
             let in_f32 = |values| if number < activations { self.in_f32(machine, values, input.count()) } else { Ok(values) };

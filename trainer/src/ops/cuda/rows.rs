@@ -4,9 +4,9 @@ use std::sync::Arc;
 
 use candle_core::{Result, Shape, Tensor};
 
-use super::draws;
 use super::machine::{Address, Argument, Grid, Kernel, Machine, WARP, arguments};
 use super::operator::{Input, OnMachine, Operator, Pass};
+use super::{copy, draws};
 
 /// Chosen rows, ordered for the backward pass: no two threads add to one row, and sums run in a fixed order.
 struct SelectRows {
@@ -83,10 +83,16 @@ pub(super) fn selected<M: Machine>(machine: &M, table: &Input, ids: &[u32]) -> R
     let (rows, width) = table.matrix();
     check_ids(ids, rows)?;
     let (y, words) = (machine.allocate(ids.len() * width)?, machine.upload(ids)?);
-    let arguments = arguments![table.at, machine.words_at(&words), machine.at(&y), ids.len() as u32, width as u32];
-    let kernel = Kernel::on(table.element, "rows", ["select_rows", "select_rows_bf16"]);
-    machine.launch(kernel, Grid::each_few(ids.len(), width), arguments)?;
+    select(machine, table, machine.words_at(&words), &Input::at(machine.at(&y), (ids.len(), width)))?;
     Ok(y)
+}
+
+/// Asks for as many rows of a table as `to` has, f32, whose ids lie at `ids`.
+pub(super) fn select<M: Machine>(machine: &M, table: &Input, ids: Address, to: &Input) -> Result<()> {
+    let (rows, width) = to.matrix();
+    let arguments = arguments![table.at, ids, to.at, rows as u32, width as u32];
+    let kernel = Kernel::on(table.element, "rows", ["select_rows", "select_rows_bf16"]);
+    machine.launch(kernel, Grid::each_few(rows, width), arguments)
 }
 
 /// Asks for the gradient by a table, all of it, of those by rows that were chosen of it, f32: which rows they are, and where the gradients
@@ -272,6 +278,30 @@ pub fn pack_rows(both: [&Tensor; 2], order: &[u32], (rate, seed): (f32, u32)) ->
     let packing = Packing { rows: counts, keep: 1.0 - rate };
     let op = PackRows { packing, words: packing.words(order, counts, seed)? };
     first.contiguous()?.apply_op2(&second.contiguous()?, OnMachine::of(op))
+}
+
+/// Rows of a matrix that follow upon each other.
+#[derive(Debug)]
+pub(super) struct SomeRows {
+    pub(super) first: usize,
+    pub(super) rows: usize,
+}
+
+impl Operator for SomeRows {
+    const NAME: &'static str = "some_rows";
+
+    fn forward<M: Machine>(&self, machine: &M, inputs: &[Input]) -> Result<(M::Values, Shape)> {
+        let width = inputs[0].matrix().1;
+        let y = machine.allocate(self.rows * width)?;
+        copy(machine, inputs[0].at.after(self.first * width), machine.at(&y), self.rows * width)?;
+        Ok((y, Shape::from((self.rows, width))))
+    }
+
+    fn backward<M: Machine>(&self, machine: &M, pass: &Pass) -> Result<Vec<Option<M::Values>>> {
+        let (width, dx) = (pass.inputs[0].matrix().1, machine.zeros(pass.inputs[0].count())?);
+        copy(machine, pass.gradient.at, machine.at(&dx).after(self.first * width), self.rows * width)?;
+        Ok(vec![Some(dx)])
+    }
 }
 
 /// See [`select_rows`](crate::ops::select_rows).

@@ -6,9 +6,10 @@ use anyhow::{Context, Result};
 use candle_core::{Device, Var};
 
 use super::{Outcome, error, read, values};
-use crate::model::{Dropout, EmbeddedImages, ModelConfig, Packer, Regions, Unimo};
-use crate::objectives::{contrastive_loss, matching_loss};
-use crate::ops::Precision;
+use crate::model::{Back, Dropout, EmbeddedImages, Given, ModelConfig, Packer, Regions, Scalars, TextRows, Unimo, gradients_of};
+use crate::objectives::losses::{Contrasting, Encoding, Kind, Language, Matching};
+use crate::ops::cuda::layers::Counts;
+use crate::ops::{self, Precision, Targets};
 use crate::optimizer::{AdamW, OptimizerConfig};
 
 /// What the steps came to.
@@ -19,6 +20,8 @@ pub struct Steps {
     pub gradients: BTreeMap<String, Vec<f32>>,
     /// Steps whose pass through the layers was replayed.
     pub replayed: u64,
+    /// Computations of the objectives.
+    pub computed: Counts,
 }
 
 /// Pictures of a step.
@@ -33,7 +36,7 @@ pub fn first_steps(device: &Device) -> Result<Steps> {
     let (regions, width) = (config.regions(), config.region_feature);
     let model = Unimo::new(config, 5, device)?;
     let mut optimizer = AdamW::new(OptimizerConfig::default(), model.weights());
-    let mut steps = Steps { losses: Vec::new(), gradients: BTreeMap::new(), replayed: 0 };
+    let mut steps = Steps { losses: Vec::new(), gradients: BTreeMap::new(), replayed: 0, computed: Counts::default() };
     for step in 0..3u32 {
         let features: Vec<Vec<f32>> =
             (0..PICTURES).map(|picture| values(40 + 10 * step + picture as u32, regions * width)).collect();
@@ -57,20 +60,48 @@ pub fn first_steps(device: &Device) -> Result<Steps> {
             joint_texts.extend(pair.texts);
         }
         let batch = packer.finish(device)?;
-        let passed = model.forward(&batch, None, Dropout::of(0.1, 100 + u64::from(step)))?;
-        let hidden = &passed.hidden;
-        let language = model.language_loss(&hidden.rows(&predicting)?, targets, 0.1)?;
-        let contrast = contrastive_loss(
-            &model.image_embedding(&batch, &passed, &images, EmbeddedImages::Described)?,
-            &model.text_embedding(&batch, hidden, &texts)?,
-            &[0, 1, 2],
-            &model.temperature()?,
-        )?;
-        let logits = model.match_logits(&hidden.rows(&joint_images)?, &hidden.rows(&joint_texts)?)?;
-        let loss = ((language + contrast)? + matching_loss(&logits, &[1.0, 0.0, 1.0])?)?;
-        let value = loss.to_scalar::<f32>().context("the loss is not a number")?;
+        let dropout = Dropout::of(0.1, 100 + u64::from(step));
+        let passed = model.forward(&batch, None, dropout)?;
+        let (computing, hidden) = (model.computing(), Some(&passed.hidden));
         let by: Vec<Var> = model.weights().values().cloned().collect();
-        let gradients = passed.backward(&model, &batch, loss, &by)?;
+
+        let TextRows { rows, counts } = model.text_rows(&batch, &texts)?;
+        let kinds = vec![Kind::Images(EmbeddedImages::Described), Kind::Texts(counts)];
+        let given = [Given::rows(&images), Given::varying_rows(&rows)];
+        let (encoded, pending) = computing.forward(&Encoding { model: &model, dropout, kinds }, (hidden, &given), device)?;
+        let leaves = encoded.iter().map(|of| Var::from_tensor(&of.detach())).collect::<candle_core::Result<Vec<_>>>()?;
+        let given: Vec<_> = leaves.iter().map(|leaf| Given::matrix(leaf)).collect();
+        let contrasting = Contrasting {
+            temperature: model.log_temperature()?,
+            image_of_text: &[0, 1, 2],
+            images: PICTURES,
+            own: [0..PICTURES, 0..PICTURES],
+        };
+        let contrast = computing.losses(&contrasting, (None, &given), &[1.0; 2], device)?;
+        let (mut gradients, _) = gradients_of(vec![contrast.back], by.iter().chain(&leaves), Scalars::Apart)?;
+        let by_encoded: Vec<_> = leaves.iter().map(|leaf| gradients.remove(leaf)).collect();
+
+        let targets = Targets::of_one(targets, None, 0.1);
+        let language = Language { model: &model, targets: &targets };
+        let language = computing.losses(&language, (hidden, &[Given::varying_rows(&predicting)]), &[1.0], device)?;
+        let matching = Matching { model: &model, labels: &[1.0, 0.0, 1.0] };
+        let given = [Given::rows(&joint_images), Given::rows(&joint_texts)];
+        let matching = computing.losses(&matching, (hidden, &given), &[1.0], device)?;
+        let mut value = read(&language.outputs[0])?[0];
+        for output in contrast.outputs.iter().chain(&matching.outputs) {
+            value += output.to_scalar::<f32>().context("the loss is not a number")?;
+        }
+        let mut backs = vec![language.back, matching.back];
+        match pending {
+            Some(pending) => backs.push(Back::Gone(pending.backward(&by_encoded)?)),
+            None => {
+                for (of, gradient) in encoded.iter().zip(&by_encoded) {
+                    let gradient = gradient.as_ref().context("the contrast leads nowhere")?;
+                    backs.push(Back::Through(ops::carrying(of, gradient)?));
+                }
+            }
+        }
+        gradients.extend(passed.backward_by_layer(&model, &batch, backs, &by, &mut |_, _| Ok(()))?)?;
         if step == 0 {
             for (name, var) in model.weights() {
                 if let Some(gradient) = gradients.get(var) {
@@ -82,6 +113,7 @@ pub fn first_steps(device: &Device) -> Result<Steps> {
         steps.losses.push(f64::from(value));
     }
     steps.replayed = model.passes_through_layers().replayed;
+    steps.computed = model.computing().counts();
     Ok(steps)
 }
 
@@ -114,10 +146,17 @@ impl Steps {
         }
         let name = format!("{} gradients in {precision:?}, worst {of}", expected.gradients.len());
         outcomes.push(Outcome { name, error: worst, tolerance: of_gradients });
-        // All steps are of one shape.
-        let as_wanted = self.replayed + 1 == self.losses.len() as u64;
-        let name = format!("{} of {} steps replayed in {precision:?}", self.replayed, self.losses.len());
-        outcomes.push(Outcome { name, error: if as_wanted { 0.0 } else { f64::INFINITY }, tolerance: 0.0 });
+        // All steps are of one shape, and each computes four things.
+        let (steps, Counts { passes, replayed, .. }) = (self.losses.len() as u64, self.computed);
+        for (name, as_wanted) in [
+            (format!("{} of {steps} steps replayed in {precision:?}", self.replayed), self.replayed + 1 == steps),
+            (
+                format!("{replayed} of {passes} computations of objectives replayed in {precision:?}"),
+                (passes, replayed) == (4 * steps, 4 * (steps - 1)),
+            ),
+        ] {
+            outcomes.push(Outcome { name, error: if as_wanted { 0.0 } else { f64::INFINITY }, tolerance: 0.0 });
+        }
         outcomes
     }
 }

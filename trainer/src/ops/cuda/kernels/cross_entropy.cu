@@ -78,8 +78,8 @@ struct Mean {
     float share, factor;
 };
 
-// Means of the losses of each part, and the sum of these means, in one block.
-extern "C" __global__ void cross_entropy_parts(const float* losses, const Mean* parts, float* means, float* sum, uint32_t count) {
+// The sum of the parts' means, each as often as it counts, and then the means, in one block.
+extern "C" __global__ void cross_entropy_parts(const float* losses, const Mean* parts, float* found, uint32_t count) {
     SHARED(float, partial);
     float all = 0;
     for (uint32_t number = 0; number < count; number++) {
@@ -87,8 +87,8 @@ extern "C" __global__ void cross_entropy_parts(const float* losses, const Mean* 
         float mean = 0;
         for (uint32_t i = part.first + threadIdx.x; i < part.end; i += blockDim.x) mean += losses[i];
         mean = block_sum(mean, partial) * part.share;
-        if (threadIdx.x == 0) means[number] = mean;
+        if (threadIdx.x == 0) found[1 + number] = mean;
         all += part.factor * mean;
     }
-    if (threadIdx.x == 0) *sum = all;
+    if (threadIdx.x == 0) found[0] = all;
 }

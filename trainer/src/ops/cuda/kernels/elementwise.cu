@@ -131,10 +131,19 @@ extern "C" __global__ void bounded_exp_backward(const float* y, const float* dy,
 
 // y = residual + dropout(x); with a null residual, the backward pass by x.
 extern "C" __global__ void dropout_add(
-    const float* residual, const float* x, float* y, size_t count, uint32_t seed, uint32_t limit, float scale
+    const float* residual, const float* x, float* y, size_t count, const uint32_t* seed, uint32_t limit, float scale
 ) {
-    Dropout dropout = {seed, limit, scale};
+    Dropout dropout = seeded(seed, limit, scale);
     FOR_EACH(i, count) y[i] = (residual ? residual[i] : 0.0f) + dropout(x[i], uint32_t(i));
+}
+
+// y = max(x, 0)
+extern "C" __global__ void relu(const float* x, float* y, size_t count) {
+    FOR_EACH(i, count) y[i] = fmaxf(x[i], 0.0f);
+}
+
+extern "C" __global__ void relu_backward(const float* x, const float* dy, float* dx, size_t count) {
+    FOR_EACH(i, count) dx[i] = x[i] > 0 ? dy[i] : 0.0f;
 }
 
 // y = max(a, 0) · max(b, 0)

@@ -7,10 +7,10 @@ use candle_core::{Result, Shape, Tensor};
 use super::super::attention_tables::{filled, unit};
 use super::super::layer_norm::{LayerNorm, Parameters};
 use super::super::machine::{Address, Element, Machine, Matrix, Product};
-use super::super::operator::Input;
+use super::super::operator::{Array, Input};
 use super::super::rows::{Choosers, Packing, check_ids, select_sums, sum_chosen};
 use super::super::{fill_rows, rounded};
-use super::stack::{Array, ByWeights};
+use super::stack::ByWeights;
 use super::{Common, NAME};
 
 /// Weights of the embeddings, in this order.

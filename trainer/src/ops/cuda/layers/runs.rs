@@ -7,14 +7,15 @@ use candle_core::{Result, Shape, Tensor};
 use super::super::attention::Attention;
 use super::super::attention_tables::Placed;
 use super::super::machine::{Address, Element};
-use super::super::operator::Input;
+use super::super::operator::{Array, Input};
 use super::super::recording::{Records, Reserved};
-use super::super::rows::{check_ids, selected, spread};
+use super::super::rows::{check_ids, select, selected, spread};
 use super::super::{Precision, copy, fill_rows, round_to, widen_to};
 use super::embedding::{Embedded, Embedder, Found, Sizes};
 use super::recorded::{Gathered, Recorded, RecordedEmbedding, RecordedLayer};
-use super::stack::{Array, Left, Matrices, Stack, matrices};
-use super::{ByEmbedding, ByRows, EMBEDDING_WEIGHTS, Forward, Gradients, NAME, SEEDS};
+use super::stack::{Left, Matrices, Stack, matrices};
+use super::{ByEmbedding, EMBEDDING_WEIGHTS, Forward, Gradients, NAME, SEEDS};
+use crate::ops::ByRows;
 
 /// How many forward passes there were.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
@@ -193,6 +194,12 @@ impl<M: Records> Engine<M> {
         let result = self.result(pass)?;
         let values = selected(&self.machine, &result, ids)?;
         self.machine.tensor(values, &Shape::from((ids.len(), result.matrix().1)))
+    }
+
+    /// See [`super::Runs::rows_to`].
+    pub fn rows_to(&mut self, pass: &Forward, ids: Address, to: &Input) -> Result<()> {
+        let result = self.result(pass)?;
+        select(&self.machine, &result, ids, to)
     }
 
     /// See [`super::Runs::all_rows`].

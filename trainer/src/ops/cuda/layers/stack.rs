@@ -9,7 +9,7 @@ use super::super::elementwise::Gelu;
 use super::super::layer_norm::{LayerNorm, Parameters};
 use super::super::linear::Linear;
 use super::super::machine::{Address, Element, Grid, Kernel, Machine, THREADS, arguments};
-use super::super::operator::{Input, Operator, Pass};
+use super::super::operator::{Array, Input, Operator, Pass};
 use super::{Common, Given, NAME, SEEDS};
 
 /// Which of a layer's weights products are made with, and which of these is whose.
@@ -24,32 +24,6 @@ const UP_BIAS: usize = 7;
 /// Weight, bias and the bias of the product that each LayerNorm takes.
 const MIDDLE_NORM: [usize; 3] = [4, 5, 3];
 const LAST_NORM: [usize; 3] = [10, 11, 9];
-
-/// An array in a machine's memory, and what holds that.
-pub(super) struct Array<M: Machine> {
-    at: Address,
-    shape: Shape,
-    element: Element,
-    _memory: M::Values,
-}
-
-impl<M: Machine> Array<M> {
-    pub(super) fn new(machine: &M, (values, shape): (M::Values, Shape), element: Element) -> Self {
-        Self { at: machine.at(&values), shape, element, _memory: values }
-    }
-
-    /// With nothing in particular in it.
-    pub(super) fn empty(machine: &M, shape: impl Into<Shape>, element: Element) -> Result<Self> {
-        let shape = shape.into();
-        let values = machine.allocate(element.words(shape.elem_count()))?;
-        Ok(Self::new(machine, (values, shape), element))
-    }
-
-    /// As an operator takes it, with a gradient to be made by it.
-    pub(super) fn input(&self) -> Input {
-        Input { at: self.at, shape: self.shape.clone(), element: self.element, wanted: true }
-    }
-}
 
 /// All that a layer computes on its way, but for what it gives. Of products whose bias is added by what follows, it is still missing.
 struct Activations<M: Machine> {
