@@ -361,8 +361,9 @@ impl Loop<'_> {
         });
         #[cfg(feature = "cuda")]
         if self.model.device().is_cuda() {
-            let Counts { passes, replayed, recordings } = self.model.passes_through_layers();
-            entry["graphs"] = json!({"passes": passes, "replayed": replayed, "recorded": recordings});
+            let told = |Counts { passes, replayed, recordings }: Counts| json!({"passes": passes, "replayed": replayed, "recorded": recordings});
+            entry["graphs"] = told(self.model.passes_through_layers());
+            entry["graphs"]["objectives"] = told(self.model.computing().counts());
         }
         if self.ranks.ranks() > 1 {
             entry["ranks"] = json!(self.ranks.ranks());

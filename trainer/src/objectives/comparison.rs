@@ -10,20 +10,15 @@ use std::ops::Range;
 
 use anyhow::{Result, ensure};
 use candle_core::backprop::GradStore;
-use candle_core::{D, DType, Device, Tensor, Var};
+use candle_core::{DType, Device, Tensor, Var};
 
-use super::chunk::{Counted, Encoded, KINDS, Term};
-use super::contrastive::{cross_modal_contrast, same, similarities};
-use super::losses::Contrasting;
+use super::chunk::{Counted, Encoded, JOINT, KINDS, Term};
+use super::losses::{Contrasting, CrossModal};
 use super::members::Members;
 use super::tally::{CONTRAST, CROSS_MODAL};
-use crate::model::{Computing, Given, TEMPERATURE};
-use crate::ops;
+use crate::model::{Computing, Given};
 use crate::parallel::{Collective, sums};
 use crate::recipe::LossWeights;
-
-/// In place of −∞, which no difference may be taken of.
-const NOTHING: f64 = -1e30;
 
 /// Kinds of which every rank sees those of all; of the others, a rank sees its own.
 const SHARED: [usize; 4] = [IMAGES, TEXTS, FURTHER_IMAGES, FURTHER_TEXTS];
@@ -99,10 +94,7 @@ impl Comparison {
             terms.extend(self.contrast(weights.contrast, computing, log_temperature)?);
         }
         if weights.cross_modal > 0.0 {
-            let temperature = ops::bounded_exp(log_temperature, TEMPERATURE)?;
-            if let Some(loss) = self.cross_modal(&temperature)? {
-                terms.push(Term::through(Counted { name: CROSS_MODAL, weight: weights.cross_modal, share: 1.0 }, loss)?);
-            }
+            terms.extend(self.cross_modal(weights.cross_modal, computing, log_temperature)?);
         }
         Ok(terms)
     }
@@ -201,38 +193,30 @@ impl Comparison {
     }
 
     /// This rank's terms of the cross-modal contrast: those of its own pictures.
-    fn cross_modal(&self, temperature: &Tensor) -> Result<Option<Tensor>> {
+    fn cross_modal(&self, weight: f64, computing: &Computing, log_temperature: &Tensor) -> Result<Option<Term>> {
         let members = &self.members[self.rank];
         let (Some(images), Some(texts)) = (self.leaf(IMAGES), self.leaf(TEXTS)) else { return Ok(None) };
-        let contrasts = members.contrasts();
-        if contrasts.is_empty() {
+        if members.contrasted() == 0 {
             return Ok(None);
         }
-        let similarity = |rows: &Tensor, columns: &Tensor| similarities(rows, columns, temperature);
-        let own_of = |all: &Tensor, kind: usize| {
-            let Range { start, end } = self.own_rows(kind);
-            all.narrow(0, start, end - start)
-        };
-        let own_images = own_of(images, IMAGES)?;
-        let mut scores = vec![similarity(&own_images, texts)?.log_sum_exp(D::Minus1)?];
-        if !members.image_of_text.is_empty() {
-            let own_texts = own_of(texts, TEXTS)?;
-            let with_images = similarity(&own_texts, images)?;
-            // Pictures are rows in the order of their numbers.
-            let own = same(&members.image_of_text, &(0..self.count(IMAGES)).collect::<Vec<_>>(), images.device())?;
-            scores.push((&with_images + own.affine(NOTHING, 0.0)?)?.log_sum_exp(D::Minus1)?);
-            scores.push((with_images * own)?.sum(D::Minus1)?);
-            if let Some(found) = self.leaf(2) {
-                scores.push(similarity(found, &own_texts)?.flatten_all()?);
+        let found = [2, 3, JOINT].map(|kind| self.leaf(kind));
+        let mut given = vec![Given::matrix(images), Given::matrix(texts)];
+        for (kind, leaf) in [2, 3, JOINT].into_iter().zip(found) {
+            if let Some(leaf) = leaf {
+                given.push(if kind == JOINT { Given::matrix(&leaf.unsqueeze(1)?) } else { Given::matrix(leaf) });
             }
         }
-        if let Some(found) = self.leaf(3) {
-            scores.push(similarity(&own_images, found)?.flatten_all()?);
-        }
-        scores.extend(self.leaf(4).cloned());
-        let sum = cross_modal_contrast(&Tensor::cat(&scores, 0)?, &contrasts)?;
-        let all: usize = self.members.iter().map(Members::contrasted).sum();
-        Ok(Some(sum.affine(1.0 / all as f64, 0.0)?))
+        let own_texts = self.own_rows(TEXTS);
+        let computation = CrossModal {
+            temperature: log_temperature,
+            relations: &members.relations(own_texts.start),
+            own: [self.own_rows(IMAGES), own_texts],
+            all: [images.dim(0)?, texts.dim(0)?],
+            found: found.map(|leaf| leaf.is_some()),
+            pictures: self.members.iter().map(Members::contrasted).sum(),
+        };
+        let of = vec![Counted { name: CROSS_MODAL, weight, share: 1.0 }];
+        Ok(Some(Term::of(of, computing, &computation, (None, &given), images.device())?))
     }
 }
 

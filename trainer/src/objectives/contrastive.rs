@@ -1,11 +1,10 @@
 //! Contrasts of images and texts.
 
-use std::iter::repeat_n;
 use std::ops::Range;
 
-use candle_core::{D, DType, Device, Result, Tensor};
+use candle_core::{Result, Tensor};
 
-use crate::ops::{self, AtOnce, Operators};
+use crate::ops::{AtOnce, Operators};
 
 /// Added to a picture's share of its texts, so that its logarithm is finite.
 const LEAST_SHARE: f64 = 1e-12;
@@ -63,57 +62,6 @@ pub(super) fn contrastive_part<O: Operators>(
     Ok(terms)
 }
 
-/// Scalar products of all rows with all columns, each `[n, embedding]`, over the temperature: `[rows, columns]`.
-///
-/// The rows are divided, by a column of as many temperatures, so that the gradient by the temperature is summed row by row: candle gives
-/// every sum one block of a CUDA device.
-pub(super) fn similarities(rows: &Tensor, columns: &Tensor, temperature: &Tensor) -> Result<Tensor> {
-    let temperatures = temperature.broadcast_as((rows.dim(0)?, 1))?.contiguous()?;
-    ops::scalar_products(&rows.broadcast_div(&temperatures)?, columns)
-}
-
-/// `[rows, columns]`: 1 where both have the same number, 0 elsewhere. Made on the device, of the numbers alone.
-pub(super) fn same(rows: &[usize], columns: &[usize], device: &Device) -> Result<Tensor> {
-    let numbers = |of: &[usize]| Tensor::from_vec(of.iter().map(|&number| number as u32).collect(), of.len(), device);
-    numbers(rows)?.unsqueeze(1)?.broadcast_eq(&numbers(columns)?.unsqueeze(0)?)?.to_dtype(DType::F32)
-}
-
-/// Members of one picture's contrast: places in the vector of scores.
-#[derive(Debug, Clone, Default, PartialEq, Eq)]
-pub struct Contrast {
-    /// Scores of what belongs together.
-    pub positives: Vec<usize>,
-    /// Scores of that, or logarithms of sums of their exponentials, and of what does not.
-    pub all: Vec<usize>,
-}
-
-/// Cross-modal contrastive loss over sets of unlike origin (arXiv 2012.15409, equation 1): the sum over `contrasts` of
-/// −ln( Σ₊ eˢ / Σ eˢ ), the sum over positives inside the logarithm. `scores` is `[n]`: similarities already divided by the
-/// temperature, of jointly or of separately encoded pairs, and logarithms of sums of their exponentials.
-///
-/// # Errors
-/// No contrast, one without a positive, a place outside the scores, and those of candle.
-pub fn cross_modal_contrast(scores: &Tensor, contrasts: &[Contrast]) -> Result<Tensor> {
-    if contrasts.is_empty() || contrasts.iter().any(|c| c.positives.is_empty()) {
-        candle_core::bail!("cross_modal_contrast: a contrast has no positive");
-    }
-    let column = scores.unsqueeze(1)?;
-    let sums = |of: fn(&Contrast) -> &Vec<usize>| {
-        // Rows of equal width; what is filled up counts nothing.
-        let width = contrasts.iter().map(|contrast| of(contrast).len()).max().unwrap_or(0);
-        let (mut places, mut mask) = (Vec::<u32>::new(), Vec::new());
-        for contrast in contrasts {
-            let members = of(contrast);
-            places.extend(members.iter().map(|&place| place as u32).chain(repeat_n(0, width - members.len())));
-            mask.extend(repeat_n(0f32, members.len()).chain(repeat_n(f32::NEG_INFINITY, width - members.len())));
-        }
-        let shape = (contrasts.len(), width);
-        let rows = ops::select_rows(&column, &places.into())?.reshape(shape)?;
-        (rows + ops::from_host(mask, shape, scores.device())?)?.log_sum_exp(D::Minus1)
-    };
-    (sums(|contrast| &contrast.all)? - sums(|contrast| &contrast.positives)?)?.sum_all()
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -150,38 +98,5 @@ mod tests {
         let got = contrastive_loss(&tensor(&images), &tensor(&texts), &image_of_text, &tau).unwrap().to_scalar::<f32>().unwrap();
         // f32 sums of a dozen terms of order 1.
         assert!((f64::from(got) - expected).abs() < 1e-5, "{got} {expected}");
-    }
-
-    /// Loss and gradient against a direct float64 evaluation, with contrasts of unlike sizes that share scores.
-    #[test]
-    fn cross_modal_contrast_agrees_with_the_formula() {
-        let scores: Vec<f32> = (0..9).map(|i| (i as f32 * 1.3).sin() * 4.0).collect();
-        let contrasts = [
-            Contrast { positives: vec![0, 3], all: vec![0, 3, 1, 2, 8] },
-            Contrast { positives: vec![4], all: vec![5, 6, 7, 4, 0, 1] },
-            Contrast { positives: vec![2, 5, 8], all: vec![2, 5, 8] },
-        ];
-        let formula = |scores: &[f64]| -> f64 {
-            let sum = |places: &[usize]| places.iter().map(|&p| scores[p].exp()).sum::<f64>();
-            contrasts.iter().map(|c| -(sum(&c.positives) / sum(&c.all)).ln()).sum::<f64>()
-        };
-        let wide: Vec<f64> = scores.iter().map(|&s| f64::from(s)).collect();
-        let var = candle_core::Var::from_vec(scores, 9, &Device::Cpu).unwrap();
-        let loss = cross_modal_contrast(var.as_tensor(), &contrasts).unwrap();
-        let gradient = loss.backward().unwrap().get(&var).unwrap().to_vec1::<f32>().unwrap();
-        assert!((f64::from(loss.to_scalar::<f32>().unwrap()) - formula(&wide)).abs() < 1e-5);
-        for (i, got) in gradient.into_iter().enumerate() {
-            let at = |delta: f64| {
-                let mut moved = wide.clone();
-                moved[i] += delta;
-                formula(&moved)
-            };
-            let slope = (at(1e-5) - at(-1e-5)) / 2e-5;
-            assert!((slope - f64::from(got)).abs() < 1e-5, "score {i}: {got} against {slope}");
-        }
-        let empty = Contrast { positives: vec![], all: vec![1] };
-        assert!(cross_modal_contrast(var.as_tensor(), &[empty]).is_err());
-        let outside = Contrast { positives: vec![9], all: vec![9] };
-        assert!(cross_modal_contrast(var.as_tensor(), &[outside]).is_err());
     }
 }

@@ -6,7 +6,7 @@ use candle_core::{Result, Tensor};
 
 use super::contrastive::contrastive_part;
 use crate::model::{Dropout, EmbeddedImages, TEMPERATURE, Unimo};
-use crate::ops::{Computation, Operators, Targets};
+use crate::ops::{Computation, Operators, Relations, Scores, Targets};
 use crate::tasks::{Goal, task_loss};
 
 fn given<'a, const N: usize, A>(name: &str, given: &'a [A]) -> Result<&'a [A; N]> {
@@ -160,5 +160,49 @@ impl Computation for Contrasting<'_> {
         let [images, texts] = given(Self::NAME, arrays)?;
         let temperature = on.bounded_exp(self.temperature, TEMPERATURE)?;
         contrastive_part(on, [images, texts], self.image_of_text, self.images, &temperature, &self.own)
+    }
+}
+
+/// The cross-modal contrast of some images, of the embeddings of all images and all texts, and of those retrieved for the ones that are
+/// contrasted, images and texts; then the logits of pairs.
+pub(crate) struct CrossModal<'a> {
+    /// Logarithm of the temperature.
+    pub temperature: &'a Tensor,
+    pub relations: &'a Relations,
+    /// Images that are contrasted and their texts, among all.
+    pub own: [Range<usize>; 2],
+    /// Number of images and texts.
+    pub all: [usize; 2],
+    /// Whether anything was retrieved, images and texts, and whether there are pairs.
+    pub found: [bool; 3],
+    /// Contrasts that make one mean.
+    pub pictures: usize,
+}
+
+impl Computation for CrossModal<'_> {
+    const NAME: &'static str = "cross_modal";
+
+    fn compute<O: Operators>(&self, on: &O, arrays: &[O::Array]) -> Result<Vec<O::Array>> {
+        let [images, texts, found @ ..] = arrays else { candle_core::bail!("{}: an array is missing", Self::NAME) };
+        let mut found = found.iter();
+        let [found_images, found_texts, pairs] = self.found.map(|there| if there { found.next() } else { None });
+        let own = |of: &O::Array, rows: &Range<usize>, all: usize| {
+            if rows.len() == all { Ok(of.clone()) } else { on.some_rows(of, rows.clone()) }
+        };
+        let temperature = on.bounded_exp(self.temperature, TEMPERATURE)?;
+        let own_images = own(images, &self.own[0], self.all[0])?;
+        let own_texts = if self.own[1].is_empty() { None } else { Some(own(texts, &self.own[1], self.all[1])?) };
+        let products = |a: Option<&O::Array>, b: Option<&O::Array>| a.zip(b).map(|(a, b)| on.scalar_products(a, b)).transpose();
+        let (with_texts, with_images) = (on.scalar_products(&own_images, texts)?, products(own_texts.as_ref(), Some(images))?);
+        let of_retrieved_images = products(found_images, own_texts.as_ref())?;
+        let of_retrieved_texts = products(Some(&own_images), found_texts)?;
+        let scores = Scores {
+            with_texts: &with_texts,
+            with_images: with_images.as_ref(),
+            of_retrieved_images: of_retrieved_images.as_ref(),
+            of_retrieved_texts: of_retrieved_texts.as_ref(),
+            of_pairs: pairs,
+        };
+        Ok(vec![on.cross_modal(&scores, &temperature, self.relations, 1.0 / self.pictures as f64)?])
     }
 }

@@ -20,7 +20,7 @@ mod tally;
 
 use rand::seq::SliceRandom;
 
-pub use contrastive::{Contrast, contrastive_loss, cross_modal_contrast};
+pub use contrastive::contrastive_loss;
 pub use learning::{Learnt, Losses};
 pub use masking::{Fragments, MaskedText, Vocabulary, mask_detected, mask_regions, mask_text, take_fragments};
 pub use self_critical::Critic;

@@ -5,7 +5,7 @@ use std::ops::Range;
 
 use candle_core::{Device, Result, Tensor};
 
-use super::Targets;
+use super::{Relations, Scores, Targets};
 
 /// This module's operators by their names, on arrays of f32 values. Weights are tensors whatever the arrays are.
 ///
@@ -45,6 +45,14 @@ pub trait Operators {
         temperature: &Self::Array,
         numbers: [&[u32]; 2],
         least_and_factor: [f64; 2],
+    ) -> Result<Self::Array>;
+    /// See [`cross_modal`](super::cross_modal).
+    fn cross_modal(
+        &self,
+        scores: &Scores<Self::Array>,
+        temperature: &Self::Array,
+        relations: &Relations,
+        factor: f64,
     ) -> Result<Self::Array>;
     /// See [`soft_cross_entropy`](super::soft_cross_entropy).
     fn soft_cross_entropy(&self, logits: &Self::Array, targets: &Self::Array) -> Result<Self::Array>;
@@ -130,6 +138,10 @@ impl Operators for AtOnce<'_> {
         least_and_factor: [f64; 2],
     ) -> Result<Tensor> {
         super::log_shares(scores, temperature, numbers, least_and_factor)
+    }
+
+    fn cross_modal(&self, scores: &Scores<Tensor>, temperature: &Tensor, relations: &Relations, factor: f64) -> Result<Tensor> {
+        super::cross_modal(scores, temperature, relations, factor)
     }
 
     fn soft_cross_entropy(&self, logits: &Tensor, targets: &Tensor) -> Result<Tensor> {

@@ -10,6 +10,7 @@ mod computation;
 mod contrast;
 mod convolution;
 mod cross_entropy;
+mod cross_modal;
 #[cfg(any(feature = "cuda", test))]
 pub mod cuda;
 mod elementwise;
@@ -28,6 +29,7 @@ pub use computation::{AtOnce, Computation, Operators};
 pub use contrast::{bounded_exp, log_shares, unit_rows};
 pub use convolution::{convolution_relu6, depthwise_relu6, pointwise_relu6};
 pub use cross_entropy::{Part, Targets, tied_cross_entropy};
+pub use cross_modal::{Relations, Scores, cross_modal};
 pub use elementwise::{dropout, dropout_add, dropout_add_layer_norm, gelu, layer_norm, relu6};
 pub use gradients::gradients;
 pub(crate) use gradients::{add_to as add_gradient, carrying, gradients_of_each};

@@ -2,6 +2,9 @@
 
 use super::*;
 use crate::model::{Scalars, gradients_of};
+use crate::ops::cuda::emulation::emulated;
+use crate::ops::cuda::layers::Counts;
+use crate::ops::cuda::works_on;
 use crate::parallel::Connected;
 use crate::parallel::testing::{among, between_devices};
 
@@ -101,8 +104,18 @@ type Found = (Vec<(&'static str, f64)>, [Option<Tensor>; KINDS], f64);
 fn compared(ranks: &dyn Collective, encoded: Encoded, members: &Members, weights: &LossWeights, temperature: f64) -> Found {
     let comparison = Comparison::among(ranks, encoded, members, WIDTH, &Device::Cpu).unwrap();
     let log_temperature = Var::new(temperature.ln() as f32, &Device::Cpu).unwrap();
-    let terms = comparison.terms(weights, &Computing::default(), log_temperature.as_tensor()).unwrap();
-    let losses = terms.iter().map(Term::alone).collect();
+    let computing = Computing::default();
+    let mut terms = comparison.terms(weights, &computing, log_temperature.as_tensor()).unwrap();
+    let losses: Vec<_> = terms.iter().map(Term::alone).collect();
+    if works_on(&Device::Cpu) {
+        // What is recorded gives bit by bit what was asked for.
+        for _ in 0..2 {
+            terms = comparison.terms(weights, &computing, log_temperature.as_tensor()).unwrap();
+            assert_eq!(terms.iter().map(Term::alone).collect::<Vec<_>>(), losses);
+        }
+        let (kinds, Counts { passes, replayed, recordings }) = (losses.len() as u64, computing.counts());
+        assert_eq!((passes, replayed, recordings), (3 * kinds, 2 * kinds, kinds));
+    }
     let backs = terms.into_iter().map(|term| term.back).collect();
     let leaves = comparison.leaves().chain([&log_temperature]);
     let (mut all, _) = gradients_of(backs, leaves, Scalars::Apart).unwrap();
@@ -135,6 +148,8 @@ fn check(plan: &[Rank], temperature: f64) {
     };
     let through_hosts = among(plan.len(), work);
     let through_devices = among(plan.len(), |ranks| work(&Connected::by(ranks, between_devices(ranks))));
+    let on_kernels = among(plan.len(), |ranks| emulated(2, || work(ranks)));
+    check_against_the_formula(plan, &of, temperature, &weights, &on_kernels);
     check_against_the_formula(plan, &of, temperature, &weights, &through_hosts);
     check_against_the_formula(plan, &of, temperature, &weights, &through_devices);
 }

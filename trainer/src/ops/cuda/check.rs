@@ -2,6 +2,7 @@
 //! CPU's. `unimo-train gpu` runs it on a device, the tests on the emulation.
 
 mod cases;
+mod computed;
 mod formulas;
 pub(super) mod networks;
 mod steps;
@@ -130,7 +131,7 @@ pub fn operators(device: &Device, mut tell: impl FnMut(&Outcome)) -> Result<Vec<
     for case in cases::all() {
         outcomes.extend(case.check(device)?.into_iter().inspect(&mut tell));
     }
-    for made in [cases::draws(device)?, cases::updates(device)?] {
+    for made in [cases::draws(device)?, cases::updates(device)?, computed::cross_modal(device)?] {
         outcomes.extend(made.into_iter().inspect(&mut tell));
     }
     Ok(outcomes)

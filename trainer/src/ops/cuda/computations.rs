@@ -143,3 +143,6 @@ impl Computations {
         self.0.with(|| Engine::new(machine), work)
     }
 }
+
+#[cfg(test)]
+mod tests;

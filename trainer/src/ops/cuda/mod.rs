@@ -12,6 +12,7 @@ pub mod computations;
 mod contrast;
 mod convolution;
 mod cross_entropy;
+mod cross_modal;
 mod elementwise;
 #[cfg(test)]
 pub mod emulation;

@@ -154,6 +154,7 @@ fn ptx(file: &str) -> Result<&'static str> {
         "attention_bf16",
         "convolution",
         "cross_entropy",
+        "cross_modal",
         "elementwise",
         "layer_norm",
         "losses",

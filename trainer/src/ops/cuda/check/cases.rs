@@ -151,6 +151,13 @@ fn alone() -> Vec<Case<'static>> {
     let chosen = Arc::clone(&ids);
     vec![
         Case {
+            name: "ReLU".to_owned(),
+            inputs: vec![input(9, &[300], 2.0)],
+            run: Box::new(|t| ops::relu(&t[0])),
+            formula: Box::new(|v| v[0].iter().map(|x| x.max(0.0)).collect()),
+            tolerance: F32,
+        },
+        Case {
             name: "GELU".to_owned(),
             inputs: vec![input(8, &[9, 37], 4.0)],
             run: Box::new(|t| ops::gelu(&t[0])),

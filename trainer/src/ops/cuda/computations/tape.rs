@@ -10,6 +10,7 @@ use candle_core::{Result, Shape, Tensor};
 use super::super::Precision;
 use super::super::contrast::{BoundedExp, LogShares, UnitRows};
 use super::super::cross_entropy::TiedCrossEntropy;
+use super::super::cross_modal::CrossModal;
 use super::super::elementwise::{Dropout, Gelu, Relu, add_to};
 use super::super::layer_norm::OfOne;
 use super::super::linear::Alone;
@@ -21,7 +22,7 @@ use super::super::rows::SomeRows;
 use super::NAME;
 use crate::ops::contrast::check as check_numbers;
 use crate::ops::pooling::check as check_counts;
-use crate::ops::{Operators, Targets};
+use crate::ops::{Operators, Relations, Scores, Targets};
 
 /// An operator on a machine.
 trait On<M: Machine>: Send {
@@ -172,7 +173,21 @@ impl<M: Machine> Tape<M> {
         Ok((rows, width, entry.counted))
     }
 
-    /// Puts down an operator. Rows of its result are those of the first array, or others if they are as many as `counted` says.
+    /// Rows and width of an array of which all rows count.
+    fn whole(&self, place: Place) -> Result<(usize, usize)> {
+        match self.rows(place)? {
+            (rows, width, counted) if rows == counted => Ok((rows, width)),
+            (rows, _, counted) => candle_core::bail!("{NAME}: {counted} of {rows} rows count where all of them would"),
+        }
+    }
+
+    /// Whether all rows of an array count.
+    pub fn is_whole(&self, Place(place): Place) -> bool {
+        let entry = &self.entries.borrow()[place];
+        entry.shape.rank() != 2 || entry.shape.dims()[0] == entry.counted
+    }
+
+    /// Puts down an operator of arrays and words, with the shape of its result and how many of its rows count.
     fn make(
         &self,
         operator: impl Operator + Debug,
@@ -310,7 +325,7 @@ impl<M: Machine> Operators for Tape<M> {
     }
 
     fn some_rows(&self, x: &Place, rows: Range<usize>) -> Result<Place> {
-        let (all, width, _) = self.rows(*x)?;
+        let (all, width) = self.whole(*x)?;
         if rows.start > rows.end || rows.end > all {
             candle_core::bail!("rows {rows:?} of {all}");
         }
@@ -366,8 +381,8 @@ impl<M: Machine> Operators for Tape<M> {
     }
 
     fn scalar_products(&self, a: &Place, b: &Place) -> Result<Place> {
-        let ((rows, _, counted), (columns, ..)) = (self.rows(*a)?, self.rows(*b)?);
-        Ok(self.make(Alone::of(Precision::F32), &[*a, *b], &[], (rows, columns), counted))
+        let ((rows, _), (columns, _)) = (self.whole(*a)?, self.whole(*b)?);
+        Ok(self.make(Alone::of(Precision::F32), &[*a, *b], &[], (rows, columns), rows))
     }
 
     fn bounded_exp(&self, x: &Tensor, bounds: [f32; 2]) -> Result<Place> {
@@ -376,10 +391,24 @@ impl<M: Machine> Operators for Tape<M> {
     }
 
     fn log_shares(&self, scores: &Place, temperature: &Place, numbers: [&[u32]; 2], [least, factor]: [f64; 2]) -> Result<Place> {
-        let (rows, columns, _) = self.rows(*scores)?;
+        let (rows, columns) = self.whole(*scores)?;
         check_numbers([rows, columns], numbers)?;
         let op = LogShares { least: least as f32, factor: factor as f32 };
         Ok(self.make(op, &[*scores, *temperature], &numbers.concat(), (), 1))
+    }
+
+    fn cross_modal(&self, scores: &Scores<Place>, temperature: &Place, relations: &Relations, factor: f64) -> Result<Place> {
+        let (mut sizes, mut of) = ([None; 5], Vec::new());
+        for (size, scores) in sizes.iter_mut().zip(scores.all()) {
+            if let Some(&scores) = scores {
+                *size = Some(self.whole(scores)?);
+                of.push(scores);
+            }
+        }
+        relations.check(sizes)?;
+        of.push(*temperature);
+        let op = CrossModal { factor: factor as f32, there: sizes.map(|size| size.is_some()) };
+        Ok(self.make(op, &of, &CrossModal::words(relations), (), 1))
     }
 
     fn soft_cross_entropy(&self, logits: &Place, targets: &Place) -> Result<Place> {

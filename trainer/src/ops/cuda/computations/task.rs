@@ -52,6 +52,9 @@ impl<M: Records> Task<M> {
         if factors.is_some_and(|factors| factors.len() != outputs.len()) {
             candle_core::bail!("{}: {} outputs and {:?} factors", C::NAME, outputs.len(), factors.map(<[f32]>::len));
         }
+        if !outputs.iter().all(|&output| tape.is_whole(output)) {
+            candle_core::bail!("{}: an output has rows that only fill up", C::NAME);
+        }
         let seeds = factors.map(|factors| tape.tell(&factors.iter().copied().map(f32::to_bits).collect::<Vec<_>>()));
         Ok(Self { tape, leaves, ids: all_ids, outputs, seeds })
     }

@@ -15,6 +15,7 @@
 #include "../kernels/attention_bf16.cu"
 #include "../kernels/convolution.cu"
 #include "../kernels/cross_entropy.cu"
+#include "../kernels/cross_modal.cu"
 #include "../kernels/elementwise.cu"
 #include "../kernels/layer_norm.cu"
 #include "../kernels/losses.cu"
@@ -175,6 +176,8 @@ const Kernel kernels[] = {
     KERNEL(cross_entropy_parts),
     KERNEL(cross_entropy_rows),
     KERNEL(cross_entropy_rows_bf16),
+    KERNEL(cross_modal),
+    KERNEL(cross_modal_backward),
     KERNEL(depthwise_relu6),
     KERNEL(depthwise_relu6_bf16),
     KERNEL(depthwise_relu6_input_backward),
