@@ -187,19 +187,19 @@ impl Unimo {
     /// As many targets as rows are needed, inside the vocabulary.
     pub fn language_losses<O: Operators>(&self, on: &O, hidden: &O::Array, targets: &Targets) -> Result<O::Array> {
         let x = self.lm_transform(on, hidden)?;
-        on.tied_cross_entropy(&x, self.weight("text.token.weight")?, self.weight("lm.bias")?, targets)
+        on.tied_cross_entropy(&x, self.weight("text.token.weight")?, &on.weight(self.weight("lm.bias")?), targets)
     }
 
-    /// Policy-gradient loss of sampled tokens: the mean of −advantage · ln p(target), p being the softmax of the logits divided
-    /// by `temperature`, at the given hidden states `[n, hidden]`.
+    /// Policy-gradient loss of sampled tokens: the mean of −advantage · ln p(target), p being the softmax of the logits divided by
+    /// `temperature`, at the given hidden states `[n, hidden]`; advantages are the targets' weights. As
+    /// [`tied_cross_entropy`](ops::tied_cross_entropy) gives it: `[2]`, both the same.
     ///
     /// # Errors
     /// As many targets and advantages as rows are needed, targets inside the vocabulary.
-    pub fn policy_loss(&self, hidden: &Tensor, targets: Vec<u32>, advantages: Vec<f32>, temperature: f64) -> Result<Tensor> {
-        let x = (self.lm_transform(&self.at_once(), hidden)? / temperature)?;
-        let bias = (self.weight("lm.bias")? / temperature)?;
-        let targets = Targets::of_one(targets, Some(advantages), 0.0);
-        ops::tied_cross_entropy(&x, self.weight("text.token.weight")?, &bias, &targets)?.get(0)
+    pub fn policy_loss<O: Operators>(&self, on: &O, hidden: &O::Array, targets: &Targets, temperature: f64) -> Result<O::Array> {
+        let x = on.scaled(&self.lm_transform(on, hidden)?, 1.0 / temperature)?;
+        let bias = on.scaled(&on.weight(self.weight("lm.bias")?), 1.0 / temperature)?;
+        on.tied_cross_entropy(&x, self.weight("text.token.weight")?, &bias, targets)
     }
 
     /// Logits of the language model, `[n, hidden]` → `[n, vocabulary]`.

@@ -178,7 +178,10 @@ fn choose(logits: &[f32], temperature: f64, draw: f64) -> u32 {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::model::{ModelConfig, Packer, Regions};
+    use crate::model::{Given, ModelConfig, Packer, Regions};
+    use crate::objectives::losses::Policy;
+    use crate::ops::Targets;
+    use crate::ops::cuda::emulation::emulated;
     use crate::ops::reference::log_softmax;
     use candle_core::Device;
 
@@ -263,10 +266,16 @@ mod tests {
                     -f64::from(advantage) * (weights[target as usize] / weights.iter().sum::<f64>()).ln() / 3.0
                 })
                 .sum();
-            let loss = model.policy_loss(&hidden, targets.clone(), advantages.clone(), temperature).unwrap();
-            let loss = f64::from(loss.to_scalar::<f32>().unwrap());
+            let targets = Targets::of_one(targets.clone(), Some(advantages.clone()), 0.0);
+            let policy = Policy { model: &model, targets: &targets, temperature };
+            let run = || {
+                let computed = model.computing().losses(&policy, (None, &[Given::matrix(&hidden)]), &[1.0], model.device());
+                f64::from(computed.unwrap().outputs[0].get(0).unwrap().to_scalar::<f32>().unwrap())
+            };
             // Sums of three logarithms of order 4, in f32.
-            assert!((loss - expected).abs() < 1e-5, "{loss} {expected}");
+            for loss in [run(), emulated(0, run)] {
+                assert!((loss - expected).abs() < 1e-5, "{loss} {expected}");
+            }
         }
     }
 }

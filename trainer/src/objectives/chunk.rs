@@ -6,7 +6,7 @@ use candle_core::{Device, Tensor, Var};
 
 use super::Source;
 use super::draft::{Parts, Predictions};
-use super::losses::{Encoding, Kind, Language, Matching, Regions, Task};
+use super::losses::{Encoding, Kind, Language, Matching, Policy, Regions, Task};
 use super::masked_regions::MaskedRegions;
 use super::tally::Tally;
 use crate::model::{
@@ -68,13 +68,6 @@ impl Term {
         let factors: Vec<f64> = of.iter().map(|counted| counted.weight * counted.share).collect();
         let Losses { outputs, back } = computing.losses(computation, from, &factors, device)?;
         Ok(Self { of, values: outputs, back })
-    }
-
-    /// The loss of an objective, led back by candle.
-    pub(super) fn through(of: Counted, loss: Tensor) -> candle_core::Result<Self> {
-        let (factor, values) = (of.weight * of.share, vec![loss.detach()]);
-        let sum = if factor == 1.0 { loss } else { loss.affine(factor, 0.0)? };
-        Ok(Self { of: vec![of], values, back: Back::Through(sum) })
     }
 
     /// Name and loss of a single objective, which may be the sum of two values.
@@ -180,9 +173,13 @@ impl Chunk {
         }
         let Predictions { rows, targets } = &parts.sampled.predictions;
         if !rows.is_empty() {
-            let (advantages, temperature) = (parts.sampled.advantages.clone(), recipe.batch.sampling_temperature);
-            let loss = model.policy_loss(&hidden.rows(rows)?, targets.clone(), advantages, temperature)?;
-            terms.push(Term::through(counted("self_critical", w.self_critical, rows.len()), loss)?);
+            let targets = Targets::of_one(targets.clone(), Some(parts.sampled.advantages.clone()), 0.0);
+            let computation = Policy { model, targets: &targets, temperature: recipe.batch.sampling_temperature };
+            let given = [Given::varying_rows(rows)];
+            let of = vec![counted("self_critical", w.self_critical, rows.len())];
+            let mut term = Term::of(of, computing, &computation, (Some(hidden), &given), device)?;
+            term.values = vec![term.values[0].get(0)?];
+            terms.push(term);
         }
         if !parts.match_labels.is_empty() {
             let computation = Matching { model, labels: &parts.match_labels };

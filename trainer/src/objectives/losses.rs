@@ -31,6 +31,23 @@ impl Computation for Language<'_> {
     }
 }
 
+/// Sampled words, of their rows, whose advantages are the targets' weights: one loss.
+pub(crate) struct Policy<'a> {
+    pub model: &'a Unimo,
+    pub targets: &'a Targets,
+    /// That they were sampled at.
+    pub temperature: f64,
+}
+
+impl Computation for Policy<'_> {
+    const NAME: &'static str = "policy";
+
+    fn compute<O: Operators>(&self, on: &O, arrays: &[O::Array]) -> Result<Vec<O::Array>> {
+        let [rows] = given(Self::NAME, arrays)?;
+        Ok(vec![self.model.policy_loss(on, rows, self.targets, self.temperature)?])
+    }
+}
+
 /// Which pairs belong together, of the rows of `[IMG]` and `[CLS]`: the mean binary cross-entropy with labels 0 or 1.
 pub(crate) struct Matching<'a> {
     pub model: &'a Unimo,

@@ -14,10 +14,14 @@ pub trait Operators {
     /// An array.
     type Array: Clone;
 
+    /// A weight.
+    fn weight(&self, weight: &Tensor) -> Self::Array;
     /// Constants, `[rows, width]`.
     fn constants(&self, values: Vec<f32>, shape: (usize, usize)) -> Result<Self::Array>;
     /// Rows of a matrix that follow upon each other.
     fn some_rows(&self, x: &Self::Array, rows: Range<usize>) -> Result<Self::Array>;
+    /// An array, so many times.
+    fn scaled(&self, x: &Self::Array, factor: f64) -> Result<Self::Array>;
     /// See [`linear`](super::linear).
     fn linear(&self, x: &Self::Array, weight: &Tensor, bias: &Tensor) -> Result<Self::Array>;
     /// See [`linear_gelu`](super::linear_gelu).
@@ -61,7 +65,13 @@ pub trait Operators {
     /// See [`squared_error`](super::squared_error).
     fn squared_error(&self, x: &Self::Array, targets: &Self::Array) -> Result<Self::Array>;
     /// See [`tied_cross_entropy`](super::tied_cross_entropy).
-    fn tied_cross_entropy(&self, hidden: &Self::Array, weight: &Tensor, bias: &Tensor, targets: &Targets) -> Result<Self::Array>;
+    fn tied_cross_entropy(
+        &self,
+        hidden: &Self::Array,
+        weight: &Tensor,
+        bias: &Self::Array,
+        targets: &Targets,
+    ) -> Result<Self::Array>;
 }
 
 /// Something that is computed of arrays.
@@ -81,6 +91,14 @@ pub struct AtOnce<'a>(pub &'a Device);
 
 impl Operators for AtOnce<'_> {
     type Array = Tensor;
+
+    fn weight(&self, weight: &Tensor) -> Tensor {
+        weight.clone()
+    }
+
+    fn scaled(&self, x: &Tensor, factor: f64) -> Result<Tensor> {
+        x.affine(factor, 0.0)
+    }
 
     fn constants(&self, values: Vec<f32>, shape: (usize, usize)) -> Result<Tensor> {
         super::from_host(values, shape, self.0)

@@ -94,6 +94,33 @@ pub fn relu6(x: &Tensor, element: Element) -> Result<Tensor> {
     x.contiguous()?.apply_op1(OnMachine::within(Relu6, element))
 }
 
+/// `factor · x`
+#[derive(Debug)]
+pub(super) struct Scaled {
+    pub(super) factor: f32,
+}
+
+impl Scaled {
+    fn of<M: Machine>(&self, machine: &M, x: &Input) -> Result<M::Values> {
+        let y = x.alike(machine)?;
+        let arguments = arguments![x.at, machine.at(&y), x.count(), self.factor];
+        machine.launch(Kernel("elementwise", "scaled"), Grid::each(x.count()), arguments)?;
+        Ok(y)
+    }
+}
+
+impl Operator for Scaled {
+    const NAME: &'static str = "scaled";
+
+    fn forward<M: Machine>(&self, machine: &M, inputs: &[Input]) -> Result<(M::Values, Shape)> {
+        Ok((self.of(machine, &inputs[0])?, inputs[0].shape.clone()))
+    }
+
+    fn backward<M: Machine>(&self, machine: &M, pass: &Pass) -> Result<Vec<Option<M::Values>>> {
+        Ok(vec![Some(self.of(machine, pass.gradient)?)])
+    }
+}
+
 /// `max(x, 0)`
 #[derive(Debug)]
 pub(super) struct Relu;

@@ -11,7 +11,7 @@ use super::super::Precision;
 use super::super::contrast::{BoundedExp, LogShares, UnitRows};
 use super::super::cross_entropy::TiedCrossEntropy;
 use super::super::cross_modal::CrossModal;
-use super::super::elementwise::{Dropout, Gelu, Relu, add_to};
+use super::super::elementwise::{Dropout, Gelu, Relu, Scaled, add_to};
 use super::super::layer_norm::OfOne;
 use super::super::linear::Alone;
 use super::super::losses::Loss;
@@ -157,7 +157,7 @@ impl<M: Machine> Tape<M> {
         self.words.borrow().clone()
     }
 
-    fn weight(&self, weight: &Tensor) -> Place {
+    fn place_of(&self, weight: &Tensor) -> Place {
         let known = |entry: &Entry<M>| matches!(&entry.source, Source::Weight(known) if known.id() == weight.id());
         if let Some(place) = self.entries.borrow().iter().position(known) {
             return Place(place);
@@ -166,11 +166,17 @@ impl<M: Machine> Tape<M> {
         self.put(Source::Weight(weight.clone()), weight.shape().clone(), rows, weight.track_op())
     }
 
-    /// Rows and width of an array, and how many of its rows count.
-    fn rows(&self, Place(place): Place) -> Result<(usize, usize, usize)> {
+    /// Shape of an array, and how many of its rows count.
+    fn shape_of(&self, Place(place): Place) -> (Shape, usize) {
         let entry = &self.entries.borrow()[place];
-        let (rows, width) = entry.shape.dims2()?;
-        Ok((rows, width, entry.counted))
+        (entry.shape.clone(), entry.counted)
+    }
+
+    /// Rows and width of an array, and how many of its rows count.
+    fn rows(&self, place: Place) -> Result<(usize, usize, usize)> {
+        let (shape, counted) = self.shape_of(place);
+        let (rows, width) = shape.dims2()?;
+        Ok((rows, width, counted))
     }
 
     /// Rows and width of an array of which all rows count.
@@ -182,9 +188,9 @@ impl<M: Machine> Tape<M> {
     }
 
     /// Whether all rows of an array count.
-    pub fn is_whole(&self, Place(place): Place) -> bool {
-        let entry = &self.entries.borrow()[place];
-        entry.shape.rank() != 2 || entry.shape.dims()[0] == entry.counted
+    pub fn is_whole(&self, place: Place) -> bool {
+        let (shape, counted) = self.shape_of(place);
+        shape.dims2().map_or(true, |(rows, _)| rows == counted)
     }
 
     /// Puts down an operator of arrays and words, with the shape of its result and how many of its rows count.
@@ -316,6 +322,15 @@ fn add<M: Machine>(machine: &M, to: &mut Option<By<M>>, by: Array<M>) -> Result<
 impl<M: Machine> Operators for Tape<M> {
     type Array = Place;
 
+    fn weight(&self, weight: &Tensor) -> Place {
+        self.place_of(weight)
+    }
+
+    fn scaled(&self, x: &Place, factor: f64) -> Result<Place> {
+        let (shape, counted) = self.shape_of(*x);
+        Ok(self.make(Scaled { factor: factor as f32 }, &[*x], &[], shape, counted))
+    }
+
     fn constants(&self, values: Vec<f32>, shape: (usize, usize)) -> Result<Place> {
         if values.len() != shape.0 * shape.1 {
             candle_core::bail!("{} values for {shape:?}", values.len());
@@ -334,18 +349,18 @@ impl<M: Machine> Operators for Tape<M> {
 
     fn linear(&self, x: &Place, weight: &Tensor, bias: &Tensor) -> Result<Place> {
         let ((rows, _, counted), outputs) = (self.rows(*x)?, weight.dim(0)?);
-        Ok(self.make(Alone::of(self.precision), &[*x, self.weight(weight), self.weight(bias)], &[], (rows, outputs), counted))
+        Ok(self.make(Alone::of(self.precision), &[*x, self.place_of(weight), self.place_of(bias)], &[], (rows, outputs), counted))
     }
 
     fn linear_gelu(&self, x: &Place, weight: &Tensor, bias: &Tensor) -> Result<Place> {
         let ((rows, _, counted), outputs) = (self.rows(*x)?, weight.dim(0)?);
-        let product = self.make(Alone::of(self.precision), &[*x, self.weight(weight)], &[], (rows, outputs), counted);
-        Ok(self.make(Gelu, &[product, self.weight(bias)], &[], (rows, outputs), counted))
+        let product = self.make(Alone::of(self.precision), &[*x, self.place_of(weight)], &[], (rows, outputs), counted);
+        Ok(self.make(Gelu, &[product, self.place_of(bias)], &[], (rows, outputs), counted))
     }
 
     fn layer_norm(&self, x: &Place, weight: &Tensor, bias: &Tensor, eps: f32) -> Result<Place> {
         let (rows, width, counted) = self.rows(*x)?;
-        Ok(self.make(OfOne::of(eps), &[*x, self.weight(weight), self.weight(bias)], &[], (rows, width), counted))
+        Ok(self.make(OfOne::of(eps), &[*x, self.place_of(weight), self.place_of(bias)], &[], (rows, width), counted))
     }
 
     fn dropout(&self, x: &Place, rate: f32, seed: u32) -> Result<Place> {
@@ -386,7 +401,7 @@ impl<M: Machine> Operators for Tape<M> {
     }
 
     fn bounded_exp(&self, x: &Tensor, bounds: [f32; 2]) -> Result<Place> {
-        let place = self.weight(x);
+        let place = self.place_of(x);
         Ok(self.make(BoundedExp { bounds }, &[place], &[], x.shape().clone(), 1))
     }
 
@@ -423,11 +438,11 @@ impl<M: Machine> Operators for Tape<M> {
         self.loss(Loss::SQUARED, *x, *targets)
     }
 
-    fn tied_cross_entropy(&self, hidden: &Place, weight: &Tensor, bias: &Tensor, targets: &Targets) -> Result<Place> {
-        let ((rows, _, counted), classes, parts) = (self.rows(*hidden)?, bias.elem_count(), targets.parts.len());
+    fn tied_cross_entropy(&self, hidden: &Place, weight: &Tensor, bias: &Place, targets: &Targets) -> Result<Place> {
+        let ((rows, _, counted), classes, parts) = (self.rows(*hidden)?, weight.dim(0)?, targets.parts.len());
         targets.check(counted, classes)?;
         let op = TiedCrossEntropy::of(parts, classes, self.precision);
-        let of = [*hidden, self.weight(weight), self.weight(bias)];
+        let of = [*hidden, self.place_of(weight), *bias];
         Ok(self.make(op, &of, &TiedCrossEntropy::words(targets, rows), 1 + parts, 1 + parts))
     }
 }

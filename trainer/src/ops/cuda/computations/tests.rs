@@ -63,7 +63,7 @@ impl Computation for Everything<'_> {
         let w: Vec<&Tensor> = self.weights.iter().map(Var::as_tensor).collect();
         let texts = self.counts.len();
         let x = on.layer_norm(&on.linear_gelu(rows, w[0], w[1])?, w[6], w[7], 1e-5)?;
-        let words = on.tied_cross_entropy(&x, w[2], w[3], &self.targets)?;
+        let words = on.tied_cross_entropy(&on.scaled(&x, 0.5)?, w[2], &on.scaled(&on.weight(w[3]), 2.0)?, &self.targets)?;
         // Rows that are read twice, and weights of which two things are made.
         let embedded = on.linear(&on.first_and_mean(rows, &self.counts)?, w[4], w[5])?;
         let dropped = on.linear(&on.dropout(others, self.rate, self.seed)?, w[0], w[1])?;

@@ -219,6 +219,7 @@ const Kernel kernels[] = {
     KERNEL(root_of_sum),
     KERNEL(round_pieces),
     KERNEL(scale_by),
+    KERNEL(scaled),
     KERNEL(select_rows),
     KERNEL(select_rows_bf16),
     KERNEL(select_sums),

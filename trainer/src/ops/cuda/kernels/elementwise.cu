@@ -137,6 +137,11 @@ extern "C" __global__ void dropout_add(
     FOR_EACH(i, count) y[i] = (residual ? residual[i] : 0.0f) + dropout(x[i], uint32_t(i));
 }
 
+// y = factor · x
+extern "C" __global__ void scaled(const float* x, float* y, size_t count, float factor) {
+    FOR_EACH(i, count) y[i] = factor * x[i];
+}
+
 // y = max(x, 0)
 extern "C" __global__ void relu(const float* x, float* y, size_t count) {
     FOR_EACH(i, count) y[i] = fmaxf(x[i], 0.0f);

@@ -310,7 +310,11 @@ struct Copied {
 
 extern "C" __global__ void gather_pieces(const Copied* pieces, float* to) {
     Copied piece = pieces[blockIdx.x];
-    for (uint32_t i = threadIdx.x; i < piece.count; i += blockDim.x) to[piece.at + i] = piece.from[i];
+    float some[FEW];
+    for (uint32_t i = threadIdx.x * FEW; i < piece.count; i += blockDim.x * FEW) {
+        read_few(piece.from + i, piece.count - i, some);
+        write_few(to + piece.at + i, piece.count - i, some);
+    }
 }
 
 // result[0] = factor · Σ values, in one block.
