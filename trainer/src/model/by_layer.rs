@@ -14,7 +14,7 @@ use candle_core::{Result, Tensor, Var};
 use super::Hidden;
 #[cfg(any(feature = "cuda", test))]
 use super::LAYER_NORM_EPS;
-use super::computing::{Back, Scalars, gradients_of};
+use super::computing::{Back, gradients_of};
 use super::{Dropout, PackedBatch, Passed, Unimo};
 #[cfg(any(feature = "cuda", test))]
 use crate::ops::cuda::layers;
@@ -166,12 +166,12 @@ impl Passed {
         complete: &mut dyn FnMut(usize, &mut GradStore) -> Result<()>,
     ) -> Result<GradStore> {
         let Self { hidden, features, dropout, kept } = self;
-        let Some(Kept { embedded, layers }) = kept else { return Ok(gradients_of(backs, by, Scalars::Connected)?.0) };
+        let Some(Kept { embedded, layers }) = kept else { return Ok(gradients_of(backs, by)?.0) };
         drop(features);
         let (mut all, mut carried);
         match layers {
             Layers::Composed(layers, given) => {
-                all = gradients_of(backs, by.iter().chain([&given]), Scalars::Connected)?.0;
+                all = gradients_of(backs, by.iter().chain([&given]))?.0;
                 carried = all.remove(&given);
                 // The last hidden states are not read again.
                 drop((hidden, given));
@@ -190,7 +190,7 @@ impl Passed {
             Layers::InKernels => {
                 let Some(hidden) = hidden.in_kernels() else { candle_core::bail!("a pass in kernels has left no hidden states") };
                 let mut by_rows;
-                (all, by_rows) = gradients_of(backs, by.iter().chain(&hidden.leaves()), Scalars::Apart)?;
+                (all, by_rows) = gradients_of(backs, by.iter().chain(&hidden.leaves()))?;
                 by_rows.extend(hidden.gradients(&mut all)?);
                 if by_rows.is_empty() {
                     return Ok(all);

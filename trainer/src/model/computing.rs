@@ -94,11 +94,7 @@ pub struct Found {
 ///
 /// # Errors
 /// Those of candle.
-pub fn gradients_of<'a>(
-    backs: Vec<Back>,
-    by: impl IntoIterator<Item = &'a Var>,
-    scalars: Scalars,
-) -> Result<(GradStore, Vec<ByRows>)> {
+pub fn gradients_of<'a>(backs: Vec<Back>, by: impl IntoIterator<Item = &'a Var>) -> Result<(GradStore, Vec<ByRows>)> {
     let (mut through, mut by_variables, mut by_rows) = (Vec::new(), Vec::new(), Vec::new());
     for back in backs {
         match back {
@@ -110,25 +106,13 @@ pub fn gradients_of<'a>(
             }
         }
     }
-    if let Scalars::Connected = scalars {
-        let sum = through.into_iter().map(Ok).reduce(|sum, scalar| sum? + scalar?).transpose()?;
-        through = sum.into_iter().collect();
-    }
     let by: Vec<&Var> = by.into_iter().collect();
-    let mut all = ops::gradients_of_each(through, by.iter().copied())?;
+    let sum = through.into_iter().map(Ok).reduce(|sum, scalar| sum? + scalar?).transpose()?;
+    let mut all = sum.map_or_else(|| Ok(GradStore::default()), |sum| ops::gradients(sum, by.iter().copied()))?;
     for (variable, gradient) in by_variables.into_iter().filter(|(variable, _)| by.iter().any(|var| var.id() == variable.id())) {
         ops::add_gradient(&mut all, &variable, gradient)?;
     }
     Ok((all, by_rows))
-}
-
-/// What scalars have in common that candle leads back.
-#[derive(Debug, Clone, Copy)]
-pub enum Scalars {
-    /// They were computed of the same arrays: candle goes back from their sum.
-    Connected,
-    /// Nothing but variables: candle goes back from one after the other, and makes nothing of the sum.
-    Apart,
 }
 
 /// Losses that were computed.

@@ -18,7 +18,7 @@ use anyhow::{Context, Result, bail};
 use candle_core::{DType, Device, Tensor, Var};
 use rand::Rng;
 
-pub use computing::{Back, Computing, Found, Given, Losses, Pending, Scalars, gradients_of};
+pub use computing::{Back, Computing, Found, Given, Losses, Pending, gradients_of};
 pub use config::{ImageEmbedding, ModelConfig, TextEmbedding};
 pub use generate::{ImageCache, Step};
 pub use heads::{EmbeddedImages, TEMPERATURE, TextRows};

@@ -32,7 +32,7 @@ pub use cross_entropy::{Part, Targets, tied_cross_entropy};
 pub use cross_modal::{Relations, Scores, cross_modal};
 pub use elementwise::{dropout, dropout_add, dropout_add_layer_norm, gelu, layer_norm, relu6};
 pub use gradients::gradients;
-pub(crate) use gradients::{add_to as add_gradient, carrying, gradients_of_each};
+pub(crate) use gradients::{add_gradient, carrying};
 pub use linear::{linear, linear_gelu, scalar_products};
 pub use losses::{binary_cross_entropy, soft_cross_entropy, squared_error};
 pub use pooling::{first_and_mean, relu, relu_product};

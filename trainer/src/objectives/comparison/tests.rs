@@ -1,7 +1,7 @@
 //! Both contrasts among one and several ranks, against their formulas and finite differences of these, in f64.
 
 use super::*;
-use crate::model::{Scalars, gradients_of};
+use crate::model::gradients_of;
 use crate::ops::cuda::emulation::emulated;
 use crate::ops::cuda::layers::Counts;
 use crate::ops::cuda::works_on;
@@ -118,7 +118,7 @@ fn compared(ranks: &dyn Collective, encoded: Encoded, members: &Members, weights
     }
     let backs = terms.into_iter().map(|term| term.back).collect();
     let leaves = comparison.leaves().chain([&log_temperature]);
-    let (mut all, _) = gradients_of(backs, leaves, Scalars::Apart).unwrap();
+    let (mut all, _) = gradients_of(backs, leaves).unwrap();
     let by_log = all.remove(&log_temperature).map_or(0.0, |gradient| f64::from(gradient.to_scalar::<f32>().unwrap()));
     (losses, comparison.own_gradients(ranks, &mut all).unwrap(), by_log / temperature)
 }

@@ -12,7 +12,6 @@ use super::machine::{Address, Element, Machine};
 #[cfg(feature = "cuda")]
 use super::nvidia::Nvidia;
 use super::{rounded, widened};
-use crate::ops::gradients::leave;
 
 /// A contiguous array where the machine has it.
 #[derive(Clone)]
@@ -278,11 +277,6 @@ impl<O: Operator> OnMachine<O> {
     fn gradients<const N: usize>(&self, inputs: [&Tensor; N], result: &Tensor, gradient: &Tensor) -> Result<[Option<Tensor>; N]> {
         let gradient = gradient.contiguous()?;
         let made = on_machine!(result.device(), O::NAME, |machine| self.gradients_on(&machine, &inputs, [result, &gradient]))?;
-        let left = made.into_iter().zip(inputs).map(|(gradient, input)| match gradient {
-            Some(gradient) => leave(input, gradient),
-            None => Ok(None),
-        });
-        let made = left.collect::<Result<Vec<_>>>()?;
         made.try_into().map_err(|_| Error::Msg(format!("{}: another number of gradients than of inputs", O::NAME)))
     }
 }

@@ -6,7 +6,7 @@ use anyhow::{Context, Result};
 use candle_core::{Device, Var};
 
 use super::{Outcome, error, read, values};
-use crate::model::{Back, Dropout, EmbeddedImages, Given, ModelConfig, Packer, Regions, Scalars, TextRows, Unimo, gradients_of};
+use crate::model::{Back, Dropout, EmbeddedImages, Given, ModelConfig, Packer, Regions, TextRows, Unimo, gradients_of};
 use crate::objectives::losses::{Contrasting, Encoding, Kind, Language, Matching};
 use crate::ops::cuda::layers::Counts;
 use crate::ops::{self, Precision, Targets};
@@ -78,7 +78,7 @@ pub fn first_steps(device: &Device) -> Result<Steps> {
             own: [0..PICTURES, 0..PICTURES],
         };
         let contrast = computing.losses(&contrasting, (None, &given), &[1.0; 2], device)?;
-        let (mut gradients, _) = gradients_of(vec![contrast.back], by.iter().chain(&leaves), Scalars::Apart)?;
+        let (mut gradients, _) = gradients_of(vec![contrast.back], by.iter().chain(&leaves))?;
         let by_encoded: Vec<_> = leaves.iter().map(|leaf| gradients.remove(leaf)).collect();
 
         let targets = Targets::of_one(targets, None, 0.1);

@@ -190,7 +190,7 @@ impl<M: Machine> Tape<M> {
     /// Whether all rows of an array count.
     pub fn is_whole(&self, place: Place) -> bool {
         let (shape, counted) = self.shape_of(place);
-        shape.dims2().map_or(true, |(rows, _)| rows == counted)
+        !matches!(shape.dims(), [rows, _] if *rows != counted)
     }
 
     /// Puts down an operator of arrays and words, with the shape of its result and how many of its rows count.
