@@ -361,7 +361,7 @@ impl Loop<'_> {
         });
         #[cfg(feature = "cuda")]
         if self.model.device().is_cuda() {
-            let told = |Counts { passes, replayed, recordings }: Counts| json!({"passes": passes, "replayed": replayed, "recorded": recordings});
+            let told = |of: Counts| json!({"passes": of.passes, "replayed": of.replayed, "recorded": of.recordings});
             entry["graphs"] = told(self.model.passes_through_layers());
             entry["graphs"]["objectives"] = told(self.model.computing().counts());
         }

@@ -151,9 +151,8 @@ impl Passed {
         self.backward_by_layer(model, batch, vec![loss.into()], by, &mut |_, _| Ok(()))
     }
 
-    /// As [`Self::backward`], of the sum of all that leads back, which has nothing in common but this pass and variables. Of a pass that goes by
-    /// layers, `complete` is told the number of each that it has left, the last first, and may take the gradients by that layer's
-    /// variables: nothing is added to them any more.
+    /// As [`Self::backward`], of the sum of all that leads back. Of a pass that goes by layers, `complete` is told the number of each
+    /// that it has left, the last first, and may take the gradients by that layer's variables: nothing is added to them any more.
     ///
     /// # Errors
     /// Those of candle and of `complete`.

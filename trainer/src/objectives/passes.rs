@@ -297,7 +297,8 @@ mod tests {
         let source = source(&corpus, &vision, &vocabulary);
         let heads = ["lm.", "embed.", "match.", "pool.", "region.", "temperature"].map(str::to_owned);
         let layers = ["layers.".to_owned()];
-        // Encoding, both contrasts, words, matching and masked regions; of two chunks, both are encoded twice, and one has nothing to match.
+        // Encoding, both contrasts, words, matching and masked regions; of two chunks, both are encoded twice, and one has nothing
+        // to match.
         for (trained, chunks, steps, computed) in
             [(&[][..], 1, 3, 6), (&[][..], 2, 2, 11), (&heads[..], 1, 2, 6), (&layers[..], 1, 2, 6)]
         {

@@ -186,8 +186,8 @@ impl CustomOp3 for TiedCrossEntropy {
     }
 }
 
-/// Cross-entropies of `hidden · weightᵀ + bias` with `targets`, `[1 + parts]`: the sum of the parts' means, each as many times as it counts,
-/// and then the means. A gradient leads back through the sum alone.
+/// Cross-entropies of `hidden · weightᵀ + bias` with `targets`, `[1 + parts]`: the sum of the parts' means, each as many times as it
+/// counts, and then the means. A gradient leads back through the sum alone.
 ///
 /// `hidden` is `[rows, width]`, `weight` `[classes, width]`, `bias` `[classes]`. No `[rows, classes]` tensor is kept.
 ///

@@ -127,8 +127,8 @@ impl Relations {
     }
 }
 
-/// Cross-modal contrast: `factor` times the sum, over the images that have something to be attracted to, of −ln( Σ₊ eˢ / Σ eˢ ), a scalar.
-/// The sum over positives is inside the logarithm. `temperature` is a scalar.
+/// Cross-modal contrast: `factor` times the sum, over the images that have something to be attracted to, of −ln( Σ₊ eˢ / Σ eˢ ), a
+/// scalar. The sum over positives is inside the logarithm. `temperature` is a scalar.
 ///
 /// # Errors
 /// Scores that do not fit those related, and those of candle.

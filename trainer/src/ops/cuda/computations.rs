@@ -1,5 +1,5 @@
-//! Computations of arrays that are done in every step, on memory that stays. What is put down alike for a second time is recorded, and asked
-//! for as a recording from then on: on a CUDA device, a graph.
+//! Computations of arrays that are done in every step, on memory that stays. What is put down alike for a second time is recorded, and
+//! asked for as a recording from then on: on a CUDA device, a graph.
 
 mod engine;
 mod tape;
