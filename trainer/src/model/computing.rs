@@ -17,35 +17,52 @@ pub enum Given {
     Rows {
         /// Which.
         ids: Arc<[u32]>,
-        /// Their number is another one from step to step.
-        vary: bool,
+        /// Where they vary in number from step to step, the part of them that more are made up to, so that shapes repeat.
+        parts: Option<usize>,
     },
     /// Matrices of one width, each below the one before.
     Matrices {
         /// At least one. Gradients lead back to those that are tracked.
         all: Vec<Tensor>,
         /// As above.
-        vary: bool,
+        parts: Option<usize>,
     },
 }
+
+/// Of rows that products are made with: few more are made up.
+const OF_PRODUCTS: usize = 64;
+/// Of rows that are read and nothing else: that costs little.
+const READ: usize = 16;
 
 impl Given {
     /// As many rows in every step.
     #[must_use]
     pub fn rows(rows: &[usize]) -> Self {
-        Self::Rows { ids: ids(rows), vary: false }
+        Self::Rows { ids: ids(rows), parts: None }
     }
 
-    /// Rows of which there are more in one step than in another.
+    /// Rows of which there are more in one step than in another, and which products are made with.
     #[must_use]
     pub fn varying_rows(rows: &[usize]) -> Self {
-        Self::Rows { ids: ids(rows), vary: true }
+        Self::Rows { ids: ids(rows), parts: Some(OF_PRODUCTS) }
+    }
+
+    /// Rows of which there are more in one step than in another, and which are read and nothing else.
+    #[must_use]
+    pub fn rows_to_read(rows: &[usize]) -> Self {
+        Self::Rows { ids: ids(rows), parts: Some(READ) }
     }
 
     /// A matrix, of one size in every step.
     #[must_use]
     pub fn matrix(of: &Tensor) -> Self {
-        Self::Matrices { all: vec![of.clone()], vary: false }
+        Self::Matrices { all: vec![of.clone()], parts: None }
+    }
+
+    /// What belongs to [`Self::varying_rows`], a row to each.
+    #[must_use]
+    pub fn of_varying_rows(of: &Tensor) -> Self {
+        Self::Matrices { all: vec![of.clone()], parts: Some(OF_PRODUCTS) }
     }
 
     /// By candle.
@@ -251,10 +268,10 @@ fn with_arrays<R>(
 ) -> Result<R> {
     let mut arrays = Vec::new();
     for (origin, given) in origins.iter().zip(given) {
-        let (Given::Rows { vary: fill, .. } | Given::Matrices { vary: fill, .. }) = *given;
+        let (Given::Rows { parts, .. } | Given::Matrices { parts, .. }) = *given;
         arrays.push(match (origin, hidden.and_then(Hidden::pass)) {
-            (Origin::Rows(ids), Some((runs, pass))) => computations::Given::Rows { runs, pass, ids, fill },
-            (Origin::Matrices(all), _) => computations::Given::Matrices { all, fill, wanted: all.iter().any(Tensor::track_op) },
+            (Origin::Rows(ids), Some((runs, pass))) => computations::Given::Rows { runs, pass, ids, parts },
+            (Origin::Matrices(all), _) => computations::Given::Matrices { all, parts, wanted: all.iter().any(Tensor::track_op) },
             (Origin::Rows(_), None) => candle_core::bail!("rows of no hidden states"),
         });
     }

@@ -2,7 +2,7 @@
 
 use candle_core::{Result, Tensor};
 
-use super::{Dropout, Hidden, ImageCache, ImageEmbedding, LAYER_NORM_EPS, PackedBatch, Passed, TextEmbedding, Unimo};
+use super::{Dropout, Given, Hidden, ImageCache, ImageEmbedding, LAYER_NORM_EPS, PackedBatch, Passed, TextEmbedding, Unimo};
 use crate::ops::{self, Operators, Targets};
 
 /// Bounds of the learnt temperature.
@@ -25,6 +25,17 @@ pub struct TextRows {
     pub rows: Vec<usize>,
     /// Tokens behind each text's first; nothing where that alone is read.
     pub counts: Option<Vec<usize>>,
+}
+
+impl TextRows {
+    /// As what embeds the texts is given them.
+    #[must_use]
+    pub fn given(&self) -> Given {
+        match self.counts {
+            Some(_) => Given::rows_to_read(&self.rows),
+            None => Given::rows(&self.rows),
+        }
+    }
 }
 
 impl Unimo {

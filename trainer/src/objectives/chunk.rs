@@ -9,9 +9,7 @@ use super::draft::{Parts, Predictions};
 use super::losses::{Encoding, Kind, Language, Matching, Policy, Regions, Task};
 use super::masked_regions::MaskedRegions;
 use super::tally::Tally;
-use crate::model::{
-    Back, Computing, Dropout, EmbeddedImages, Given, Hidden, Losses, PackedBatch, Passed, Pending, TextRows, Unimo,
-};
+use crate::model::{Back, Computing, Dropout, EmbeddedImages, Given, Hidden, Losses, PackedBatch, Passed, Pending, Unimo};
 use crate::ops::{Ahead, Computation, Part, Targets};
 use crate::recipe::Recipe;
 use crate::vision::{Pictures, Seen, Vision};
@@ -205,7 +203,7 @@ impl Chunk {
             {
                 if let Some(targets) = targets {
                     of.push(counted(name, weight, rows.len()));
-                    given.push(Given::Matrices { all: vec![targets.clone()], vary: true });
+                    given.push(Given::of_varying_rows(targets));
                 }
             }
             terms.push(Term::of(of, computing, &Regions { model }, (Some(hidden), &given), device)?);
@@ -226,9 +224,8 @@ impl Chunk {
             anyhow::Ok(vec![means.map_or_else(|| Given::rows(rows), |means| Given::matrix(&means))])
         };
         let texts = |rows: &[usize]| {
-            let TextRows { rows, counts } = model.text_rows(&self.packed, rows)?;
-            let given = if counts.is_some() { Given::varying_rows(&rows) } else { Given::rows(&rows) };
-            anyhow::Ok((Kind::Texts(counts), vec![given]))
+            let rows = model.text_rows(&self.packed, rows)?;
+            anyhow::Ok((vec![rows.given()], Kind::Texts(rows.counts)))
         };
         if !parts.text_rows.is_empty() {
             let both = [
@@ -240,7 +237,7 @@ impl Chunk {
                     put(place, Kind::Images(of_images), images(image_rows)?);
                 }
                 if !text_rows.is_empty() {
-                    let (kind, given) = texts(text_rows)?;
+                    let (given, kind) = texts(text_rows)?;
                     put(place + 1, kind, given);
                 }
             }
@@ -250,7 +247,7 @@ impl Chunk {
         }
         if let Some(means) = &self.further_means {
             put(5, Kind::Images(EmbeddedImages::Further), vec![Given::matrix(means)]);
-            let (kind, given) = texts(&parts.further_text_rows)?;
+            let (given, kind) = texts(&parts.further_text_rows)?;
             put(6, kind, given);
         }
         let mut encoded = Encoded::default();

@@ -165,7 +165,7 @@ impl Comparison {
         if terms == 0 {
             return Ok(None);
         }
-        let given = [images.clone(), texts].map(|all| Given::Matrices { all, vary: false });
+        let given = [images.clone(), texts].map(|all| Given::Matrices { all, parts: None });
         // The loss is the sum of them.
         let of = vec![Counted { name: CONTRAST, weight, share: 1.0 }; terms];
         Ok(Some(Term::of(of, computing, &computation, (None, &given), device)?))

@@ -7,7 +7,7 @@ mod task;
 
 use candle_core::{Device, Result, Tensor};
 
-use super::attention_tables::filled;
+use super::attention_tables::unit;
 use super::layers::{Counts, Forward, Runs};
 use super::operator::on_machine;
 use super::recording::{OfMachine, Records};
@@ -18,8 +18,8 @@ use tape::Leaf;
 /// In messages.
 const NAME: &str = "computation";
 
-/// Rows that vary in number are filled up to a multiple of about this part of them.
-const PARTS: usize = 32;
+/// The fewest that rows are filled up to a multiple of.
+const LEAST: usize = 16;
 
 /// An array that a computation is given.
 pub enum Given<'a> {
@@ -31,15 +31,16 @@ pub enum Given<'a> {
         pass: &'a Forward,
         /// Which rows.
         ids: &'a [u32],
-        /// Their number varies: they are filled up, with a row that counts nothing.
-        fill: bool,
+        /// Of rows that vary in number, the part of them that they are filled up to a multiple of (`1 / parts`, about), with one that
+        /// counts nothing.
+        parts: Option<usize>,
     },
     /// Matrices of one width, f32 and contiguous, each below the one before.
     Matrices {
         /// At least one.
         all: &'a [Tensor],
-        /// The number of their rows varies, as above.
-        fill: bool,
+        /// As above, of the rows of all together.
+        parts: Option<usize>,
         /// Gradients by them are asked for.
         wanted: bool,
     },
@@ -64,11 +65,11 @@ impl Given<'_> {
 
     fn leaf(&self) -> Result<Leaf> {
         let (counted, width) = self.sizes()?;
-        let (fill, wanted) = match *self {
-            Given::Rows { fill, .. } => (fill, true),
-            Given::Matrices { fill, wanted, .. } => (fill, wanted),
+        let (parts, wanted) = match *self {
+            Given::Rows { parts, .. } => (parts, true),
+            Given::Matrices { parts, wanted, .. } => (parts, wanted),
         };
-        let rows = if fill { filled(counted, PARTS) } else { counted };
+        let rows = parts.map_or(counted, |parts| counted.next_multiple_of(unit(counted, parts).max(LEAST)));
         Ok(Leaf { shape: (rows, width), counted, wanted })
     }
 }

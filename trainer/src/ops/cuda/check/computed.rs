@@ -88,7 +88,7 @@ pub fn cross_modal(device: &Device) -> Result<Vec<Outcome>> {
         let kinds: Vec<Vec<f32>> = (0u32..).zip(SIZES).map(|(kind, (m, n))| values(120 + 5 * pass + kind, m * n)).collect();
         let tensors = kinds.iter().zip(SIZES).map(|(kind, size)| Ok([Tensor::from_slice(kind, size, device)?]));
         let tensors = tensors.collect::<candle_core::Result<Vec<_>>>()?;
-        let given: Vec<_> = tensors.iter().map(|all| Given::Matrices { all, fill: false, wanted: true }).collect();
+        let given: Vec<_> = tensors.iter().map(|all| Given::Matrices { all, parts: None, wanted: true }).collect();
         let Found { outputs, by_weights, by_given } = computations.at_once(&contrast, &given, &[1.0], device)?;
         let wide: Vec<Vec<f64>> = kinds.iter().map(|kind| kind.iter().map(|v| f64::from(*v)).collect()).collect();
         let at = f64::from(read(&log_temperature)?[0]);

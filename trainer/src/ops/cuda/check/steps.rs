@@ -6,7 +6,7 @@ use anyhow::{Context, Result};
 use candle_core::{Device, Var};
 
 use super::{Outcome, error, read, values};
-use crate::model::{Back, Dropout, EmbeddedImages, Given, ModelConfig, Packer, Regions, TextRows, Unimo, gradients_of};
+use crate::model::{Back, Dropout, EmbeddedImages, Given, ModelConfig, Packer, Regions, Unimo, gradients_of};
 use crate::objectives::losses::{Contrasting, Encoding, Kind, Language, Matching};
 use crate::ops::cuda::layers::Counts;
 use crate::ops::{self, Precision, Targets};
@@ -65,9 +65,9 @@ pub fn first_steps(device: &Device) -> Result<Steps> {
         let (computing, hidden) = (model.computing(), Some(&passed.hidden));
         let by: Vec<Var> = model.weights().values().cloned().collect();
 
-        let TextRows { rows, counts } = model.text_rows(&batch, &texts)?;
-        let kinds = vec![Kind::Images(EmbeddedImages::Described), Kind::Texts(counts)];
-        let given = [Given::rows(&images), Given::varying_rows(&rows)];
+        let rows = model.text_rows(&batch, &texts)?;
+        let given = [Given::rows(&images), rows.given()];
+        let kinds = vec![Kind::Images(EmbeddedImages::Described), Kind::Texts(rows.counts)];
         let (encoded, pending) = computing.forward(&Encoding { model: &model, dropout, kinds }, (hidden, &given), device)?;
         let leaves = encoded.iter().map(|of| Var::from_tensor(&of.detach())).collect::<candle_core::Result<Vec<_>>>()?;
         let given: Vec<_> = leaves.iter().map(|leaf| Given::matrix(leaf)).collect();
