@@ -166,10 +166,11 @@ fn recorded_computations_are_those_of_candle() {
     assert_eq!(asked, found);
 }
 
-/// What a recording has for good is told apart: another rate, another number of parts.
+/// What a recording has for good is told apart: another rate, another number of parts, weights elsewhere.
 #[test]
 fn what_is_put_down_otherwise_is_another_computation() {
-    let weights = weights();
+    let (weights, elsewhere) = (weights(), weights());
+    elsewhere[4].set(&tensor(WIDTH, 2 * WIDTH, 7.0)).unwrap();
     emulated(0, || {
         let computations = Computations::default();
         let everything = || Everything::new(&weights, &COUNTS[0], 0.0);
@@ -177,14 +178,15 @@ fn what_is_put_down_otherwise_is_another_computation() {
         let mut parts = everything();
         let last = parts.targets.parts.pop().unwrap();
         parts.targets.parts.extend([Part { rows: 5, ..last }, Part { rows: last.rows - 5, ..last }]);
-        let variants = [everything(), Everything { rate: 0.1, ..everything() }, parts, everything()];
+        let others = Everything { weights: &elsewhere, ..everything() };
+        let variants = [everything(), Everything { rate: 0.1, ..everything() }, parts, others, everything()];
         for _ in 0..2 {
             for variant in &variants {
                 assert_near(&at_once(&computations, variant, &arrays), &composed(variant, &arrays));
             }
         }
         // The last one is the first again.
-        assert_eq!(computations.counts(), Counts { passes: 8, replayed: 5, recordings: 3 });
+        assert_eq!(computations.counts(), Counts { passes: 10, replayed: 6, recordings: 4 });
     });
 }
 
