@@ -6,6 +6,7 @@ mod computed;
 mod formulas;
 pub(super) mod networks;
 mod steps;
+mod updates;
 
 use std::fmt;
 
@@ -131,7 +132,7 @@ pub fn operators(device: &Device, mut tell: impl FnMut(&Outcome)) -> Result<Vec<
     for case in cases::all() {
         outcomes.extend(case.check(device)?.into_iter().inspect(&mut tell));
     }
-    for made in [cases::draws(device)?, cases::updates(device)?, computed::cross_modal(device)?] {
+    for made in [updates::draws(device)?, updates::updates(device)?, computed::cross_modal(device)?] {
         outcomes.extend(made.into_iter().inspect(&mut tell));
     }
     Ok(outcomes)
