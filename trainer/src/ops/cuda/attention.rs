@@ -45,22 +45,16 @@ impl Kernels {
 
     /// Those of `attention_bf16.cu`, for what is stored in bf16, if they are there for heads of this width.
     fn tensor_cores(depth: usize) -> Option<Self> {
-        /// Sides of a product.
-        const SIDE: usize = 16;
         const TILE: usize = 64;
         let names = match depth {
             32 => ["attention_bf16_32", "attention_bf16_queries_backward_32", "attention_bf16_keys_backward_32"],
             64 => ["attention_bf16_64", "attention_bf16_queries_backward_64", "attention_bf16_keys_backward_64"],
             _ => return None,
         };
-        // Two bf16 are a 32-bit value; of a tile, four warps have sums and shares at the same time.
+        // Two bf16 are a 32-bit value.
         let rows = |count: usize| count * (depth + 8) / 2;
-        let (sums, shares) = (TILE * (SIDE + 4), TILE * (SIDE + 8) / 2);
-        let shared = [
-            rows(TILE + 2 * PASSING) + shares + sums,
-            rows(2 * TILE + 2 * PASSING) + shares + 2 * sums,
-            rows(2 * TILE + 2 * PASSING) + 2 * shares + 2 * PASSING + 2 * sums,
-        ];
+        let both = rows(2 * TILE + 2 * PASSING);
+        let shared = [rows(TILE + 2 * PASSING), both, both + 2 * PASSING];
         Some(Self { tile: TILE, file: "attention_bf16", names, shared, any_width: false })
     }
 
@@ -128,12 +122,19 @@ impl Attention {
         [Argument::Word(self.heads as u32)].into_iter().chain(wide).chain(draws.iter().copied()).collect()
     }
 
-    /// The forward pass. The tables are those of the plan.
-    pub(super) fn forward<M: Machine>(&self, machine: &M, qkv: &Input, placed: Placed) -> Result<Attended<M::Values>> {
+    /// The forward pass of queries, keys and values without their bias, which lies at `bias` in f32 unless that is null. The tables are
+    /// those of the plan.
+    pub(super) fn forward<M: Machine>(
+        &self,
+        machine: &M,
+        qkv: &Input,
+        bias: Address,
+        placed: Placed,
+    ) -> Result<Attended<M::Values>> {
         let (rows, hidden, depth) = self.sizes(qkv)?;
         let y = machine.allocate(self.element.words(rows * hidden))?;
         let logarithms = machine.allocate(rows * self.heads)?;
-        let first = arguments![qkv.at, placed.queries, machine.at(&y), machine.at(&logarithms)];
+        let first = arguments![qkv.at, bias, placed.queries, machine.at(&y), machine.at(&logarithms)];
         let arguments = [&first[..], &self.last_arguments(depth, placed.seed)].concat();
         self.kernels.launch(machine, 0, [self.tiles[0], self.heads], &arguments)?;
         Ok(Attended { made: (y, Shape::from((rows, hidden))), logarithms })
@@ -144,6 +145,7 @@ impl Attention {
         &self,
         machine: &M,
         pass: &Pass,
+        bias: Address,
         logarithms: &M::Values,
         placed: Placed,
     ) -> Result<M::Values> {
@@ -156,9 +158,9 @@ impl Attention {
         let arguments = arguments![pass.result.at, dy, projections, count as u32, depth as u32];
         let names = ["attention_delta", "attention_delta_bf16"];
         machine.launch(Kernel::on(self.element, "attention", names), of_rows, arguments)?;
-        let first = arguments![qkv, placed.queries, dy, sums, projections, to];
+        let first = arguments![qkv, bias, placed.queries, dy, sums, projections, to];
         self.kernels.launch(machine, 1, [self.tiles[0], self.heads], &[&first[..], &last].concat())?;
-        let first = arguments![qkv, placed.keys, placed.segments, dy, sums, projections, to];
+        let first = arguments![qkv, bias, placed.keys, placed.segments, dy, sums, projections, to];
         self.kernels.launch(machine, 2, [self.tiles[1], self.heads], &[&first[..], &last].concat())?;
         Ok(dqkv)
     }
@@ -190,7 +192,7 @@ impl Operator for Alone {
 
     fn forward<M: Machine>(&self, machine: &M, inputs: &[Input]) -> Result<(M::Values, Shape)> {
         let (_words, placed) = self.upload(machine)?;
-        let Attended { made, logarithms } = self.attention.forward(machine, &inputs[0], placed)?;
+        let Attended { made, logarithms } = self.attention.forward(machine, &inputs[0], Address::NULL, placed)?;
         self.logarithms.put(logarithms);
         Ok(made)
     }
@@ -198,7 +200,7 @@ impl Operator for Alone {
     fn backward<M: Machine>(&self, machine: &M, pass: &Pass) -> Result<Vec<Option<M::Values>>> {
         let logarithms = self.logarithms.take::<M::Values>(Self::NAME)?;
         let (_words, placed) = self.upload(machine)?;
-        Ok(vec![Some(self.attention.gradient(machine, pass, &logarithms, placed)?)])
+        Ok(vec![Some(self.attention.gradient(machine, pass, Address::NULL, &logarithms, placed)?)])
     }
 }
 

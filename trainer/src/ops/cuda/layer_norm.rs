@@ -9,6 +9,22 @@ use super::{all_column_sums, copy, draws};
 /// Values that a block may add up in its shared memory, 48 KiB on every device.
 const SHARED_VALUES: usize = 48 * 1024 / 4;
 
+/// Values of a row that a warp takes at one time: `FEW` of the kernels a lane.
+const STEP: usize = 8 * WARP;
+/// Kernels whose warps hold rows of one to four such steps in their registers: forward and backward.
+const HOLDING: [[&str; 2]; 4] = [
+    ["layer_norm_bf16_1", "layer_norm_backward_bf16_1"],
+    ["layer_norm_bf16_2", "layer_norm_backward_bf16_2"],
+    ["layer_norm_bf16_3", "layer_norm_backward_bf16_3"],
+    ["layer_norm_bf16_4", "layer_norm_backward_bf16_4"],
+];
+
+/// Those for such rows, if there are any and all that they read and write lies in places of sixteen bytes.
+fn holding(element: Element, width: usize, places: &[Address]) -> Option<[&'static str; 2]> {
+    let whole = element == Element::Bf16 && width.is_multiple_of(8) && places.iter().all(|place| place.0.is_multiple_of(16));
+    HOLDING.get(width.div_ceil(STEP).checked_sub(1)?).filter(|_| whole).copied()
+}
+
 /// LayerNorm of one array or of the sum of two.
 #[derive(Debug)]
 pub(super) struct LayerNorm {
@@ -62,7 +78,12 @@ impl LayerNorm {
         let grid = Grid { blocks: [rows.div_ceil(4).max(1), 1, 1], threads: 4 * WARP, shared: 0 };
         let (to, count, wide) = (machine.at(&y), rows as u32, width as u32);
         let arguments = arguments![residual, x, added, weight, bias, to, count, wide, self.eps, seed, limit, scale];
-        machine.launch(Kernel::on(element, "layer_norm", ["layer_norm", "layer_norm_bf16"]), grid, arguments)?;
+        let holding = holding(element, width, &[residual, x, added, weight, bias, to]);
+        let kernel = match holding {
+            Some([forward, _]) => Kernel("layer_norm", forward),
+            None => Kernel::on(element, "layer_norm", ["layer_norm", "layer_norm_bf16"]),
+        };
+        machine.launch(kernel, grid, arguments)?;
         Ok((y, summands[0].shape.clone()))
     }
 
@@ -83,18 +104,27 @@ impl LayerNorm {
         if warps == 0 {
             candle_core::bail!("layer_norm: rows of {width} values are wider than a block's memory");
         }
-        // Rows of a block: it leaves sums behind, and a large device wants to be busy.
-        let each = (rows / 512).clamp(8, 32);
-        let blocks = rows.div_ceil(each).max(1);
-        let (by_sum, partial) = (summands[0].alike(machine)?, machine.allocate(blocks * parts * width)?);
+        let by_sum = summands[0].alike(machine)?;
         let by_x = self.keep.map(|_| summands[0].alike(machine)).transpose()?;
-        let dx = by_x.as_ref().map_or(Address::NULL, |dx| machine.at(dx));
+        let (ds, dx) = (machine.at(&by_sum), by_x.as_ref().map_or(Address::NULL, |dx| machine.at(dx)));
+        let holding = holding(element, width, &[residual, x, added, weight, gradient.at, ds, dx]);
+        // Rows of a block: it leaves sums behind, and a large device wants to be busy. Where warps hold their rows, three blocks share one of
+        // its 132 multiprocessors, and all should run at the same time.
+        let each = match holding {
+            Some(_) => rows.div_ceil(3 * 128).clamp(8, 64),
+            None => (rows / 512).clamp(8, 32),
+        };
+        let blocks = rows.div_ceil(each).max(1);
+        let partial = machine.allocate(blocks * parts * width)?;
         let (limit, scale) = self.draws();
         let grid = Grid { blocks: [blocks, 1, 1], threads: warps * WARP, shared: warps * sums_of_warp };
-        let of_values = arguments![residual, x, added, weight, gradient.at, machine.at(&by_sum), dx, machine.at(&partial)];
+        let of_values = arguments![residual, x, added, weight, gradient.at, ds, dx, machine.at(&partial)];
         let of_rows = arguments![rows as u32, width as u32, each as u32, self.eps, seed, limit, scale];
-        let names = ["layer_norm_backward", "layer_norm_backward_bf16"];
-        machine.launch(Kernel::on(element, "layer_norm", names), grid, &[&of_values[..], of_rows].concat())?;
+        let kernel = match holding {
+            Some([_, backward]) => Kernel("layer_norm", backward),
+            None => Kernel::on(element, "layer_norm", ["layer_norm_backward", "layer_norm_backward_bf16"]),
+        };
+        machine.launch(kernel, grid, &[&of_values[..], of_rows].concat())?;
         let by_parameters = all_column_sums(machine, partial, blocks, parts * width)?;
         Ok(Gradients { by_sum, by_x, by_parameters })
     }

@@ -79,11 +79,11 @@ fn norms() -> Vec<Case<'static>> {
             tolerance: tolerance(element),
         }
     };
-    let of_product = |element: Element| {
-        let (rows, width, rate, seed) = (21, 40, 0.2, 78);
+    let of_product = |rows: usize, width: usize, element: Element| {
+        let (rate, seed) = (0.2, 78);
         let shapes: [&[usize]; 5] = [&[rows, width], &[rows, width], &[width], &[width], &[width]];
         Case {
-            name: format!("LayerNorm of a residual sum with a product's bias, stored in {element:?}"),
+            name: format!("LayerNorm of a residual sum with a product's bias, {width} wide, stored in {element:?}"),
             inputs: shapes.iter().zip(4..).map(|(shape, seed)| input(seed, shape, 1.5)).collect(),
             run: Box::new(move |t| dropout_add_layer_norm((&t[0], &t[1]), (rate, seed), &[&t[2], &t[3], &t[4]], EPS, element)),
             formula: Box::new(move |v| {
@@ -94,7 +94,7 @@ fn norms() -> Vec<Case<'static>> {
             tolerance: tolerance(element),
         }
     };
-    let mut cases = vec![
+    vec![
         // More rows than a block of the backward pass takes.
         alone(70, 20),
         // So wide that a block has fewer warps.
@@ -103,9 +103,13 @@ fn norms() -> Vec<Case<'static>> {
         sum(52, Element::Bf16),
         // More than all lanes take at one time, and the last one takes less.
         sum(292, Element::Bf16),
-    ];
-    cases.extend([Element::F32, Element::Bf16].map(of_product));
-    cases
+        of_product(21, 40, Element::F32),
+        // Rows that warps hold, of one to four steps; with and without a bias, and the last step whole or not.
+        of_product(21, 40, Element::Bf16),
+        sum(296, Element::Bf16),
+        of_product(70, 768, Element::Bf16),
+        of_product(5, 1000, Element::Bf16),
+    ]
 }
 
 /// What contrasts are made of.

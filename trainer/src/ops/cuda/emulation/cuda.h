@@ -6,12 +6,13 @@
 #include <cstddef>
 #include <cstdint>
 #include <cstring>
+#include <limits>
 
 #define __device__
 #define __global__
 #define __forceinline__ inline
 #define __restrict__
-#define __launch_bounds__(threads)
+#define __launch_bounds__(...)
 // Blocks run one after another, so one copy serves them all.
 #define __shared__ static
 #define SHARED(type, name) type* name = reinterpret_cast<type*>(emulation::dynamic_shared())
@@ -33,6 +34,10 @@ void wait_for_block();
 void wait_for_warp();
 // A word that every thread of the block shows to the others.
 uint32_t& shown(unsigned thread);
+// Words that a lane shows to those of its warp at one time.
+constexpr unsigned WORDS_SHOWN = 6;
+// What every lane of the warp shows here; it is there until the warp's next but one time.
+const uint32_t (*show(const uint32_t (&own)[WORDS_SHOWN]))[WORDS_SHOWN];
 
 template <typename T>
 T exchange(T value, unsigned from) {
@@ -100,3 +105,10 @@ inline float __bfloat162float(__nv_bfloat16 value) {
     std::memcpy(&wide, &bits, sizeof wide);
     return wide;
 }
+
+inline float power_of_two(float x) {
+    float y = std::exp2(x);
+    return y < std::numeric_limits<float>::min() ? 0.0f : y;
+}
+
+inline float reciprocal(float x) { return 1.0f / x; }

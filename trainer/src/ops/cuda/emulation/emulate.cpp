@@ -45,6 +45,9 @@ jmp_buf scheduler;
 unsigned running;
 Index block, block_threads, grid;
 uint32_t words[MOST_THREADS];
+// In turns: a lane may already show its next words while others still read these.
+uint32_t of_lanes[2][MOST_THREADS][WORDS_SHOWN];
+bool turn[MOST_THREADS];
 alignas(32) unsigned char dynamic[SHARED_BYTES + GUARD * sizeof(float)];
 std::string failure;
 
@@ -197,7 +200,15 @@ const Kernel kernels[] = {
     KERNEL(layer_norm),
     KERNEL(layer_norm_backward),
     KERNEL(layer_norm_backward_bf16),
+    KERNEL(layer_norm_backward_bf16_1),
+    KERNEL(layer_norm_backward_bf16_2),
+    KERNEL(layer_norm_backward_bf16_3),
+    KERNEL(layer_norm_backward_bf16_4),
     KERNEL(layer_norm_bf16),
+    KERNEL(layer_norm_bf16_1),
+    KERNEL(layer_norm_bf16_2),
+    KERNEL(layer_norm_bf16_3),
+    KERNEL(layer_norm_bf16_4),
     KERNEL(log_shares),
     KERNEL(log_shares_backward),
     KERNEL(pack_rows),
@@ -247,6 +258,14 @@ unsigned thread_number() { return running; }
 void* dynamic_shared() { return dynamic; }
 uint32_t& shown(unsigned thread) { return words[thread]; }
 
+const uint32_t (*show(const uint32_t (&own)[WORDS_SHOWN]))[WORDS_SHOWN] {
+    auto& shown = of_lanes[turn[running]];
+    turn[running] = !turn[running];
+    std::memcpy(shown[running], own, sizeof own);
+    wait_for_warp();
+    return shown + running / WARP * WARP;
+}
+
 void wait_for_block() {
     fibers[running].at = At::block_barrier;
     back_to_scheduler();
@@ -285,6 +304,7 @@ extern "C" int emulation_launch(
                     if (!run_block(threads, shared_bytes, order)) {
                         // Fibers that hang in the middle of a kernel start anew.
                         for (Fiber& fiber : fibers) fiber.started = false;
+                        std::fill(turn, turn + MOST_THREADS, false);
                         return 1;
                     }
         return 0;

@@ -1,78 +1,64 @@
-// What the kernels use of CUDA's warp matrix functions. A factor is whole in every thread, which reads it where and when it
-// comes by: memory that another thread has not written yet, for want of a barrier, shows. Of sums each thread has eight.
+// What kernels use of tensor cores (see ../kernels/mma.cuh), as the PTX ISA describes it: each lane has its part of every matrix.
 #pragma once
 
-#include <limits>
-#include <type_traits>
+#include <cstring>
 
 #include "cuda.h"
 
-namespace nvcuda {
-namespace wmma {
-
-struct matrix_a {};
-struct matrix_b {};
-struct accumulator {};
-struct row_major {};
-struct col_major {};
-enum layout_t { mem_row_major, mem_col_major };
-
-template <typename Use, int M, int N, int K, typename T, typename Layout = void>
-struct fragment;
-
-// Row i of a, or column i of b.
-template <typename Use, typename Layout>
-struct fragment<Use, 16, 16, 16, __nv_bfloat16, Layout> {
-    float at[16][16];
-};
-
-template <>
-struct fragment<accumulator, 16, 16, 16, float> {
-    static constexpr int num_elements = 8;
-    float x[8];
-};
-
-// A device demands both, and does not say so where they fail.
-template <typename T>
-bool aligned(const T* from, unsigned pitch) {
-    return reinterpret_cast<uintptr_t>(from) % 32 == 0 && pitch * sizeof(T) % 16 == 0;
+inline uint32_t pair(float first, float second) {
+    return uint32_t(__float2bfloat16(first).bits) | uint32_t(__float2bfloat16(second).bits) << 16;
 }
 
-template <typename Use, typename Layout>
-void load_matrix_sync(fragment<Use, 16, 16, 16, __nv_bfloat16, Layout>& to, const __nv_bfloat16* from, unsigned pitch) {
-    constexpr bool by_lines = std::is_same<Use, matrix_a>::value == std::is_same<Layout, row_major>::value;
-    for (unsigned i = 0; i < 16; i++) {
+inline uint32_t sum_of_pairs(uint32_t a, uint32_t b) {
+    auto value = [](uint32_t pair, unsigned shift) { return __bfloat162float({uint16_t(pair >> shift)}); };
+    return pair(value(a, 0) + value(b, 0), value(a, 16) + value(b, 16));
+}
+
+namespace emulation {
+
+// What every lane of the warp shows to the others at this point.
+struct Shown {
+    const uint32_t (*lanes)[WORDS_SHOWN];
+
+    // Value `column` of row `row` of the matrix [8, 8] whose rows' pairs the lanes' words `word` are.
+    float value(unsigned word, unsigned row, unsigned column) const {
+        uint32_t pair = lanes[4 * row + column / 2][word];
+        return __bfloat162float({uint16_t(column % 2 ? pair >> 16 : pair)});
+    }
+};
+
+// A lane reads its row when it comes by: what another thread has not written yet, for want of a barrier, shows.
+inline void load_four(uint32_t (&words)[4], const __nv_bfloat16* row, bool turned) {
+    uint32_t own[WORDS_SHOWN] = {};
+    std::memcpy(own, row, 16);
+    // A device demands that, and does not say so where it fails.
+    if (reinterpret_cast<uintptr_t>(row) % 16 != 0) std::memset(own, 0xff, 16);
+    auto lanes = show(own);
+    unsigned lane = thread_number() % 32, of_lane = lane / 4, first = 2 * (lane % 4);
+    for (unsigned m = 0; m < 4; m++) {
+        auto value = [&](unsigned row, unsigned column) {
+            uint32_t pair = lanes[8 * m + row][column / 2];
+            return column % 2 ? pair >> 16 : pair & 0xffff;
+        };
+        words[m] = turned ? value(first, of_lane) | value(first + 1, of_lane) << 16
+                          : value(of_lane, first) | value(of_lane, first + 1) << 16;
+    }
+}
+
+}  // namespace emulation
+
+inline void load_four(uint32_t (&words)[4], const __nv_bfloat16* row) { emulation::load_four(words, row, false); }
+inline void load_four_turned(uint32_t (&words)[4], const __nv_bfloat16* row) { emulation::load_four(words, row, true); }
+
+inline void multiply_add(float (&sums)[4], const uint32_t (&a)[4], uint32_t upper, uint32_t lower) {
+    const uint32_t own[emulation::WORDS_SHOWN] = {a[0], a[1], a[2], a[3], upper, lower};
+    emulation::Shown shown{emulation::show(own)};
+    unsigned lane = emulation::thread_number() % 32;
+    for (unsigned e = 0; e < 4; e++) {
+        unsigned row = lane / 4, below = e / 2, column = 2 * (lane % 4) + e % 2;
         for (unsigned k = 0; k < 16; k++) {
-            float value = __bfloat162float(by_lines ? from[i * pitch + k] : from[k * pitch + i]);
-            to.at[i][k] = aligned(from, pitch) ? value : std::numeric_limits<float>::quiet_NaN();
+            // b's column is a row of its lanes' words.
+            sums[e] += shown.value(below + 2 * (k / 8), row, k % 8) * shown.value(4 + k / 8, column, k % 8);
         }
     }
 }
-
-inline void fill_fragment(fragment<accumulator, 16, 16, 16, float>& sums, float value) {
-    for (float& sum : sums.x) sum = value;
-}
-
-template <typename A, typename B>
-void mma_sync(
-    fragment<accumulator, 16, 16, 16, float>& to, const fragment<matrix_a, 16, 16, 16, __nv_bfloat16, A>& a,
-    const fragment<matrix_b, 16, 16, 16, __nv_bfloat16, B>& b, const fragment<accumulator, 16, 16, 16, float>& sums
-) {
-    for (unsigned e = 0; e < 8; e++) {
-        unsigned place = emulation::thread_number() % 32 + 32 * e;
-        float sum = sums.x[e];
-        for (unsigned k = 0; k < 16; k++) sum += a.at[place / 16][k] * b.at[place % 16][k];
-        to.x[e] = sum;
-    }
-}
-
-inline void store_matrix_sync(float* to, const fragment<accumulator, 16, 16, 16, float>& sums, unsigned pitch, layout_t layout) {
-    for (unsigned e = 0; e < 8; e++) {
-        unsigned place = emulation::thread_number() % 32 + 32 * e, row = place / 16, column = place % 16;
-        float value = aligned(to, pitch) ? sums.x[e] : std::numeric_limits<float>::quiet_NaN();
-        to[layout == mem_row_major ? row * pitch + column : column * pitch + row] = value;
-    }
-}
-
-}  // namespace wmma
-}  // namespace nvcuda

@@ -1,6 +1,7 @@
 // Attention over packed sequences that never writes its probabilities to memory (FlashAttention, arXiv 2205.14135, and
 // FlashAttention-2, arXiv 2307.08691): keys pass by in tiles under a softmax that is corrected as it goes; the backward pass
-// makes the probabilities anew from the logarithm of each row's sum. `qkv` is [rows, 3, heads, depth].
+// makes the probabilities anew from the logarithm of each row's sum. `qkv` is [rows, 3, heads, depth], without its bias [3, heads,
+// depth], which may be null.
 //
 // A block has four warps. What stays (queries forward, keys in their own backward pass) is STAYING rows, STAYING / 4 of them a
 // warp's; what passes is a lane's each.
@@ -14,24 +15,27 @@ constexpr uint32_t OF_LANE = 3;
 template <typename T>
 struct Heads {
     const T* values;
+    const float* bias;
     uint32_t stride, offset, depth;
 
-    // Copies a row (zeros where it is absent), `factor` times.
+    // Copies a row with its bias (zeros where it is absent), `factor` times.
     __device__ __forceinline__ void load(float* to, bool present, uint32_t row, uint32_t i, float factor) const {
-        *to = present ? widened(values[size_t(row) * stride + offset + i]) * factor : 0.0f;
+        float added = bias ? bias[offset + i] : 0.0f;
+        *to = present ? (widened(values[size_t(row) * stride + offset + i]) + added) * factor : 0.0f;
     }
 };
 
 template <typename T>
 __device__ __forceinline__ void attend(
-    float* shared, const T* qkv, const QueryTile* tiles, T* y, float* logarithms, uint32_t heads, uint32_t depth, Dropout of_pass
+    float* shared, const T* qkv, const float* bias, const QueryTile* tiles, T* y, float* logarithms, uint32_t heads,
+    uint32_t depth, Dropout of_pass
 ) {
     float *queries = shared, *keys = queries + STAYING * depth, *values = keys + PASSING * (depth + 1);
     QueryTile tile = tiles[blockIdx.x];
     uint32_t head = blockIdx.y, hidden = heads * depth, stride = 3 * hidden;
     uint32_t lane = threadIdx.x % WARP, warp = threadIdx.x / WARP;
-    Heads<T> query = {qkv, stride, head * depth, depth}, key = {qkv, stride, hidden + head * depth, depth};
-    Heads<T> value = {qkv, stride, 2 * hidden + head * depth, depth};
+    Heads<T> query = {qkv, bias, stride, head * depth, depth}, key = {qkv, bias, stride, hidden + head * depth, depth};
+    Heads<T> value = {qkv, bias, stride, 2 * hidden + head * depth, depth};
     Dropout dropout = of_block(of_pass, tile.block, head);
     for (uint32_t i = threadIdx.x; i < STAYING * depth; i += blockDim.x) {
         query.load(queries + i, i / depth < tile.count, tile.first + i / depth, i % depth, 1.0f / sqrtf(depth));
@@ -98,16 +102,16 @@ __device__ __forceinline__ void project(const T* y, const T* dy, float* delta, u
 // The gradient by the queries, into the first third of dqkv's columns.
 template <typename T>
 __device__ __forceinline__ void attend_queries_backward(
-    float* shared, const T* qkv, const QueryTile* tiles, const T* dy, const float* logarithms, const float* delta, T* dqkv,
-    uint32_t heads, uint32_t depth, Dropout of_pass
+    float* shared, const T* qkv, const float* bias, const QueryTile* tiles, const T* dy, const float* logarithms,
+    const float* delta, T* dqkv, uint32_t heads, uint32_t depth, Dropout of_pass
 ) {
     float *queries = shared, *gradients = queries + STAYING * depth;
     float *keys = gradients + STAYING * depth, *values = keys + PASSING * (depth + 1);
     QueryTile tile = tiles[blockIdx.x];
     uint32_t head = blockIdx.y, hidden = heads * depth, stride = 3 * hidden;
     uint32_t lane = threadIdx.x % WARP, warp = threadIdx.x / WARP;
-    Heads<T> query = {qkv, stride, head * depth, depth}, key = {qkv, stride, hidden + head * depth, depth};
-    Heads<T> value = {qkv, stride, 2 * hidden + head * depth, depth}, gradient = {dy, hidden, head * depth, depth};
+    Heads<T> query = {qkv, bias, stride, head * depth, depth}, key = {qkv, bias, stride, hidden + head * depth, depth};
+    Heads<T> value = {qkv, bias, stride, 2 * hidden + head * depth, depth}, gradient = {dy, nullptr, hidden, head * depth, depth};
     Dropout dropout = of_block(of_pass, tile.block, head);
     float root = 1.0f / sqrtf(depth);
     for (uint32_t i = threadIdx.x; i < STAYING * depth; i += blockDim.x) {
@@ -168,16 +172,16 @@ __device__ __forceinline__ void attend_queries_backward(
 // The gradients by keys and values, into the other two thirds: every row that sees a key passes by it.
 template <typename T>
 __device__ __forceinline__ void attend_keys_backward(
-    float* shared, const T* qkv, const KeyTile* tiles, const Segment* segments, const T* dy, const float* logarithms,
-    const float* delta, T* dqkv, uint32_t heads, uint32_t depth, Dropout of_pass
+    float* shared, const T* qkv, const float* bias, const KeyTile* tiles, const Segment* segments, const T* dy,
+    const float* logarithms, const float* delta, T* dqkv, uint32_t heads, uint32_t depth, Dropout of_pass
 ) {
     float *keys = shared, *values = keys + STAYING * depth;
     float *queries = values + STAYING * depth, *gradients = queries + PASSING * (depth + 1);
     KeyTile tile = tiles[blockIdx.x];
     uint32_t head = blockIdx.y, hidden = heads * depth, stride = 3 * hidden;
     uint32_t lane = threadIdx.x % WARP, warp = threadIdx.x / WARP;
-    Heads<T> query = {qkv, stride, head * depth, depth}, key = {qkv, stride, hidden + head * depth, depth};
-    Heads<T> value = {qkv, stride, 2 * hidden + head * depth, depth}, gradient = {dy, hidden, head * depth, depth};
+    Heads<T> query = {qkv, bias, stride, head * depth, depth}, key = {qkv, bias, stride, hidden + head * depth, depth};
+    Heads<T> value = {qkv, bias, stride, 2 * hidden + head * depth, depth}, gradient = {dy, nullptr, hidden, head * depth, depth};
     float root = 1.0f / sqrtf(depth);
     for (uint32_t i = threadIdx.x; i < STAYING * depth; i += blockDim.x) {
         bool present = i / depth < tile.count;
@@ -245,11 +249,11 @@ __device__ __forceinline__ void attend_keys_backward(
 
 #define OF_TYPE(T, suffix)                                                                                                      \
     extern "C" __global__ void attention##suffix(                                                                               \
-        const T* qkv, const QueryTile* tiles, T* y, float* logarithms, uint32_t heads, uint32_t depth, const uint32_t* seed,    \
-        uint32_t limit, float scale                                                                                             \
+        const T* qkv, const float* bias, const QueryTile* tiles, T* y, float* logarithms, uint32_t heads, uint32_t depth,       \
+        const uint32_t* seed, uint32_t limit, float scale                                                                       \
     ) {                                                                                                                         \
         SHARED(float, shared);                                                                                                  \
-        attend(shared, qkv, tiles, y, logarithms, heads, depth, seeded(seed, limit, scale));                                    \
+        attend(shared, qkv, bias, tiles, y, logarithms, heads, depth, seeded(seed, limit, scale));                              \
     }                                                                                                                           \
     extern "C" __global__ void attention_delta##suffix(                                                                         \
         const T* y, const T* dy, float* delta, uint32_t count, uint32_t depth                                                   \
@@ -257,20 +261,20 @@ __device__ __forceinline__ void attend_keys_backward(
         project(y, dy, delta, count, depth);                                                                                    \
     }                                                                                                                           \
     extern "C" __global__ void attention_queries_backward##suffix(                                                              \
-        const T* qkv, const QueryTile* tiles, const T* dy, const float* logarithms, const float* delta, T* dqkv,                \
-        uint32_t heads, uint32_t depth, const uint32_t* seed, uint32_t limit, float scale                                       \
-    ) {                                                                                                                         \
-        SHARED(float, shared);                                                                                                  \
-        attend_queries_backward(shared, qkv, tiles, dy, logarithms, delta, dqkv, heads, depth, seeded(seed, limit, scale));     \
-    }                                                                                                                           \
-    extern "C" __global__ void attention_keys_backward##suffix(                                                                 \
-        const T* qkv, const KeyTile* tiles, const Segment* segments, const T* dy, const float* logarithms, const float* delta,  \
+        const T* qkv, const float* bias, const QueryTile* tiles, const T* dy, const float* logarithms, const float* delta,      \
         T* dqkv, uint32_t heads, uint32_t depth, const uint32_t* seed, uint32_t limit, float scale                              \
     ) {                                                                                                                         \
         SHARED(float, shared);                                                                                                  \
-        attend_keys_backward(                                                                                                   \
-            shared, qkv, tiles, segments, dy, logarithms, delta, dqkv, heads, depth, seeded(seed, limit, scale)                 \
-        );                                                                                                                      \
+        Dropout dropout = seeded(seed, limit, scale);                                                                           \
+        attend_queries_backward(shared, qkv, bias, tiles, dy, logarithms, delta, dqkv, heads, depth, dropout);                  \
+    }                                                                                                                           \
+    extern "C" __global__ void attention_keys_backward##suffix(                                                                 \
+        const T* qkv, const float* bias, const KeyTile* tiles, const Segment* segments, const T* dy, const float* logarithms,   \
+        const float* delta, T* dqkv, uint32_t heads, uint32_t depth, const uint32_t* seed, uint32_t limit, float scale          \
+    ) {                                                                                                                         \
+        SHARED(float, shared);                                                                                                  \
+        Dropout dropout = seeded(seed, limit, scale);                                                                           \
+        attend_keys_backward(shared, qkv, bias, tiles, segments, dy, logarithms, delta, dqkv, heads, depth, dropout);           \
     }
 
 OF_TYPE(float, )

@@ -7,10 +7,25 @@
 #include <cuda_bf16.h>
 #include <stdint.h>
 #define SHARED(type, name) extern __shared__ __align__(32) type name[]
+
+// 2 to the power of x, and 1 / x, to the last bits but two; what is below the normal numbers is zero.
+__device__ __forceinline__ float power_of_two(float x) {
+    float y;
+    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+    return y;
+}
+
+__device__ __forceinline__ float reciprocal(float x) {
+    float y;
+    asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+    return y;
+}
 #endif
 
 #define WARP 32u
 #define ALL_LANES 0xffffffffu
+
+constexpr float LOG2_E = 1.44269504088896341f;
 
 using bf16 = __nv_bfloat16;
 
@@ -25,18 +40,47 @@ constexpr uint32_t FEW = 8;
 
 __device__ __forceinline__ bool in_sixteens(const void* place) { return reinterpret_cast<size_t>(place) % 16 == 0; }
 
+// FEW values as they lie in memory, in places of sixteen bytes.
+template <typename T>
+struct Few {
+    uint4 words[FEW * sizeof(T) / 16];
+};
+
+template <typename T>
+__device__ __forceinline__ Few<T> fetch(const T* from) {
+    Few<T> few;
+#pragma unroll
+    for (uint32_t i = 0; i < FEW * sizeof(T) / 16; i++) few.words[i] = reinterpret_cast<const uint4*>(from)[i];
+    return few;
+}
+
+template <typename T>
+__device__ __forceinline__ void widen(const Few<T>& few, float (&to)[FEW]) {
+    union {
+        Few<T> few;
+        T values[FEW];
+    } all = {few};
+#pragma unroll
+    for (uint32_t e = 0; e < FEW; e++) to[e] = widened(all.values[e]);
+}
+
+template <typename T>
+__device__ __forceinline__ void store(T* to, const float (&from)[FEW]) {
+    union {
+        Few<T> few;
+        T values[FEW];
+    } all;
+#pragma unroll
+    for (uint32_t e = 0; e < FEW; e++) put(all.values[e], from[e]);
+#pragma unroll
+    for (uint32_t i = 0; i < FEW * sizeof(T) / 16; i++) reinterpret_cast<uint4*>(to)[i] = all.few.words[i];
+}
+
 // The first `count` of FEW values from `from` on; the others become zero.
 template <typename T>
 __device__ __forceinline__ void read_few(const T* from, uint32_t count, float (&to)[FEW]) {
     if (count >= FEW && in_sixteens(from)) {
-        union {
-            uint4 words[FEW * sizeof(T) / 16];
-            T values[FEW];
-        } all;
-#pragma unroll
-        for (uint32_t i = 0; i < FEW * sizeof(T) / 16; i++) all.words[i] = reinterpret_cast<const uint4*>(from)[i];
-#pragma unroll
-        for (uint32_t e = 0; e < FEW; e++) to[e] = widened(all.values[e]);
+        widen(fetch(from), to);
     } else {
 #pragma unroll
         for (uint32_t e = 0; e < FEW; e++) to[e] = e < count ? widened(from[e]) : 0.0f;
@@ -47,14 +91,7 @@ __device__ __forceinline__ void read_few(const T* from, uint32_t count, float (&
 template <typename T>
 __device__ __forceinline__ void write_few(T* to, uint32_t count, const float (&from)[FEW]) {
     if (count >= FEW && in_sixteens(to)) {
-        union {
-            uint4 words[FEW * sizeof(T) / 16];
-            T values[FEW];
-        } all;
-#pragma unroll
-        for (uint32_t e = 0; e < FEW; e++) put(all.values[e], from[e]);
-#pragma unroll
-        for (uint32_t i = 0; i < FEW * sizeof(T) / 16; i++) reinterpret_cast<uint4*>(to)[i] = all.words[i];
+        store(to, from);
     } else {
 #pragma unroll
         for (uint32_t e = 0; e < FEW; e++) {
@@ -109,8 +146,10 @@ struct Dropout {
     uint32_t seed, limit;
     float scale;
 
+    __device__ __forceinline__ bool keeps(uint32_t index) const { return draw(seed, index) <= limit; }
+
     __device__ __forceinline__ float operator()(float value, uint32_t index) const {
-        return draw(seed, index) <= limit ? value * scale : 0.0f;
+        return keeps(index) ? value * scale : 0.0f;
     }
 };
 
@@ -130,4 +169,9 @@ struct Columns {
 
     // Its first value of a row.
     __device__ __forceinline__ size_t at(uint32_t row) const { return size_t(row) * width + column; }
+
+    // Whether FEW of each row lie in places of sixteen bytes.
+    __device__ __forceinline__ bool whole(const void* matrix) const {
+        return count == FEW && width % FEW == 0 && in_sixteens(matrix);
+    }
 };

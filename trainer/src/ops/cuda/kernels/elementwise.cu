@@ -4,11 +4,38 @@
 #define FOR_EACH(i, count) \
     for (size_t i = blockIdx.x * size_t(blockDim.x) + threadIdx.x; i < (count); i += size_t(gridDim.x) * blockDim.x)
 
-__device__ __forceinline__ float normal_distribution(float x) { return 0.5f * (1.0f + erff(x * 0.70710678118654752f)); }
+// The normal distribution's function and its density, the latter without its factor 1 / √2π.
+struct Normal {
+    float below, exponential;
+};
+
+__device__ __forceinline__ Normal normal_at(float x, float) {
+    return {0.5f * (1.0f + erff(x * 0.70710678118654752f)), expf(-0.5f * x * x)};
+}
+
+// Of what is rounded to bf16 afterwards: to 1e-7, by the one exponential for both (Abramowitz and Stegun, 7.1.26).
+__device__ __forceinline__ Normal normal_at(float x, bf16) {
+    float exponential = power_of_two(x * x * (-0.5f * LOG2_E));
+    float t = reciprocal(1.0f + 0.3275911f * 0.70710678118654752f * fabsf(x));
+    float sum = ((((1.061405429f * t - 1.453152027f) * t + 1.421413741f) * t - 0.284496736f) * t + 0.254829592f) * t;
+    float beyond = 0.5f * sum * exponential;
+    return {x < 0.0f ? beyond : 1.0f - beyond, exponential};
+}
 
 // The columns' part of a row; zeros where it is null.
 __device__ __forceinline__ void read_columns(const float* row, const Columns& columns, float (&to)[FEW]) {
     read_few(row ? row + columns.column : row, row ? columns.count : 0, to);
+}
+
+// Rows that are read at one time, where they can be read so.
+constexpr uint32_t AT_ONCE = 4;
+
+template <typename T>
+__device__ __forceinline__ void gelu_of_few(const float (&added)[FEW], float (&some)[FEW]) {
+    for (uint32_t e = 0; e < FEW; e++) {
+        float value = some[e] + added[e];
+        some[e] = value * normal_at(value, T()).below;
+    }
 }
 
 // y = GELU(x + bias), x [rows, width]; no bias where it is null.
@@ -17,14 +44,35 @@ __device__ __forceinline__ void gelu_of(const T* x, const float* bias, T* y, Col
     if (columns.count == 0) return;
     float added[FEW], some[FEW];
     read_columns(bias, columns, added);
-#pragma unroll 2
-    for (uint32_t row = columns.first; row < columns.end; row++) {
-        read_few(x + columns.at(row), columns.count, some);
-        for (uint32_t e = 0; e < FEW; e++) {
-            float value = some[e] + added[e];
-            some[e] = value * normal_distribution(value);
+    uint32_t row = columns.first;
+    for (bool whole = columns.whole(x) && columns.whole(y); whole && row + AT_ONCE <= columns.end; row += AT_ONCE) {
+        Few<T> rows[AT_ONCE];
+#pragma unroll
+        for (uint32_t r = 0; r < AT_ONCE; r++) rows[r] = fetch(x + columns.at(row + r));
+#pragma unroll
+        for (uint32_t r = 0; r < AT_ONCE; r++) {
+            widen(rows[r], some);
+            gelu_of_few<T>(added, some);
+            store(y + columns.at(row + r), some);
         }
+    }
+    for (; row < columns.end; row++) {
+        read_few(x + columns.at(row), columns.count, some);
+        gelu_of_few<T>(added, some);
         write_few(y + columns.at(row), columns.count, some);
+    }
+}
+
+// Makes dx of dy, and adds it up.
+template <typename T>
+__device__ __forceinline__ void gelu_backward_of_few(
+    const float (&added)[FEW], const float (&some)[FEW], float (&by)[FEW], float (&sum)[FEW]
+) {
+    for (uint32_t e = 0; e < FEW; e++) {
+        float value = some[e] + added[e];
+        Normal normal = normal_at(value, T());
+        by[e] *= normal.below + value * 0.39894228040143268f * normal.exponential;
+        sum[e] += by[e];
     }
 }
 
@@ -36,16 +84,27 @@ __device__ __forceinline__ void gelu_backward_of(
     if (columns.count == 0) return;
     float added[FEW], some[FEW], by[FEW], sum[FEW] = {};
     read_columns(bias, columns, added);
-#pragma unroll 2
-    for (uint32_t row = columns.first; row < columns.end; row++) {
+    uint32_t row = columns.first;
+    bool whole = columns.whole(x) && columns.whole(dy) && columns.whole(dx);
+    for (; whole && row + AT_ONCE <= columns.end; row += AT_ONCE) {
+        Few<T> rows[AT_ONCE], by_rows[AT_ONCE];
+#pragma unroll
+        for (uint32_t r = 0; r < AT_ONCE; r++) {
+            rows[r] = fetch(x + columns.at(row + r));
+            by_rows[r] = fetch(dy + columns.at(row + r));
+        }
+#pragma unroll
+        for (uint32_t r = 0; r < AT_ONCE; r++) {
+            widen(rows[r], some);
+            widen(by_rows[r], by);
+            gelu_backward_of_few<T>(added, some, by, sum);
+            store(dx + columns.at(row + r), by);
+        }
+    }
+    for (; row < columns.end; row++) {
         read_few(x + columns.at(row), columns.count, some);
         read_few(dy + columns.at(row), columns.count, by);
-        for (uint32_t e = 0; e < FEW; e++) {
-            float value = some[e] + added[e];
-            float density = 0.39894228040143268f * expf(-0.5f * value * value);
-            by[e] *= normal_distribution(value) + value * density;
-            sum[e] += by[e];
-        }
+        gelu_backward_of_few<T>(added, some, by, sum);
         write_few(dx + columns.at(row), columns.count, by);
     }
     if (sums) write_few(sums + columns.at(blockIdx.y), columns.count, sum);

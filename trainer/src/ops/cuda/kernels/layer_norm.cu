@@ -2,7 +2,7 @@
 // product that x is. A warp works on a row.
 #include "device.cuh"
 
-// Values of one row before the normalisation; made anew where they are needed, which costs less than keeping them.
+// Values of one row before the normalisation, made anew where they are needed.
 template <typename T>
 struct Row {
     const T *residual, *x;
@@ -70,6 +70,19 @@ __device__ __forceinline__ void normalise(
     }
 }
 
+// The block's row of `partial` [blocks, parts, width], of sums [warps, parts, FEW, spans], in which neighbouring lanes have neighbouring
+// values.
+__device__ __forceinline__ void add_up_warps(const float* sums, float* partial, uint32_t parts, uint32_t width) {
+    uint32_t spans = (width + FEW - 1) / FEW, of_warp = parts * FEW * spans;
+    __syncthreads();
+    for (uint32_t i = threadIdx.x; i < parts * width; i += blockDim.x) {
+        uint32_t column = i % width, place = (i / width * FEW + column % FEW) * spans + column / FEW;
+        float sum = 0;
+        for (uint32_t other = 0; other < blockDim.x / WARP; other++) sum += sums[size_t(other) * of_warp + place];
+        partial[size_t(blockIdx.x) * parts * width + i] = sum;
+    }
+}
+
 // Writes ds, the gradient by the sum, and dx, that by x where it differs (null where it does not). A block takes `rows_each`
 // rows; row blockIdx.x of `partial` [blocks, 2, width] receives their share of the gradients by weight and bias, and where there is
 // something added, that by it: [blocks, 3, width].
@@ -78,7 +91,6 @@ __device__ __forceinline__ void normalise_backward(
     const T* residual, const T* x, const float* added, const float* weight, const T* dy, T* ds, T* dx, float* partial,
     float* sums, uint32_t rows, uint32_t width, uint32_t rows_each, float eps, Dropout dropout
 ) {
-    // sums [warps, 2 or 3, FEW, spans]: neighbouring lanes add to neighbouring values.
     uint32_t spans = (width + FEW - 1) / FEW, parts = added ? 3 : 2, of_warp = parts * FEW * spans;
     uint32_t lane = threadIdx.x % WARP, warp = threadIdx.x / WARP, warps = blockDim.x / WARP;
     float *dweight = sums + size_t(warp) * of_warp, *dbias = dweight + FEW * spans, *dadded = dbias + FEW * spans;
@@ -117,13 +129,152 @@ __device__ __forceinline__ void normalise_backward(
             for (uint32_t e = 0; added && e < FEW; e++) dadded[e * spans + i / FEW] += by[e];
         }
     }
-    __syncthreads();
-    for (uint32_t i = threadIdx.x; i < parts * width; i += blockDim.x) {
-        uint32_t column = i % width, place = (i / width * FEW + column % FEW) * spans + column / FEW;
-        float sum = 0;
-        for (uint32_t other = 0; other < warps; other++) sum += sums[size_t(other) * of_warp + place];
-        partial[size_t(blockIdx.x) * parts * width + i] = sum;
+    add_up_warps(sums, partial, parts, width);
+}
+
+// A row of bf16 whose values a warp has in its registers: a multiple of FEW, at most STEPS · 256, in places of sixteen bytes. They are
+// read, added up and dropped out once.
+template <uint32_t STEPS>
+struct Held {
+    float values[STEPS][FEW];
+    // A bit for each that dropout keeps.
+    uint32_t kept;
+
+    static __device__ __forceinline__ uint32_t column(uint32_t step) { return (step * WARP + threadIdx.x % WARP) * FEW; }
+
+    // Also FEW values of another array each, read at the same time.
+    __device__ __forceinline__ void read(const Row<bf16>& row, uint32_t width, const bf16* other, Few<bf16> (&others)[STEPS]) {
+        static_assert(STEPS * FEW <= 32, "a bit for each value");
+        Few<bf16> x[STEPS], residual[STEPS];
+#pragma unroll
+        for (uint32_t step = 0; step < STEPS; step++) {
+            x[step] = residual[step] = others[step] = {};
+            if (column(step) >= width) continue;
+            x[step] = fetch(row.x + row.first + column(step));
+            if (row.residual) residual[step] = fetch(row.residual + row.first + column(step));
+            if (other) others[step] = fetch(other + row.first + column(step));
+        }
+        kept = 0xffffffffu;
+#pragma unroll
+        for (uint32_t step = 0; step < STEPS; step++) {
+            float some[FEW];
+            widen(x[step], values[step]);
+            if (row.added && column(step) < width) {
+                widen(fetch(row.added + column(step)), some);
+                for (uint32_t e = 0; e < FEW; e++) values[step][e] += some[e];
+            }
+            if (row.dropout.limit != 0xffffffffu) {
+                for (uint32_t e = 0; e < FEW; e++) {
+                    bool keeps = row.dropout.keeps(uint32_t(row.first + column(step) + e));
+                    values[step][e] = keeps ? values[step][e] * row.dropout.scale : 0.0f;
+                    if (!keeps) kept &= ~(1u << (step * FEW + e));
+                }
+            }
+            widen(residual[step], some);
+            for (uint32_t e = 0; e < FEW; e++) values[step][e] += some[e];
+        }
     }
+
+    // Makes the values normal ones, with a mean of zero and a variance of one; gives what the deviations were multiplied by.
+    __device__ __forceinline__ float normalise(uint32_t width, float eps) {
+        float sum = 0, square = 0;
+#pragma unroll
+        for (uint32_t i = 0; i < STEPS * FEW; i++) sum += values[i / FEW][i % FEW];
+        float mean = warp_sum(sum) / width;
+#pragma unroll
+        for (uint32_t i = 0; i < STEPS * FEW; i++) {
+            float& value = values[i / FEW][i % FEW];
+            value = column(i / FEW) < width ? value - mean : 0.0f;
+            square += value * value;
+        }
+        float factor = 1.0f / sqrtf(warp_sum(square) / width + eps);
+#pragma unroll
+        for (uint32_t i = 0; i < STEPS * FEW; i++) values[i / FEW][i % FEW] *= factor;
+        return factor;
+    }
+};
+
+template <uint32_t STEPS>
+__device__ __forceinline__ void normalise_held(
+    const bf16* residual, const bf16* x, const float* added, const float* weight, const float* bias, bf16* y, uint32_t rows,
+    uint32_t width, float eps, Dropout dropout
+) {
+    uint32_t number = (blockIdx.x * blockDim.x + threadIdx.x) / WARP;
+    if (number >= rows) return;
+    Row<bf16> row = {residual, x, added, size_t(number) * width, dropout};
+    Held<STEPS> held;
+    Few<bf16> none[STEPS];
+    held.read(row, width, nullptr, none);
+    held.normalise(width, eps);
+#pragma unroll
+    for (uint32_t step = 0; step < STEPS; step++) {
+        uint32_t i = held.column(step);
+        if (i >= width) continue;
+        float factors[FEW], more[FEW];
+        widen(fetch(weight + i), factors);
+        widen(fetch(bias + i), more);
+        for (uint32_t e = 0; e < FEW; e++) more[e] += held.values[step][e] * factors[e];
+        store(y + row.first + i, more);
+    }
+}
+
+// As `normalise_backward`; sums over the warp's rows are in its registers until the last.
+template <uint32_t STEPS>
+__device__ __forceinline__ void normalise_held_backward(
+    const bf16* residual, const bf16* x, const float* added, const float* weight, const bf16* dy, bf16* ds, bf16* dx,
+    float* partial, float* sums, uint32_t rows, uint32_t width, uint32_t rows_each, float eps, Dropout dropout
+) {
+    uint32_t warp = threadIdx.x / WARP, first = blockIdx.x * rows_each, end = min(first + rows_each, rows);
+    float dweight[STEPS][FEW] = {}, dbias[STEPS][FEW] = {}, dadded[STEPS][FEW] = {};
+    for (uint32_t number = first + warp; number < end; number += blockDim.x / WARP) {
+        Row<bf16> row = {residual, x, added, size_t(number) * width, dropout};
+        Held<STEPS> held;
+        Few<bf16> given[STEPS];
+        held.read(row, width, dy, given);
+        float factor = held.normalise(width, eps), sum = 0, projection = 0, by[FEW], factors[FEW];
+#pragma unroll
+        for (uint32_t step = 0; step < STEPS; step++) {
+            if (held.column(step) >= width) continue;
+            widen(fetch(weight + held.column(step)), factors);
+            widen(given[step], by);
+            for (uint32_t e = 0; e < FEW; e++) {
+                float normal = held.values[step][e];
+                sum += by[e] * factors[e];
+                projection += by[e] * factors[e] * normal;
+                dweight[step][e] += by[e] * normal;
+                dbias[step][e] += by[e];
+            }
+        }
+        sum = warp_sum(sum) / width;
+        projection = warp_sum(projection) / width;
+#pragma unroll
+        for (uint32_t step = 0; step < STEPS; step++) {
+            size_t at = row.first + held.column(step);
+            if (held.column(step) >= width) continue;
+            widen(fetch(weight + held.column(step)), factors);
+            widen(given[step], by);
+            for (uint32_t e = 0; e < FEW; e++) by[e] = factor * (by[e] * factors[e] - sum - held.values[step][e] * projection);
+            store(ds + at, by);
+            if (dropout.limit != 0xffffffffu) {
+                for (uint32_t e = 0; e < FEW; e++) by[e] = held.kept >> (step * FEW + e) & 1 ? by[e] * dropout.scale : 0.0f;
+            }
+            if (dx) store(dx + at, by);
+            for (uint32_t e = 0; e < FEW; e++) dadded[step][e] += by[e];
+        }
+    }
+    uint32_t spans = width / FEW, parts = added ? 3 : 2;
+    float* own = sums + size_t(warp) * parts * width;
+#pragma unroll
+    for (uint32_t step = 0; step < STEPS; step++) {
+        if (Held<STEPS>::column(step) >= width) continue;
+        for (uint32_t e = 0; e < FEW; e++) {
+            uint32_t at = e * spans + Held<STEPS>::column(step) / FEW;
+            own[at] = dweight[step][e];
+            own[width + at] = dbias[step][e];
+            if (added) own[2 * width + at] = dadded[step][e];
+        }
+    }
+    add_up_warps(sums, partial, parts, width);
 }
 
 // `residual` and `added` may be null; `limit` is that of Dropout, 0xffffffff drops nothing and reads no seed.
@@ -148,3 +299,29 @@ __device__ __forceinline__ void normalise_backward(
 OF_TYPE(float, )
 OF_TYPE(bf16, _bf16)
 #undef OF_TYPE
+
+// Names of these end with STEPS.
+#define OF_STEPS(STEPS)                                                                                                         \
+    extern "C" __global__ void layer_norm_bf16_##STEPS(                                                                         \
+        const bf16* residual, const bf16* x, const float* added, const float* weight, const float* bias, bf16* y,               \
+        uint32_t rows, uint32_t width, float eps, const uint32_t* seed, uint32_t limit, float scale                             \
+    ) {                                                                                                                         \
+        Dropout dropout = seeded(seed, limit, scale);                                                                           \
+        normalise_held<STEPS>(residual, x, added, weight, bias, y, rows, width, eps, dropout);                                  \
+    }                                                                                                                           \
+    extern "C" __global__ void __launch_bounds__(128, STEPS < 4 ? 3 : 2) layer_norm_backward_bf16_##STEPS(                       \
+        const bf16* residual, const bf16* x, const float* added, const float* weight, const bf16* dy, bf16* ds, bf16* dx,       \
+        float* partial, uint32_t rows, uint32_t width, uint32_t rows_each, float eps, const uint32_t* seed, uint32_t limit,     \
+        float scale                                                                                                             \
+    ) {                                                                                                                         \
+        SHARED(float, sums);                                                                                                    \
+        Dropout dropout = seeded(seed, limit, scale);                                                                           \
+        normalise_held_backward<STEPS>(                                                                                         \
+            residual, x, added, weight, dy, ds, dx, partial, sums, rows, width, rows_each, eps, dropout                         \
+        );                                                                                                                      \
+    }
+
+OF_STEPS(1)
+OF_STEPS(2)
+OF_STEPS(3)
+OF_STEPS(4)

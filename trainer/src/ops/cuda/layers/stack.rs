@@ -217,9 +217,9 @@ impl<M: Machine> Stack<'_, M> {
             Ok(make(self.norm().of(machine, &summands.map(Array::input), &parameters)?))
         };
         let [_, at_middle, at_end] = self.seeds(number);
-        let inputs = [x.input(), self.matrix(number, QKV), self.vector(number, QKV_BIAS)?];
-        let qkv = make(self.linear().forward(machine, &inputs)?);
-        let Attended { made, logarithms } = self.attention.forward(machine, &qkv.input(), self.placed(number))?;
+        let qkv = product(x, QKV)?;
+        let bias = self.vector(number, QKV_BIAS)?.at;
+        let Attended { made, logarithms } = self.attention.forward(machine, &qkv.input(), bias, self.placed(number))?;
         let attended = make(made);
         let projected = product(&attended, OUTPUT)?;
         let middle = norm([x, &projected], MIDDLE_NORM, at_middle)?;
@@ -282,7 +282,8 @@ impl<M: Machine> Stack<'_, M> {
         let by_attended = like(there(product(attended.input(), OUTPUT, &by_projected, None, &mut all)?)?, &attended);
         drop(by_projected);
         let pass = Pass { inputs: &[qkv.input()], result: &attended.input(), gradient: &by_attended.input() };
-        let by_qkv = like(self.attention.gradient(machine, &pass, &logarithms, self.placed(layer))?, &qkv);
+        let bias = self.vector(layer, QKV_BIAS)?.at;
+        let by_qkv = like(self.attention.gradient(machine, &pass, bias, &logarithms, self.placed(layer))?, &qkv);
         drop((by_attended, attended, logarithms, qkv));
         let (rows, width) = by_qkv.shape.dims2()?;
         let by_bias = column_sums(machine, by_qkv.at, by_qkv.element, rows, width)?;
