@@ -5,10 +5,12 @@
 #   gpu-check/check.sh                                                  # where the device is: at most ten minutes
 #
 # Prints a line for every kernel, then trains a small model for twenty steps on the device and on the CPU, and, where Python has
-# PyTorch, compares the speed of both. Exits with 0 if everything is right, 1 if not. `check.sh rehearse PROGRAM` does on the CPU
-# what can be done there, to see that the script itself works. `check.sh stand-in PROGRAM` does the whole with a driver and cuBLAS that
-# run on the processor (stand-in/driver.cpp; a C++ compiler is needed, seven minutes), and where the program was built with the feature
-# `nccl`, trains on two ranks whose devices sum by a stand-in of NCCL.
+# PyTorch, compares the speed of both. Exits with 0 if everything is right, 1 if not. What was printed is also in the folder RESULTS, if
+# that is set, as it comes. The parts alone: `check.sh kernels`, `check.sh train`, `check.sh compare …` with what compare.py takes.
+#
+# Without a device: `check.sh rehearse PROGRAM` does on the CPU what can be done there, to see that the script itself works. `check.sh
+# stand-in PROGRAM` does the whole with a driver and cuBLAS that run on the processor (stand-in/driver.cpp; a C++ compiler is needed, seven
+# minutes), and where the program was built with the feature `nccl`, trains on two ranks whose devices sum by a stand-in of NCCL.
 set -euo pipefail
 here=$(cd "$(dirname "$0")" && pwd)
 
@@ -29,27 +31,36 @@ pack() {
     [ "$size" -le 64 ] || { echo "more than the 64 MiB that can be carried" >&2; exit 1; }
 }
 
-# CUDA's libraries: the system's, or those that came with PyTorch.
+# CUDA's libraries: those that came with PyTorch, so that both are compared on the same, or the system's.
 find_libraries() {
-    local folders="/usr/local/cuda/lib64:/usr/local/cuda/targets/x86_64-linux/lib" packages
+    local folders="" packages
     for packages in $(python3 -c 'import site, sys; print(*site.getsitepackages(), *sys.path, sep="\n")' 2>/dev/null | sort -u); do
         for folder in "$packages"/nvidia/*/lib; do
-            [ -d "$folder" ] && folders+=":$folder"
+            [ -d "$folder" ] && folders+="$folder:"
         done
     done
-    export LD_LIBRARY_PATH="$folders:${LD_LIBRARY_PATH:-}"
+    export LD_LIBRARY_PATH="$folders/usr/local/cuda/lib64:/usr/local/cuda/targets/x86_64-linux/lib:${LD_LIBRARY_PATH:-}"
 }
 
 failed=0
+# step WHAT FILE SECONDS COMMAND…: a part, which may take so long, and its file in RESULTS.
 step() {
-    printf '\n== %s\n' "$1"
-    shift
-    "$@" || { echo "FAILED ($?): $*"; failed=1; }
+    local what=$1 file=$2 seconds=$3
+    shift 3
+    printf '\n== %s\n' "$what"
+    [ -z "${RESULTS:-}" ] || mkdir -p "$RESULTS"
+    # A function sees to its time by itself.
+    [ "$(type -t "$1")" = function ] || set -- timeout "$seconds" "$@"
+    "$@" 2>&1 | tee ${RESULTS:+"$RESULTS/$file.txt"} || { echo "FAILED ($?): $*"; failed=1; }
+}
+
+finish() {
+    [ "$failed" = 0 ] && echo "all right" || echo "something is wrong"
+    exit "$failed"
 }
 
 # Pictures of nine random regions with random captions, a tokenizer, a size and a recipe with most objectives.
 write_data() {
-    local program=$1 work=$2
     python3 - "$work" <<'PYTHON'
 import array, base64, io, json, pathlib, random, sys, tarfile
 folder, rng = pathlib.Path(sys.argv[1]), random.Random(1)
@@ -93,15 +104,17 @@ PYTHON
     "$program" tokenizer --pairs "$work/captions-0000.tar" --vocabulary 300 --out "$work/tokenizer.json"
 }
 
+train() {
+    timeout "${TRAINING_SECONDS:-1000}" "$program" pretrain --size "$work/size.toml" --recipe "${recipe:-$work/recipe.toml}" \
+        --tokenizer "$work/tokenizer.json" --pairs "$work/captions-0000.tar" --regions "$work/regions.tsv" \
+        --features "$work/features" --precision f32 "$@"
+}
+
 # Equal data, draws and masks on the device and on the CPU: the losses stay together. A run that the CPU began, the device ends,
 # and it has them too where it keeps no activations.
 train_both() {
-    local program=$1 work=$2 first=$3 second=$4
-    train() {
-        "$program" pretrain --size "$work/size.toml" --recipe "$work/recipe.toml" --tokenizer "$work/tokenizer.json" \
-            --pairs "$work/captions-0000.tar" --regions "$work/regions.tsv" --features "$work/features" --precision f32 "$@"
-    }
-    write_data "$program" "$work" &&
+    local first=$1 second=$2
+    write_data &&
         train --out "$work/first" --device "$first" &&
         train --out "$work/second" --device "$second" &&
         train --out "$work/mixed" --device "$first" --stop-after 10 &&
@@ -117,29 +130,57 @@ sys.exit(len(apart) != 20 or apart[0] > 1e-4 or max(apart) > 2e-2)
 PYTHON
 }
 
-run() {
-    local program=$here/target/release/unimo-train work
+# The program that was packed, and a folder to work in.
+unpack() {
+    program=$here/target/release/unimo-train
+    [ -e "$program" ] || [ -e "$program.gz" ] || { echo "there is no $program: check.sh pack makes a folder with it" >&2; exit 2; }
+    [ -x "$program" ] || { gunzip --keep "$program.gz" && chmod +x "$program"; }
+    make_room
+    find_libraries
+    if command -v nvidia-smi >/dev/null; then nvidia-smi --query-gpu=name,driver_version,memory.total --format=csv || true; fi
+}
+
+# Not local: it is cleared away when the script ends.
+make_room() {
     work=$(mktemp -d)
     trap 'rm -rf "$work"' EXIT
-    [ -x "$program" ] || { gunzip --keep "$program.gz" && chmod +x "$program"; }
-    find_libraries
-    command -v nvidia-smi >/dev/null && nvidia-smi --query-gpu=name,driver_version,memory.total --format=csv
-    step "kernels against f64, steps against the CPU's" timeout 200 "$program" gpu check
-    step "training on the device and on the CPU" train_both "$program" "$work" cpu cuda
-    if python3 -c 'import torch, numpy' 2>/dev/null; then
-        step "PyTorch and unimo-train" timeout 330 python3 "$here/trainer/gpu/compare.py" --trainer "$program"
+}
+
+check_kernels() {
+    step "kernels against f64, steps against the CPU's" kernels 150 "$program" gpu check --wide
+}
+
+check_training() {
+    # Five trainings of seconds each; one that hangs is ended.
+    TRAINING_SECONDS=40 step "training on the device and on the CPU" training 200 train_both cpu cuda
+}
+
+# Within the seconds given. A Python that has PyTorch and cannot use it is a mistake; one without is none.
+check_speed() {
+    local seconds=$1
+    shift
+    if python3 -c 'import importlib.util, sys; sys.exit(not all(map(importlib.util.find_spec, ["torch", "numpy"])))'; then
+        step "PyTorch and unimo-train" speed "$seconds" python3 "$here/trainer/gpu/compare.py" --trainer "$program" \
+            --seconds "$((seconds - 10))" "$@"
     else
-        printf '\n== PyTorch and unimo-train\nleft out: this Python has no torch and numpy\n'
+        printf '\n== PyTorch and unimo-train\nleft out: this Python has no torch or no numpy\n'
     fi
-    [ "$failed" = 0 ] && echo "all right" || { echo "something is wrong"; exit 1; }
+}
+
+# All of it within ten minutes, whatever hangs.
+run() {
+    unpack
+    check_kernels
+    check_training
+    check_speed "$((580 - SECONDS))"
+    finish
 }
 
 rehearse() {
-    local program=$1 work
-    work=$(mktemp -d)
-    trap 'rm -rf "$work"' EXIT
-    step "training twice on the CPU" train_both "$program" "$work" cpu cpu
-    exit "$failed"
+    program=$1
+    make_room
+    step "training twice on the CPU" training 1000 train_both cpu cpu
+    finish
 }
 
 # What was told of two and of four steps: two more make six more copies from the device (losses, norm and temperature, at the end of
@@ -158,7 +199,7 @@ PYTHON
 }
 
 waits_at_the_end_alone() {
-    local work=$1 steps
+    local steps
     for steps in 2 4; do
         # It ends without a checkpoint, and says so.
         train --out "$work/of-$steps" --device cuda --stop-after $steps 2>"$work/of-$steps.txt" || true
@@ -168,19 +209,15 @@ waits_at_the_end_alone() {
 
 # Steps of two ranks, each with a device, are those of one; sums go from device to device, and no host waits for them inside a step.
 ranks_learn_as_one() {
-    local program=$1 work=$2 rank steps
+    local rank steps recipe=$work/two.toml
     # By the same passes, so with the same dropout.
-    sed 's/^images = 16/images = 16\nchunks = 2/' "$work/recipe.toml" >"$work/two.toml"
-    ranked() {
-        "$program" pretrain --size "$work/size.toml" --recipe "$work/two.toml" --tokenizer "$work/tokenizer.json" --precision f32 \
-            --pairs "$work/captions-0000.tar" --regions "$work/regions.tsv" --features "$work/features" --device cuda "$@"
-    }
+    sed 's/^images = 16/images = 16\nchunks = 2/' "$work/recipe.toml" >"$recipe"
     # None has a checkpoint, and says so.
-    ranked --stop-after 4 --out "$work/one-rank" 2>"$work/one-rank.txt" || true
+    train --device cuda --stop-after 4 --out "$work/one-rank" 2>"$work/one-rank.txt" || true
     for steps in 2 4; do
         for rank in 0 1; do
             RANK=$rank WORLD_SIZE=2 MASTER_ADDR=127.0.0.1 MASTER_PORT=$((20000 + $$ % 10000)) \
-                ranked --stop-after $steps --out "$work/two-ranks-$steps" 2>"$work/rank-$rank-$steps.txt" || true &
+                train --device cuda --stop-after $steps --out "$work/two-ranks-$steps" 2>"$work/rank-$rank-$steps.txt" || true &
         done
         wait
     done
@@ -201,9 +238,9 @@ PYTHON
 
 # Checks and trainings with the stand-ins for the driver and NCCL.
 stand_in() {
-    local program=$1 work name
-    work=$(mktemp -d)
-    trap 'rm -rf "$work"' EXIT
+    local name
+    program=$1
+    make_room
     # Fibers leave functions by longjmp, which fortified builds take for a mistake.
     "${CXX:-c++}" -std=c++17 -O2 -ffp-contract=off -fno-strict-aliasing -U_FORTIFY_SOURCE -DUNIMO_EMULATED -shared -fPIC -pthread \
         -o "$work/libcuda.so.1" "$here/stand-in/driver.cpp"
@@ -212,11 +249,11 @@ stand_in() {
         ln -s libcuda.so.1 "$work/lib$name"
     done
     export LD_LIBRARY_PATH=$work STAND_IN_REPORT=1
-    step "kernels against f64, steps against the CPU's" "$program" gpu check
-    step "training on the stand-in and on the CPU" train_both "$program" "$work" cpu cuda
-    step "where the host waits" waits_at_the_end_alone "$work"
-    step "two ranks" ranks_learn_as_one "$program" "$work"
-    exit "$failed"
+    step "kernels against f64, steps against the CPU's" kernels 1000 "$program" gpu check
+    step "training on the stand-in and on the CPU" training 1000 train_both cpu cuda
+    step "where the host waits" waits 1000 waits_at_the_end_alone
+    step "two ranks" ranks 1000 ranks_learn_as_one
+    finish
 }
 
 case ${1:-} in
@@ -225,6 +262,19 @@ case ${1:-} in
         "${1//-/_}" "$program"
         ;;
     pack) pack "${2:?which program}" "${3:?into which folder}" ;;
+    kernels | train | compare)
+        unpack
+        case $1 in
+            kernels) check_kernels ;;
+            train) check_training ;;
+            compare) check_speed 580 "${@:2}" ;;
+        esac
+        finish
+        ;;
     '') run ;;
-    *) echo "usage: check.sh pack PROGRAM FOLDER, check.sh rehearse PROGRAM, check.sh stand-in PROGRAM, or check.sh" >&2; exit 2 ;;
+    *)
+        echo "usage: check.sh [kernels | train | compare …], or check.sh pack PROGRAM FOLDER, check.sh rehearse PROGRAM," \
+            "check.sh stand-in PROGRAM" >&2
+        exit 2
+        ;;
 esac

@@ -8,7 +8,7 @@
 #
 # The program runs where NVIDIA's driver (580 or later) and CUDA 13's cublas, curand and cudart are, on devices of compute
 # capability 8.0 and above; without them it says so, and trains on the CPU. A machine with CUDA 12 or 13 of its own needs nothing
-# of this: with nvcc on the PATH (or CUDA_HOME set) the last line alone does it.
+# of this: with nvcc on the PATH the last line alone does it.
 set -euo pipefail
 
 folder=${1:-cuda-toolchain}

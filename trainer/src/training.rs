@@ -258,15 +258,18 @@ struct DataSeconds {
 }
 
 impl Loop<'_> {
-    /// Learns steps; `after` each, it is given the optimiser, the step's entry for the log, and the number of steps done.
+    /// Learns steps; `after` each, it is given the optimiser, the step's entry for the log, and the number of steps done. Entries tell
+    /// the seconds that have gone by since the first step began.
     fn run(
         &self,
         steps: Range<u64>,
         optimizer: &mut AdamW,
         mut after: impl FnMut(&mut AdamW, serde_json::Value, u64) -> Result<()>,
     ) -> Result<()> {
+        let began = Instant::now();
         self.each_batch(steps, |step, batch, data| {
-            let entry = self.learn(step, &batch, data, optimizer)?;
+            let mut entry = self.learn(step, &batch, data, optimizer)?;
+            entry["elapsed"] = json!(began.elapsed().as_secs_f64());
             after(optimizer, entry, step + 1)
         })
     }

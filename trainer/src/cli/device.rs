@@ -14,7 +14,8 @@ pub enum PrecisionChoice {
     F32,
     /// Factors rounded to 11 bits
     Tf32,
-    /// Factors rounded to 8 bits; weights, activations and gradients stay f32
+    /// Factors rounded to 8 bits, and on a CUDA device what layers keep and the gradients by it; weights, their gradients and sums stay
+    /// f32
     Bf16,
 }
 

@@ -15,6 +15,8 @@ struct Kernels {
     file: &'static str,
     /// Forward, backward by queries and by keys.
     names: [&'static str; 3],
+    /// Makes what gradients by probabilities are measured from, and how many of its threads share a row of a head.
+    delta: (Kernel, usize),
     /// Shared memory that they take, in 32-bit values.
     shared: [usize; 3],
     /// Whether they are told how wide a head is.
@@ -38,6 +40,7 @@ impl Kernels {
                 Element::F32 => ["attention", "attention_queries_backward", "attention_keys_backward"],
                 Element::Bf16 => ["attention_bf16", "attention_queries_backward_bf16", "attention_keys_backward_bf16"],
             },
+            delta: (Kernel::on(element, "attention", ["attention_delta", "attention_delta_bf16"]), WARP),
             shared: [shared(1), shared(2), shared(2)],
             any_width: true,
         }
@@ -46,16 +49,23 @@ impl Kernels {
     /// Those of `attention_bf16.cu`, for what is stored in bf16, if they are there for heads of this width.
     fn tensor_cores(depth: usize) -> Option<Self> {
         const TILE: usize = 64;
-        let names = match depth {
-            32 => ["attention_bf16_32", "attention_bf16_queries_backward_32", "attention_bf16_keys_backward_32"],
-            64 => ["attention_bf16_64", "attention_bf16_queries_backward_64", "attention_bf16_keys_backward_64"],
+        let (names, delta) = match depth {
+            32 => (
+                ["attention_bf16_32", "attention_bf16_queries_backward_32", "attention_bf16_keys_backward_32"],
+                "attention_bf16_delta_32",
+            ),
+            64 => (
+                ["attention_bf16_64", "attention_bf16_queries_backward_64", "attention_bf16_keys_backward_64"],
+                "attention_bf16_delta_64",
+            ),
             _ => return None,
         };
+        let delta = (Kernel("attention_bf16", delta), depth / 8);
         // Two bf16 are a 32-bit value.
         let rows = |count: usize| count * (depth + 8) / 2;
         let both = rows(2 * TILE + 2 * PASSING);
         let shared = [rows(TILE + 2 * PASSING), both, both + 2 * PASSING];
-        Some(Self { tile: TILE, file: "attention_bf16", names, shared, any_width: false })
+        Some(Self { tile: TILE, file: "attention_bf16", names, delta, shared, any_width: false })
     }
 
     /// A block of four warps for each tile and head.
@@ -154,10 +164,9 @@ impl Attention {
         let (delta, dqkv) = (machine.allocate(rows * self.heads)?, pass.inputs[0].alike(machine)?);
         let (sums, projections, to) = (machine.at(logarithms), machine.at(&delta), machine.at(&dqkv));
         let (count, last) = (rows * self.heads, self.last_arguments(depth, placed.seed));
-        let of_rows = Grid { blocks: [count.div_ceil(4).max(1), 1, 1], threads: 4 * WARP, shared: 0 };
-        let arguments = arguments![pass.result.at, dy, projections, count as u32, depth as u32];
-        let names = ["attention_delta", "attention_delta_bf16"];
-        machine.launch(Kernel::on(self.element, "attention", names), of_rows, arguments)?;
+        let (delta_kernel, threads) = self.kernels.delta;
+        let of_rows = Grid { blocks: [(count * threads).div_ceil(4 * WARP).max(1), 1, 1], threads: 4 * WARP, shared: 0 };
+        machine.launch(delta_kernel, of_rows, arguments![pass.result.at, dy, projections, count as u32, depth as u32])?;
         let first = arguments![qkv, bias, placed.queries, dy, sums, projections, to];
         self.kernels.launch(machine, 1, [self.tiles[0], self.heads], &[&first[..], &last].concat())?;
         let first = arguments![qkv, bias, placed.keys, placed.segments, dy, sums, projections, to];

@@ -284,7 +284,11 @@ impl Machine for Emulated {
                 }
             }
         };
-        let read = |address: Address, i: usize| value(Element::of(product.precision), address, i);
+        // TF32 has ten bits of mantissa; tensor cores may leave the others unread.
+        let read = |address: Address, i: usize| match (product.precision, value(Element::of(product.precision), address, i)) {
+            (Precision::Tf32, value) => f64::from(f32::from_bits((value as f32).to_bits() & !0x1fff)),
+            (_, value) => value,
+        };
         let place = |transposed: bool, stride: usize, row: usize, column: usize| match transposed {
             true => row * stride + column,
             false => column * stride + row,

@@ -117,6 +117,8 @@ pub struct Grid {
 pub const THREADS: usize = 256;
 /// Threads of a warp.
 pub const WARP: usize = 32;
+/// Blocks along y, or z, that a device takes.
+const MOST_ALONG_Y: usize = (1 << 16) - 1;
 
 impl Grid {
     /// A thread for each of `count` values; a kernel that walks in steps of the grid takes any number.
@@ -129,21 +131,22 @@ impl Grid {
         Self { blocks: [(rows * width.div_ceil(8)).div_ceil(THREADS).max(1), 1, 1], threads: THREADS, shared: 0 }
     }
 
-    /// For `column_sums`, whose blocks leave a row of sums each, and the rows that a block takes: all, if that does not take a thread
-    /// long, and else as many as leave rows for one more such sum.
-    pub fn summing(rows: usize, width: usize) -> (Self, usize) {
+    /// For `column_sums`, whose blocks leave a row of sums each; the rows that a block takes: all, if that does not take a thread long,
+    /// and else as many as leave rows for one more such sum; and the spans of eight columns that it takes: few of them where it takes all
+    /// rows, so that there are more blocks.
+    pub fn summing(rows: usize, width: usize) -> (Self, usize, usize) {
         /// Rows that a thread adds up, and how few and how many they may be.
         const MANY: usize = 48;
         const FEWEST: usize = 8;
         const MOST: usize = 64;
-        let spans = width.div_ceil(8).max(1);
-        let turns = THREADS / spans.min(WARP);
-        let each = match rows {
-            _ if rows <= 2 * MANY * turns => rows.max(1),
-            _ => rows.div_ceil(MANY * turns).clamp(FEWEST * turns, MOST * turns),
+        let all = width.div_ceil(8).max(1);
+        let turns = |spans: usize| THREADS / all.min(spans);
+        let (spans, each) = match rows {
+            _ if rows <= MANY * turns(8) => (8, rows.max(1)),
+            _ => (WARP, rows.div_ceil(MANY * turns(WARP)).clamp(FEWEST * turns(WARP), MOST * turns(WARP))),
         };
-        let blocks = [spans.div_ceil(WARP), rows.div_ceil(each).max(1), 1];
-        (Self { blocks, threads: THREADS, shared: 8 * THREADS }, each)
+        let blocks = [all.div_ceil(spans), rows.div_ceil(each).max(1), 1];
+        (Self { blocks, threads: THREADS, shared: 8 * THREADS }, each, spans)
     }
 
     /// For kernels whose threads walk down a few columns of a matrix each (`Columns` of the kernels), and the rows that each takes:
@@ -157,7 +160,8 @@ impl Grid {
         let threads = spans.next_multiple_of(WARP).min(128);
         let each = match rows {
             ..=64 => rows.max(1),
-            _ => (rows * spans.div_ceil(WARP) / ENOUGH).clamp(16, 64),
+            // No more blocks along y than a device takes.
+            _ => (rows * spans.div_ceil(WARP) / ENOUGH).clamp(16, 64).max(rows.div_ceil(MOST_ALONG_Y)),
         };
         let blocks = [spans.div_ceil(threads), rows.div_ceil(each).max(1), 1];
         (Self { blocks, threads, shared: 0 }, each)
@@ -284,13 +288,17 @@ mod tests {
 
     #[test]
     fn columns_are_all_walked_and_sums_of_them_end_soon() {
-        for (rows, width) in [(0, 8), (1, 1), (64, 768), (65, 36), (6_000, 256), (20_000, 3_072), (200_000, 2_304)] {
+        for (rows, width) in
+            [(0, 8), (1, 1), (64, 768), (65, 36), (6_000, 256), (20_000, 3_072), (200_000, 2_304), (5_000_000, 32)]
+        {
             let (Grid { blocks, threads, .. }, each) = Grid::columns(rows, width);
             assert!(threads % WARP == 0 && threads * 8 * blocks[0] >= width && each * blocks[1] >= rows, "{rows} of {width}");
+            assert!(blocks[1] <= MOST_ALONG_Y, "{rows} of {width}: {blocks:?}");
             let (mut left, mut passes) = (rows, 0);
             while left > 1 {
-                let (Grid { blocks, threads, .. }, each) = Grid::summing(left, width);
-                assert!(WARP * 8 * blocks[0] >= width && threads == 256 && each * blocks[1] >= left, "{left} of {width}");
+                let (Grid { blocks, threads, .. }, each, spans) = Grid::summing(left, width);
+                assert!(spans * 8 * blocks[0] >= width && threads == 256 && each * blocks[1] >= left, "{left} of {width}");
+                assert!(blocks[1] <= MOST_ALONG_Y, "{left} of {width}: {blocks:?}");
                 (left, passes) = (blocks[1], passes + 1);
             }
             assert!(passes <= 2, "{rows} of {width}: {passes} passes");

@@ -93,9 +93,9 @@ fn partial_column_sums<M: Machine>(
     rows: usize,
     width: usize,
 ) -> Result<(M::Values, usize)> {
-    let (grid, each) = Grid::summing(rows, width);
+    let (grid, each, spans) = Grid::summing(rows, width);
     let sums = machine.allocate(grid.blocks[1] * width)?;
-    let arguments = arguments![values, machine.at(&sums), rows as u32, width as u32, each as u32];
+    let arguments = arguments![values, machine.at(&sums), rows as u32, width as u32, each as u32, spans as u32];
     machine.launch(Kernel::on(element, "rows", ["column_sums", "column_sums_bf16"]), grid, arguments)?;
     Ok((sums, grid.blocks[1]))
 }

@@ -17,6 +17,9 @@ const F32: [f64; 2] = [2e-5, 5e-5];
 /// Of the same with factors rounded to eight bits of mantissa, each off by up to 1/512.
 const BF16: [f64; 2] = [1e-2, 2e-2];
 
+/// Of the same with ten bits, which may be cut off, each factor then off by up to 1/1024.
+const TF32: [f64; 2] = [4e-3, 8e-3];
+
 fn tolerance(element: Element) -> [f64; 2] {
     match element {
         Element::F32 => F32,
@@ -223,6 +226,7 @@ fn products() -> Vec<Case<'static>> {
     };
     let all = [
         of(Precision::F32, Element::F32, F32),
+        of(Precision::Tf32, Element::F32, TF32),
         of(Precision::Bf16, Element::F32, BF16),
         of(Precision::Bf16, Element::Bf16, BF16),
     ];

@@ -25,7 +25,7 @@ namespace emulation {
 namespace {
 
 constexpr unsigned MOST_THREADS = 1024;
-constexpr size_t STACK_BYTES = 64 << 10, SHARED_BYTES = 160 << 10;
+constexpr size_t STACK_BYTES = 64 << 10, SHARED_BYTES = 48 << 10;
 // Words behind a block's shared memory that it may not write.
 constexpr size_t GUARD = 1 << 10;
 constexpr float UNWRITTEN = std::numeric_limits<float>::quiet_NaN();
@@ -161,6 +161,8 @@ const Kernel kernels[] = {
     KERNEL(attention_bf16),
     KERNEL(attention_bf16_32),
     KERNEL(attention_bf16_64),
+    KERNEL(attention_bf16_delta_32),
+    KERNEL(attention_bf16_delta_64),
     KERNEL(attention_bf16_keys_backward_32),
     KERNEL(attention_bf16_keys_backward_64),
     KERNEL(attention_bf16_queries_backward_32),
@@ -286,6 +288,10 @@ extern "C" int emulation_launch(
     using namespace emulation;
     if (threads == 0 || threads > MOST_THREADS || threads % WARP != 0 || shared_bytes > SHARED_BYTES) {
         failure = "a block of that size does not run on a device";
+        return 1;
+    }
+    if (blocks[0] == 0 || blocks[1] == 0 || blocks[2] == 0 || blocks[1] > 0xffff || blocks[2] > 0xffff) {
+        failure = "a grid of that size does not run on a device";
         return 1;
     }
     for (const Kernel& kernel : kernels) {

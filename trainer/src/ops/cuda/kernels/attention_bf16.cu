@@ -517,6 +517,21 @@ __device__ __forceinline__ void keys_backward(
     own_values.write(work.part(dqkv, 2) + at, work.stride, count, by_value);
 }
 
+// As `project` of attention.cu: a thread has FEW values of a row of a head, and its neighbours the others.
+template <uint32_t DEPTH>
+__device__ __forceinline__ void project(const bf16* y, const bf16* dy, float* delta, uint32_t count) {
+    constexpr uint32_t EACH = DEPTH / FEW;
+    uint32_t thread = blockIdx.x * blockDim.x + threadIdx.x, number = thread / EACH;
+    float some[FEW] = {}, by[FEW] = {}, sum = 0;
+    if (number < count) {
+        widen(fetch(y + size_t(thread) * FEW), some);
+        widen(fetch(dy + size_t(thread) * FEW), by);
+    }
+    for (uint32_t e = 0; e < FEW; e++) sum += some[e] * by[e];
+    for (int lanes = EACH / 2; lanes > 0; lanes /= 2) sum += __shfl_xor_sync(ALL_LANES, sum, lanes);
+    if (number < count && thread % EACH == 0) delta[number] = sum;
+}
+
 }  // namespace tensor
 
 // Names of the kernels end with the width of a head. So many blocks share a multiprocessor as its registers are enough for.
@@ -531,6 +546,11 @@ __device__ __forceinline__ void keys_backward(
         auto place = reinterpret_cast<bf16*>(shared);                                                                           \
         Dropout dropout = seeded(seed, limit, scale);                                                                           \
         BY_DROPOUT(tensor::forward, depth, place, qkv, bias, tiles, y, logarithms, heads, dropout);                             \
+    }                                                                                                                           \
+    extern "C" __global__ void attention_bf16_delta_##depth(                                                                    \
+        const bf16* y, const bf16* dy, float* delta, uint32_t count, uint32_t                                                   \
+    ) {                                                                                                                         \
+        tensor::project<depth>(y, dy, delta, count);                                                                            \
     }                                                                                                                           \
     extern "C" __global__ void __launch_bounds__(tensor::THREADS, 3) attention_bf16_queries_backward_##depth(                   \
         const bf16* qkv, const float* bias, const QueryTile* tiles, const bf16* dy, const float* logarithms,                    \

@@ -142,12 +142,15 @@ extern "C" __global__ void sum_rows(
     }
 }
 
-// sums[blockIdx.y] is the sum of the block's rows of values [rows, width]. A block has the columns of a warp, or all if they are fewer,
-// and its threads share out the rows, in turns, and add up in the order of these.
+// sums[blockIdx.y] is the sum of the block's rows of values [rows, width]. A block has `spans` times FEW columns, or all if they are
+// fewer, and its threads share out the rows, in turns, and add up in the order of these.
 template <typename T>
-__device__ __forceinline__ void sum_columns(const T* values, float* sums, uint32_t rows, uint32_t width, uint32_t rows_each) {
+__device__ __forceinline__ void sum_columns(
+    const T* values, float* sums, uint32_t rows, uint32_t width, uint32_t rows_each, uint32_t spans
+) {
     SHARED(float, of_threads);  // [FEW, threads]
-    uint32_t spans = min((width + FEW - 1) / FEW, WARP), turns = blockDim.x / spans;
+    spans = min((width + FEW - 1) / FEW, spans);
+    uint32_t turns = blockDim.x / spans;
     uint32_t turn = threadIdx.x / spans, column = (blockIdx.x * spans + threadIdx.x % spans) * FEW;
     uint32_t count = turn < turns && column < width ? min(FEW, width - column) : 0;
     uint32_t first = blockIdx.y * rows_each, end = min(first + rows_each, rows);
@@ -168,12 +171,16 @@ __device__ __forceinline__ void sum_columns(const T* values, float* sums, uint32
     write_few(sums + size_t(blockIdx.y) * width + column, count, sum);
 }
 
-extern "C" __global__ void column_sums(const float* values, float* sums, uint32_t rows, uint32_t width, uint32_t rows_each) {
-    sum_columns(values, sums, rows, width, rows_each);
+extern "C" __global__ void column_sums(
+    const float* values, float* sums, uint32_t rows, uint32_t width, uint32_t rows_each, uint32_t spans
+) {
+    sum_columns(values, sums, rows, width, rows_each, spans);
 }
 
-extern "C" __global__ void column_sums_bf16(const bf16* values, float* sums, uint32_t rows, uint32_t width, uint32_t rows_each) {
-    sum_columns(values, sums, rows, width, rows_each);
+extern "C" __global__ void column_sums_bf16(
+    const bf16* values, float* sums, uint32_t rows, uint32_t width, uint32_t rows_each, uint32_t spans
+) {
+    sum_columns(values, sums, rows, width, rows_each, spans);
 }
 
 // Each row over its length, a warp for a row.
