@@ -54,6 +54,11 @@ pub enum DeviceError {
     /// A library of CUDA is missing.
     #[error("CUDA cannot be used: {0} was not found; install NVIDIA's driver and CUDA's libraries, or use --device cpu")]
     NoLibrary(String),
+    /// The driver does not know the kernels' code, which a newer CUDA has made.
+    #[error(
+        "CUDA cannot be used: the driver does not take this build's kernels ({0}); install a newer one, build with an older CUDA, or use --device cpu"
+    )]
+    OldDriver(String),
     /// The driver is there and does not work.
     #[error("CUDA cannot be used: the driver says {0}; --device cpu trains on the CPU")]
     Driver(String),
@@ -83,7 +88,7 @@ impl DeviceError {
     pub fn exit_code(&self) -> u8 {
         match self {
             Self::NotBuilt | Self::NoLibrary(_) => 5,
-            Self::Driver(_) | Self::NoDevice { .. } | Self::TooOld { .. } => 4,
+            Self::OldDriver(_) | Self::Driver(_) | Self::NoDevice { .. } | Self::TooOld { .. } => 4,
         }
     }
 }
@@ -97,7 +102,13 @@ impl DeviceChoice {
     pub fn open(self, local_rank: usize) -> Result<Device, DeviceError> {
         match self {
             Self::Cpu => Ok(Device::Cpu),
-            Self::Auto => Ok(open_cuda(|found| local_rank % found).unwrap_or(Device::Cpu)),
+            Self::Auto => Ok(open_cuda(|found| local_rank % found).unwrap_or_else(|error| {
+                // Where there is a device, that it is not used is worth knowing.
+                if matches!(error, DeviceError::OldDriver(_) | DeviceError::TooOld { .. }) {
+                    eprintln!("{error}");
+                }
+                Device::Cpu
+            })),
             Self::Cuda(None) => open_cuda(|found| local_rank % found),
             Self::Cuda(Some(number)) => open_cuda(|_| number),
         }
@@ -140,6 +151,7 @@ fn open_cuda(choose: impl FnOnce(usize) -> usize) -> Result<Device, DeviceError>
     if let Device::Cuda(cuda) = &device {
         // SAFETY: tensors are used on this one stream alone.
         unsafe { cuda.disable_event_tracking() };
+        crate::ops::cuda::load_kernels(cuda).map_err(|error| DeviceError::OldDriver(error.to_string()))?;
         keep_freed_memory(&context);
         OCCUPIED_BEFORE.store(occupied(cuda).unwrap_or(0), std::sync::atomic::Ordering::Relaxed);
     }

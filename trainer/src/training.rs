@@ -174,7 +174,7 @@ fn train(job: &TrainingJob, checkpoints: &Path, resumed: Option<&PathBuf>, ready
     let progress = bar(ranks, end, "{bar:30} step {pos}/{len}  {msg}  {elapsed} gone, {eta} to go").with_position(step);
     let last_step = job.stop_after.map_or(end, |n| end.min(step + n));
     let mut last = resumed.cloned();
-    trainer.run(step..last_step, &mut optimizer, |optimizer, entry, step| {
+    let learnt = trainer.run(step..last_step, &mut optimizer, |optimizer, entry, step| {
         let finished = step == end;
         let saves = step.is_multiple_of(job.recipe.checkpoint_every) || finished;
         if saves && ranks.ranks() > 1 {
@@ -202,7 +202,12 @@ fn train(job: &TrainingJob, checkpoints: &Path, resumed: Option<&PathBuf>, ready
             }
         }
         Ok(())
-    })?;
+    });
+    if let (Err(_), Some(devices)) = (&learnt, ranks.devices()) {
+        // Before what the device is worked with is dropped, which waits for it.
+        devices.give_up();
+    }
+    learnt?;
     progress.finish_and_clear();
     // Nobody leaves before rank 0 has written what there was to write.
     ranks.barrier()?;

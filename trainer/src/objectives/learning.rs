@@ -34,7 +34,7 @@ impl Losses {
     /// Those of candle; a rank that is gone.
     pub fn read(&self, ranks: &dyn Collective) -> Result<(f64, Vec<(&'static str, f64)>)> {
         if let Some(devices) = ranks.devices() {
-            devices.wait()?;
+            devices.wait(ranks)?;
         }
         let values = self.values.as_ref().map(Tensor::to_vec1::<f32>).transpose()?.unwrap_or_default();
         let (mut total, mut losses) = (0.0, Vec::<(&str, f64)>::new());

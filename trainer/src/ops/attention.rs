@@ -281,6 +281,9 @@ impl CustomOp1 for Attention {
 pub fn attention(qkv: &Tensor, plan: &Arc<AttentionPlan>, heads: usize, dropout: f32, seed: u32) -> Result<Tensor> {
     let (rows, width) = qkv.dims2()?;
     plan.check(rows, width, 3 * heads)?;
-    on_cuda!(qkv.device(), super::cuda::attention(qkv, plan, heads, dropout, seed, super::cuda::Element::of(super::precision())));
+    on_cuda!(qkv.device(), {
+        let element = super::cuda::Element::of(super::precision());
+        super::cuda::attention((qkv, None), plan, heads, (dropout, seed), element)
+    });
     qkv.contiguous()?.apply_op1(Attention { plan: Arc::clone(plan), heads, keep: 1.0 - dropout, seed })
 }

@@ -21,11 +21,15 @@ pub trait DeviceSums: Send + Sync {
     /// What the devices' library says.
     fn join(&self) -> Result<()>;
 
-    /// Returns when all that was started is done.
+    /// Returns when all that was started is done. `ranks` are those of these devices.
     ///
     /// # Errors
     /// A rank that is gone; what the devices' library says.
-    fn wait(&self) -> Result<()>;
+    fn wait(&self, ranks: &dyn Collective) -> Result<()>;
+
+    /// Ends what was started and will not be done, because a rank has failed: nothing waits for a device any more. There are no sums
+    /// afterwards.
+    fn give_up(&self);
 }
 
 /// The ranks of a job, with a way between their devices where there is one.
@@ -72,6 +76,10 @@ impl Collective for Connected<'_> {
 
     fn broadcast(&self, from: usize, own: &[u8]) -> Result<Vec<u8>, CollectiveError> {
         self.ranks.broadcast(from, own)
+    }
+
+    fn trouble(&self) -> Option<CollectiveError> {
+        self.ranks.trouble()
     }
 
     fn leave(&self, trouble: Option<&str>) {
@@ -200,8 +208,9 @@ mod found {
 
         pub fn open(self, ranks: &dyn Collective) -> Result<Box<dyn DeviceSums>> {
             let Self { device, nccl } = self;
-            let communicator = Communicator::join(nccl, ranks)?;
-            Ok(Box::new(OnCuda { communicator, stream: Stream::new(&device)?, device, patience: super::super::patience()? }))
+            let (patience, context) = (super::super::patience()?, device.cuda_stream().context().clone());
+            let communicator = Communicator::join(nccl, ranks, patience, move || Ok(context.bind_to_thread()?))?;
+            Ok(Box::new(OnCuda { communicator, stream: Stream::new(&device)?, device, patience }))
         }
     }
 
@@ -242,19 +251,25 @@ mod found {
             Ok(())
         }
 
-        fn wait(&self) -> Result<()> {
+        fn wait(&self, ranks: &dyn Collective) -> Result<()> {
             self.device.cuda_stream().context().bind_to_thread()?;
             let done = self.stream.record()?;
             let started = Instant::now();
             // A rank that is gone would be waited for without end.
             while !done.is_complete()? {
+                if let Some(trouble) = ranks.trouble() {
+                    return Err(trouble.into());
+                }
                 if started.elapsed() > self.patience {
-                    self.communicator.give_up();
                     bail!("the ranks' devices have been silent for {} s: one of them is gone", self.patience.as_secs());
                 }
                 thread::sleep(LOOK);
             }
             Ok(())
+        }
+
+        fn give_up(&self) {
+            self.communicator.give_up();
         }
     }
 

@@ -126,6 +126,11 @@ pub trait Collective: Send + Sync {
         None
     }
 
+    /// Why the next call will fail, where that is known already.
+    fn trouble(&self) -> Option<CollectiveError> {
+        None
+    }
+
     /// Tells the others that this rank makes no more calls: because all is done, or because of `trouble`.
     fn leave(&self, trouble: Option<&str>);
 }
@@ -332,13 +337,12 @@ pub(crate) mod testing {
     use std::thread;
     use std::time::Duration;
 
-    use super::nccl::Communicator;
-    use super::nccl::testing::{OnHost, stand_in};
+    use super::nccl::testing::{OnHost, join};
     use super::{Collective, CollectiveError, DeviceSums, Launch, TcpRanks};
 
     /// A way between the ranks' devices, which are host memory.
     pub fn between_devices(ranks: &dyn Collective) -> Box<dyn DeviceSums> {
-        Box::new(OnHost(Communicator::join(stand_in(), ranks).unwrap()))
+        Box::new(OnHost(join(ranks).unwrap()))
     }
 
     /// Launches of as many ranks on this host.

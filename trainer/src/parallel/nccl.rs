@@ -5,6 +5,9 @@ use std::ffi::{CStr, c_char, c_int, c_void};
 use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::mpsc::{self, RecvTimeoutError};
+use std::thread;
+use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, anyhow, bail};
 use libloading::Library;
@@ -86,8 +89,12 @@ impl Nccl {
 pub struct Communicator {
     nccl: Arc<Nccl>,
     handle: Handle,
-    given_up: AtomicBool,
+    /// It is destroyed or aborted already.
+    ended: AtomicBool,
 }
+
+/// How often a rank that waits for NCCL asks how the others are.
+const LOOK: Duration = Duration::from_millis(50);
 
 // SAFETY: NCCL's communicators may be used by any thread, by one at a time; sums are the only use, and the ranks make them in the
 // order of their steps.
@@ -96,11 +103,16 @@ unsafe impl Send for Communicator {}
 unsafe impl Sync for Communicator {}
 
 impl Communicator {
-    /// Joins the other ranks, which all call this, each with its device being the calling thread's current one.
+    /// Joins the other ranks, which all call this. `prepare` makes a thread's current device that of this rank.
     ///
     /// # Errors
-    /// What NCCL says; a rank that is gone.
-    pub fn join(nccl: Arc<Nccl>, ranks: &dyn Collective) -> Result<Self> {
+    /// What NCCL says; a rank that is gone, or that does not come within the patience.
+    pub fn join(
+        nccl: Arc<Nccl>,
+        ranks: &dyn Collective,
+        patience: Duration,
+        prepare: impl FnOnce() -> Result<()> + Send + 'static,
+    ) -> Result<Self> {
         let mut id = Id([0; 128]);
         let mut made = Ok(());
         if ranks.rank() == 0 {
@@ -118,11 +130,35 @@ impl Communicator {
             *own = c_char::from_ne_bytes([brought]);
         }
         let (count, rank) = (c_int::try_from(ranks.ranks())?, c_int::try_from(ranks.rank())?);
+        // NCCL returns when all ranks have come, and never where one cannot: that call is left to a thread that ends with the program then.
+        let (sender, receiver) = mpsc::channel();
+        thread::spawn(move || {
+            let joined = prepare().and_then(|()| Self::enter(nccl, count, id, rank));
+            // Nobody listens any more where a rank was given up.
+            let _ = sender.send(joined);
+        });
+        let started = Instant::now();
+        loop {
+            match receiver.recv_timeout(LOOK) {
+                Ok(joined) => return joined,
+                Err(RecvTimeoutError::Disconnected) => bail!("NCCL cannot join the ranks' devices"),
+                Err(RecvTimeoutError::Timeout) => {}
+            }
+            if let Some(trouble) = ranks.trouble() {
+                return Err(trouble.into());
+            }
+            if started.elapsed() > patience {
+                bail!("the ranks' devices did not come together within {} s", patience.as_secs());
+            }
+        }
+    }
+
+    fn enter(nccl: Arc<Nccl>, count: c_int, id: Id, rank: c_int) -> Result<Self> {
         let mut handle = std::ptr::null_mut();
         // SAFETY: writes a handle; every rank of these calls it with the same id.
         let code = unsafe { (nccl.join)(&raw mut handle, count, id, rank) };
         nccl.check("join the ranks' devices", code)?;
-        Ok(Self { nccl, handle, given_up: AtomicBool::new(false) })
+        Ok(Self { nccl, handle, ended: AtomicBool::new(false) })
     }
 
     /// Starts, on a stream, to replace values by their sums over all ranks, which all do so in the same order.
@@ -134,23 +170,32 @@ impl Communicator {
     /// `address` is that of `count` f32 values on this rank's device, which nobody uses until the stream has come so far; `stream` is
     /// a stream of that device.
     pub unsafe fn sum(&self, address: u64, count: usize, stream: *mut c_void) -> Result<()> {
+        if self.ended.load(Ordering::Relaxed) {
+            bail!("the sums of the ranks' devices were given up");
+        }
         let at = address as *mut c_void;
         // SAFETY: the caller's.
         let code = unsafe { (self.nccl.all_reduce)(at.cast_const(), at, count, FLOAT32, SUM, self.handle, stream) };
         self.nccl.check("sum over the ranks", code)
     }
 
-    /// Says that what was started will not end: it is given up when this is dropped.
+    /// Ends what was started and will not end by itself. Before anything that a device's work is waited for in, such as the end of a
+    /// cuBLAS handle.
     pub fn give_up(&self) {
-        self.given_up.store(true, Ordering::Relaxed);
+        self.end(self.nccl.abort);
+    }
+
+    fn end(&self, by: unsafe extern "C" fn(Handle) -> c_int) {
+        if !self.ended.swap(true, Ordering::Relaxed) {
+            // SAFETY: a communicator that is not used again.
+            unsafe { by(self.handle) };
+        }
     }
 }
 
 impl Drop for Communicator {
     fn drop(&mut self) {
-        let end = if self.given_up.load(Ordering::Relaxed) { self.nccl.abort } else { self.nccl.destroy };
-        // SAFETY: a communicator that is not used again.
-        unsafe { end(self.handle) };
+        self.end(self.nccl.destroy);
     }
 }
 
@@ -211,22 +256,31 @@ pub(super) mod testing {
             Ok(())
         }
 
-        fn wait(&self) -> Result<()> {
+        fn wait(&self, _: &dyn Collective) -> Result<()> {
             Ok(())
         }
+
+        fn give_up(&self) {
+            self.0.give_up();
+        }
+    }
+
+    /// Joins the ranks, which are threads.
+    pub fn join(ranks: &dyn Collective) -> Result<Communicator> {
+        Communicator::join(stand_in(), ranks, Duration::from_secs(60), || Ok(()))
     }
 }
 
 #[cfg(test)]
 mod tests {
-    use super::super::testing::among;
-    use super::testing::stand_in;
+    use super::super::testing::{among, each, launches};
+    use super::testing::{join, stand_in};
     use super::*;
 
     #[test]
     fn values_become_sums_in_place_on_every_rank() {
         let got = among(3, |ranks| {
-            let communicator = Communicator::join(stand_in(), ranks).unwrap();
+            let communicator = join(ranks).unwrap();
             let mut sums = Vec::new();
             for round in 0..2 {
                 let mut values = [1.0f32, 10.0, 100.0].map(|value| value * (ranks.rank() + 1 + round) as f32);
@@ -239,10 +293,38 @@ mod tests {
         assert_eq!(got, vec![vec![[6.0, 60.0, 600.0], [9.0, 90.0, 900.0]]; 3]);
     }
 
+    /// Rank 1 has no device that NCCL could join; rank 0 waits in NCCL for it, and hears of it.
+    #[test]
+    fn a_rank_that_cannot_join_is_not_waited_for() {
+        let patience = Duration::from_secs(30);
+        let told = each(&launches(2), patience, |ranks| {
+            let (first, began) = (ranks.rank() == 0, Instant::now());
+            let prepare = move || if first { Ok(()) } else { Err(anyhow!("the device has fallen off the bus")) };
+            let error = Communicator::join(stand_in(), &ranks, patience, prepare).err().unwrap().to_string();
+            ranks.leave(Some(&error));
+            assert!(began.elapsed() < patience);
+            error
+        });
+        let told: Vec<String> = told.into_iter().map(Result::unwrap).collect();
+        assert_eq!(told, ["rank 1 stopped: the device has fallen off the bus", "the device has fallen off the bus"]);
+    }
+
+    #[test]
+    fn there_are_no_sums_once_they_were_given_up() {
+        let told = among(2, |ranks| {
+            let communicator = join(ranks).unwrap();
+            communicator.give_up();
+            let mut values = [1.0f32];
+            // SAFETY: a value of this thread.
+            unsafe { communicator.sum(values.as_mut_ptr() as u64, 1, std::ptr::null_mut()) }.unwrap_err().to_string()
+        });
+        assert_eq!(told, ["the sums of the ranks' devices were given up"; 2]);
+    }
+
     #[test]
     fn what_the_library_says_is_told() {
         let told = among(2, |ranks| {
-            let communicator = Communicator::join(stand_in(), ranks).unwrap();
+            let communicator = join(ranks).unwrap();
             // SAFETY: no values; the stand-in refuses that before it looks at the address.
             let error = unsafe { communicator.sum(0, 0, std::ptr::null_mut()) }.unwrap_err().to_string();
             communicator.give_up();

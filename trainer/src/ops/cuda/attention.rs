@@ -3,9 +3,9 @@
 use candle_core::{Result, Shape, Tensor};
 
 use super::attention_tables::{Placed, Tables};
-use super::draws;
 use super::machine::{Address, Argument, Element, Grid, Kernel, Machine, WARP, arguments};
 use super::operator::{Input, Kept, OnMachine, Operator, Pass};
+use super::{column_sums, draws};
 use crate::ops::AttentionPlan;
 
 /// The kernels of one file.
@@ -175,7 +175,7 @@ impl Attention {
     }
 }
 
-/// Attention by itself.
+/// Attention by itself, of queries, keys and values and perhaps their bias.
 struct Alone {
     attention: Attention,
     tables: Tables,
@@ -185,6 +185,10 @@ struct Alone {
 }
 
 impl Alone {
+    fn bias(inputs: &[Input]) -> Address {
+        inputs.get(1).map_or(Address::NULL, |bias| bias.at)
+    }
+
     fn upload<M: Machine>(&self, machine: &M) -> Result<(M::Words, Placed)> {
         let words = machine.upload(&self.tables.words([self.seed]))?;
         let placed = Placed::at(machine.words_at(&words), self.tables.lengths());
@@ -201,7 +205,7 @@ impl Operator for Alone {
 
     fn forward<M: Machine>(&self, machine: &M, inputs: &[Input]) -> Result<(M::Values, Shape)> {
         let (_words, placed) = self.upload(machine)?;
-        let Attended { made, logarithms } = self.attention.forward(machine, &inputs[0], Address::NULL, placed)?;
+        let Attended { made, logarithms } = self.attention.forward(machine, &inputs[0], Self::bias(inputs), placed)?;
         self.logarithms.put(logarithms);
         Ok(made)
     }
@@ -209,15 +213,30 @@ impl Operator for Alone {
     fn backward<M: Machine>(&self, machine: &M, pass: &Pass) -> Result<Vec<Option<M::Values>>> {
         let logarithms = self.logarithms.take::<M::Values>(Self::NAME)?;
         let (_words, placed) = self.upload(machine)?;
-        Ok(vec![Some(self.attention.gradient(machine, pass, Address::NULL, &logarithms, placed)?)])
+        let (bias, qkv) = (Self::bias(pass.inputs), &pass.inputs[0]);
+        let gradient = self.attention.gradient(machine, pass, bias, &logarithms, placed)?;
+        let (rows, width) = qkv.matrix();
+        let by_bias = || column_sums(machine, machine.at(&gradient), qkv.element, rows, width);
+        let by_bias = pass.inputs.get(1).map(|_| by_bias()).transpose()?;
+        Ok([Some(Some(gradient)), by_bias.map(Some)].into_iter().flatten().collect())
     }
 }
 
-/// See [`attention`](crate::ops::attention), which has checked plan and shape. Stored as `element` within; in bf16 its products are on
-/// tensor cores, where heads are as wide as the kernels for that are made for.
-pub fn attention(qkv: &Tensor, plan: &AttentionPlan, heads: usize, rate: f32, seed: u32, element: Element) -> Result<Tensor> {
+/// See [`attention`](crate::ops::attention), which has checked plan and shape. A bias `[3 · hidden]` is still missing in `qkv`. Stored as
+/// `element` within; in bf16 its products are on tensor cores, where heads are as wide as the kernels for that are made for.
+pub fn attention(
+    (qkv, bias): (&Tensor, Option<&Tensor>),
+    plan: &AttentionPlan,
+    heads: usize,
+    (rate, seed): (f32, u32),
+    element: Element,
+) -> Result<Tensor> {
     let (attention, tables) = Attention::of_plan(plan, plan.rows(), (heads, qkv.dim(1)? / 3 / heads), 1.0 - rate, element)?;
-    qkv.contiguous()?.apply_op1(OnMachine::within(Alone { attention, tables, seed, logarithms: Kept::default() }, element))
+    let op = OnMachine::within(Alone { attention, tables, seed, logarithms: Kept::default() }, element);
+    match bias {
+        Some(bias) => qkv.contiguous()?.apply_op2(&bias.contiguous()?, op),
+        None => qkv.contiguous()?.apply_op1(op),
+    }
 }
 
 #[cfg(test)]

@@ -5,7 +5,7 @@ use candle_core::{Result, Shape, Tensor};
 use super::linear::Factor;
 use super::machine::{Address, Element, Grid, Kernel, Machine, Matrix, Product, arguments};
 use super::operator::{Input, Kept, OnMachine, Operator, Pass};
-use super::{Precision, all_column_sums, column_sums, fill_rows};
+use super::{Precision, all_column_sums, column_sums, copy};
 use crate::ops::cross_entropy::{Row, Targets};
 
 /// Logits that exist at one time: 64 MiB of them.
@@ -66,9 +66,11 @@ impl Operator for TiedCrossEntropy {
         let weight = Factor::new(machine, &inputs[1], precision)?;
         let (dx, dw) = (machine.allocate(rows * width)?, machine.allocate(classes * width)?);
         let chunks = rows.div_ceil(self.chunk_rows);
+        // Rows of logits begin where whole vectors do, which products are faster with.
+        let stride = classes.next_multiple_of(8);
         // A row of column sums for each chunk.
-        let (losses, biases) = (machine.allocate(rows)?, machine.allocate(chunks * classes)?);
-        let (element, most) = (Element::of(precision), self.chunk_rows.min(rows) * classes);
+        let (losses, biases) = (machine.allocate(rows)?, machine.allocate(chunks * stride)?);
+        let (element, most) = (Element::of(precision), self.chunk_rows.min(rows) * stride);
         let logits = machine.allocate(most)?;
         // In f32 the gradient by the logits takes their place.
         let rounded = (element == Element::Bf16).then(|| machine.allocate(element.words(most))).transpose()?;
@@ -83,6 +85,7 @@ impl Operator for TiedCrossEntropy {
                 a: Matrix::rows(row(x.at, start), width),
                 b: Matrix::rows(weight.at, width).t(),
                 c: machine.at(&logits),
+                stride,
                 of_result: Element::F32,
                 accumulate: false,
                 precision,
@@ -95,9 +98,10 @@ impl Operator for TiedCrossEntropy {
                 m: n,
                 n: width,
                 k: classes,
-                a: Matrix::rows(gradient, classes),
+                a: Matrix::rows(gradient, stride),
                 b: Matrix::rows(weight.at, width),
                 c: machine.at(&dx).after(start * width),
+                stride: width,
                 of_result: Element::F32,
                 accumulate: false,
                 precision,
@@ -106,18 +110,19 @@ impl Operator for TiedCrossEntropy {
                 m: classes,
                 n: width,
                 k: n,
-                a: Matrix::rows(gradient, classes).t(),
+                a: Matrix::rows(gradient, stride).t(),
                 b: Matrix::rows(row(x.at, start), width),
                 c: machine.at(&dw),
+                stride: width,
                 of_result: Element::F32,
                 accumulate: start > 0,
                 precision,
             })?;
-            let sums = column_sums(machine, gradient, element, n, classes)?;
-            let to = machine.at(&biases).after(chunk * classes);
-            fill_rows(machine, machine.at(&sums), to, Element::F32, 1, classes)?;
+            let sums = column_sums(machine, gradient, element, n, stride)?;
+            copy(machine, machine.at(&sums), machine.at(&biases).after(chunk * stride), stride)?;
         }
-        let db = all_column_sums(machine, biases, chunks, classes)?;
+        let (sums, db) = (all_column_sums(machine, biases, chunks, stride)?, machine.allocate(classes)?);
+        copy(machine, machine.at(&sums), machine.at(&db), classes)?;
         let found = machine.allocate(1 + self.parts)?;
         let (losses_at, parts_at) = (machine.at(&losses), words_at.after(ROW * rows));
         let of_parts = arguments![losses_at, parts_at, machine.at(&found), self.parts as u32];

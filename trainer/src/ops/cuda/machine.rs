@@ -196,7 +196,7 @@ impl Matrix {
     }
 }
 
-/// `c[m, n] (+)= a[m, k] · b[k, n]`, all row-major; `c` has rows of `n` values.
+/// `c[m, n] (+)= a[m, k] · b[k, n]`, all row-major.
 #[derive(Debug, Clone, Copy)]
 pub struct Product {
     /// Rows of `a` and `c`.
@@ -211,6 +211,8 @@ pub struct Product {
     pub b: Matrix,
     /// Result.
     pub c: Address,
+    /// From one row of the result to the next, in values.
+    pub stride: usize,
     /// What the result is stored as; it is summed up in f32.
     pub of_result: Element,
     /// Adds to the result instead of overwriting it.
@@ -237,7 +239,7 @@ impl Product {
         ColumnMajor {
             transposed: [self.b.transposed, self.a.transposed],
             sizes: [self.n, self.m, self.k],
-            strides: [self.b.stride, self.a.stride, self.n],
+            strides: [self.b.stride, self.a.stride, self.stride],
         }
     }
 }
@@ -315,15 +317,16 @@ mod tests {
             a,
             b,
             c: Address::NULL,
+            stride: 5,
             of_result: Element::F32,
             accumulate: false,
             precision: Precision::F32,
         };
         let rows = |stride| Matrix::rows(Address::NULL, stride);
         for (a, b, transposed, strides) in [
-            (rows(3), rows(4), [false, false], [4, 3, 4]),
-            (rows(2).t(), rows(4), [false, true], [4, 2, 4]),
-            (rows(3), rows(3).t(), [true, false], [3, 3, 4]),
+            (rows(3), rows(4), [false, false], [4, 3, 5]),
+            (rows(2).t(), rows(4), [false, true], [4, 2, 5]),
+            (rows(3), rows(3).t(), [true, false], [3, 3, 5]),
         ] {
             assert_eq!(product(a, b).column_major(), ColumnMajor { transposed, sizes: [4, 2, 3], strides });
         }

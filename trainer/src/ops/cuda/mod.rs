@@ -45,7 +45,7 @@ pub use linear::{linear, linear_gelu, scalar_products};
 pub use losses::{binary_cross_entropy, soft_cross_entropy, squared_error};
 pub use machine::Element;
 #[cfg(feature = "cuda")]
-pub use nvidia::{from_host, zero};
+pub use nvidia::{from_host, load_kernels, zero};
 pub use pooling::{first_and_mean, relu_product};
 pub use rows::{pack_rows, select_rows};
 

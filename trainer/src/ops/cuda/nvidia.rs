@@ -132,6 +132,11 @@ pub fn from_host(values: &[f32], shape: &Shape, device: &CudaDevice) -> Result<T
     machine.tensor(machine.copied(values)?, shape)
 }
 
+/// Has the driver take some of the kernels, to see that it can.
+pub fn load_kernels(device: &CudaDevice) -> Result<()> {
+    device.get_or_load_custom_func("column_sums", "rows", ptx("rows")?).map(drop)
+}
+
 /// A zero.
 pub fn zero(device: &CudaDevice) -> Result<CudaStorage> {
     let machine = Nvidia::new(device);

@@ -185,6 +185,10 @@ impl Collective for TcpRanks {
         Ok(own.to_vec())
     }
 
+    fn trouble(&self) -> Option<CollectiveError> {
+        self.shared.trouble()
+    }
+
     fn leave(&self, trouble: Option<&str>) {
         if self.shared.leaving.swap(true, Ordering::AcqRel) {
             return;

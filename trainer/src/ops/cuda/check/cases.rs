@@ -230,6 +230,15 @@ fn products() -> Vec<Case<'static>> {
         of(Precision::Bf16, Element::F32, BF16),
         of(Precision::Bf16, Element::Bf16, BF16),
     ];
+    // So many rows that sums of their columns are left by several blocks, and more columns than such a block has in the end.
+    let long = Case {
+        name: "linear of 1600 rows".to_owned(),
+        inputs: vec![input(16, &[1600, 2], 1.0), input(17, &[72, 2], 1.0), input(18, &[72], 1.0)],
+        run: Box::new(|t| linear(&t[0], &t[1], &t[2], Precision::F32, Element::F32)),
+        formula: Box::new(|v| formulas::linear(&v[0], &v[1], &v[2])),
+        // Sums of as many.
+        tolerance: [F32[0], 2e-4],
+    };
     let alone = Case {
         name: "scalar products".to_owned(),
         inputs: inputs()[..2].to_vec(),
@@ -237,7 +246,7 @@ fn products() -> Vec<Case<'static>> {
         formula: Box::new(|v| formulas::linear(&v[0], &v[1], &[0.0; 24])),
         tolerance: F32,
     };
-    all.into_iter().flatten().chain([alone]).collect()
+    all.into_iter().flatten().chain([alone, long]).collect()
 }
 
 fn losses() -> Vec<Case<'static>> {
@@ -367,12 +376,31 @@ fn attentions() -> Vec<Case<'static>> {
         Case {
             name: format!("attention{name}, heads of {depth}"),
             inputs: vec![input(21, &[plan.rows(), 3 * heads * depth], 1.5)],
-            run: Box::new(move |t| attention(&t[0], &asked, heads, rate, seed, element)),
+            run: Box::new(move |t| attention((&t[0], None), &asked, heads, (rate, seed), element)),
             formula: Box::new(move |v| formulas::attention(&v[0], &plan, heads, 1.0 - rate, seed)),
             tolerance: tolerance(element),
         }
     };
+    let with_bias = |depth: usize, element: Element| {
+        let (plan, heads, rate, seed) = (plan(), 2, 0.1, 33);
+        let asked = Arc::clone(&plan);
+        let stored = format!("stored in {element:?}");
+        Case {
+            name: format!("attention that adds the bias, heads of {depth}, {stored}"),
+            inputs: vec![input(25, &[plan.rows(), 3 * heads * depth], 1.2), input(26, &[3 * heads * depth], 1.0)],
+            run: Box::new(move |t| attention((&t[0], Some(&t[1])), &asked, heads, (rate, seed), element)),
+            formula: Box::new(move |v| {
+                let qkv = plus(&v[0], &v[1].repeat(plan.rows()));
+                formulas::attention(&qkv, &plan, heads, 1.0 - rate, seed)
+            }),
+            tolerance: tolerance(element),
+        }
+    };
     vec![
+        with_bias(20, Element::F32),
+        with_bias(24, Element::Bf16),
+        with_bias(32, Element::Bf16),
+        with_bias(64, Element::Bf16),
         of("", 20, 0.0, Element::F32),
         of(" with dropout", 20, 0.2, Element::F32),
         of(" with dropout", 72, 0.1, Element::F32),

@@ -8,31 +8,33 @@ struct Predicted {
     float weight, share, smoothing;
 };
 
-// A block takes row blockIdx.x of `logits` [rows, classes] (bias not yet added): losses[row] becomes its cross-entropy, times its
-// weight, and the row of `gradients`, which may be where the logits are, the gradient by these of that in the sum of all means. A thread
-// has FEW columns at one time.
+// A block takes row blockIdx.x of `logits` (bias not yet added), which has `classes` of them and begins `stride`, a multiple of FEW, after
+// the one before: losses[row] becomes its cross-entropy, times its weight, and the row of `gradients`, which may be where the logits are,
+// the gradient by these of that in the sum of all means, with zeros behind. A thread has FEW columns at one time.
 template <typename T>
 __device__ __forceinline__ void cross_entropy(
     const float* logits, const float* bias, const Predicted* rows, float* losses, T* gradients, uint32_t classes, float* partial
 ) {
-    const float* row = logits + size_t(blockIdx.x) * classes;
-    T* to = gradients + size_t(blockIdx.x) * classes;
+    uint32_t stride = (classes + FEW - 1) / FEW * FEW;
+    const float* row = logits + size_t(blockIdx.x) * stride;
+    T* to = gradients + size_t(blockIdx.x) * stride;
     Predicted of = rows[blockIdx.x];
     float most = -INFINITY, sum = 0, exponentials = 0, some[FEW], others[FEW];
     for (uint32_t i = threadIdx.x * FEW; i < classes; i += blockDim.x * FEW) {
         uint32_t count = min(FEW, classes - i);
         read_few(row + i, count, some);
         read_few(bias + i, count, others);
-        for (uint32_t e = 0; e < count; e++) {
-            float value = some[e] + others[e];
-            sum += value;
-            // The exponentials are counted from the largest value so far.
-            if (value > most) {
-                exponentials *= expf(most - value);
-                most = value;
-            }
-            exponentials += expf(value - most);
+        // The exponentials are counted from the largest value so far.
+        float largest = most;
+        for (uint32_t e = 0; e < FEW; e++) {
+            some[e] += others[e];
+            sum += some[e];
+            if (e >= count) some[e] = -INFINITY;
+            largest = fmaxf(largest, some[e]);
         }
+        exponentials *= expf(most - largest);
+        for (uint32_t e = 0; e < FEW; e++) exponentials += expf(some[e] - largest);
+        most = largest;
     }
     float largest = block_max(most, partial);
     // A thread without a value holds the empty sum.
@@ -50,11 +52,12 @@ __device__ __forceinline__ void cross_entropy(
         uint32_t count = min(FEW, classes - i);
         read_few(row + i, count, some);
         read_few(bias + i, count, others);
-        for (uint32_t e = 0; e < count; e++) {
+        for (uint32_t e = 0; e < FEW; e++) {
             some[e] = expf(some[e] + others[e] - largest) * scale - floor;
             if (i + e == of.target) some[e] -= of.share * (1.0f - smoothing);
+            if (e >= count) some[e] = 0.0f;
         }
-        write_few(to + i, count, some);
+        store(to + i, some);
     }
 }
 
