@@ -1,9 +1,11 @@
 //! `--device` of the commands that compute: the CPU when asked for, and one sentence with its exit code for a device that is not
 //! there. A build without CUDA is meant; one with it has more to say (see trainer/gpu).
 
+use std::os::unix::fs::PermissionsExt;
 use std::path::Path;
+use std::process::Command;
 
-use unimo_tests::program;
+use unimo_tests::{path, program};
 use unimo_train::backbone::random_file;
 
 /// Every command that takes `--device`, with files that do not exist.
@@ -101,4 +103,43 @@ fn bf16_changes_the_numbers_of_a_step_and_not_by_much() {
     let (loss, gradient) = (change(loss, rounded_loss), change(gradient, rounded_gradient));
     // Eight bits round by up to 0.2 %; f32 summed in another order changes the seventh digit.
     assert!((1e-6..1e-2).contains(&loss) && (1e-6..5e-2).contains(&gradient), "{loss} {gradient}");
+}
+
+/// The script for machines with a GPU, in a folder as it packs one, with a program whose CUDA device is the CPU: it ends with 0 or 1
+/// as what it ran has, and keeps what was printed. Trainings are compared for real.
+#[test]
+fn the_check_for_gpus_ends_as_what_it_found() {
+    let folder = tempfile::tempdir().unwrap();
+    let (script, results) = (folder.path().join("check.sh"), folder.path().join("results"));
+    std::fs::copy(Path::new(env!("CARGO_MANIFEST_DIR")).join("../trainer/gpu/check.sh"), &script).unwrap();
+    let run = |part: &str, verdict: &str| {
+        let mut check = Command::new(&script);
+        check.arg(part).env("RESULTS", &results).env("VERDICT", verdict);
+        let output = check.output().unwrap();
+        (output.status.code(), String::from_utf8(output.stdout).unwrap(), String::from_utf8(output.stderr).unwrap())
+    };
+    let (code, _, said) = run("kernels", "0");
+    assert!(code == Some(2) && said.contains("check.sh pack makes a folder with it"), "{code:?} {said}");
+
+    let stand_in = folder.path().join("target/release/unimo-train");
+    std::fs::create_dir_all(stand_in.parent().unwrap()).unwrap();
+    let trainer = path("unimo-train");
+    let text = format!(
+        "#!/usr/bin/env bash\nif [ \"$1\" = gpu ]; then echo a line; exit \"$VERDICT\"; fi\nexec '{}' \"${{@/#%cuda/cpu}}\"\n",
+        trainer.display()
+    );
+    std::fs::write(&stand_in, text).unwrap();
+    std::fs::set_permissions(&stand_in, std::fs::Permissions::from_mode(0o755)).unwrap();
+    let kept = |part: &str| std::fs::read_to_string(results.join(format!("{part}.txt"))).unwrap();
+
+    let (code, said, _) = run("kernels", "0");
+    assert!(code == Some(0) && said.ends_with("all right\n"), "{code:?} {said}");
+    assert_eq!(kept("kernels"), "a line\n");
+    let (code, said, _) = run("kernels", "6");
+    assert!(code == Some(1) && said.contains("FAILED (6)") && said.ends_with("something is wrong\n"), "{code:?} {said}");
+    let (code, said, _) = run("train", "0");
+    assert!(code == Some(0) && said.ends_with("all right\n"), "{code:?} {said}");
+    assert!(kept("training").contains("losses of 20 steps: apart by"), "{}", kept("training"));
+    let (code, _, said) = run("everything", "0");
+    assert!(code == Some(2) && said.contains("usage: "), "{code:?} {said}");
 }

@@ -184,17 +184,34 @@ enum Norm {
 }
 
 impl Update {
+    /// Where the gradient's norm is computed, `[1]`, if that is on a device.
+    #[must_use]
+    pub fn array(&self) -> Option<&Tensor> {
+        match &self.0 {
+            Norm::Known(_) => None,
+            #[cfg(any(feature = "cuda", test))]
+            Norm::OnDevice(norm) => Some(norm),
+        }
+    }
+
+    /// What was done, where the norm on the device came to that.
+    #[must_use]
+    pub fn told(&self, on_device: Option<f32>) -> StepReport {
+        let gradient_norm = match (&self.0, on_device) {
+            (Norm::Known(norm), _) => *norm,
+            #[cfg(any(feature = "cuda", test))]
+            (Norm::OnDevice(_), norm) => norm.map_or(f64::NAN, f64::from),
+        };
+        StepReport { gradient_norm, skipped: !gradient_norm.is_finite() }
+    }
+
     /// What was done, once it is done.
     ///
     /// # Errors
     /// Those of candle.
     pub fn read(&self) -> Result<StepReport> {
-        let gradient_norm = match &self.0 {
-            Norm::Known(norm) => *norm,
-            #[cfg(any(feature = "cuda", test))]
-            Norm::OnDevice(norm) => f64::from(norm.squeeze(0)?.to_scalar::<f32>()?),
-        };
-        Ok(StepReport { gradient_norm, skipped: !gradient_norm.is_finite() })
+        let norm = self.array().map(|norm| norm.squeeze(0)?.to_scalar()).transpose()?;
+        Ok(self.told(norm))
     }
 }
 

@@ -210,6 +210,18 @@ impl Recipe {
         self.ends_at.unwrap_or(self.steps)
     }
 
+    /// Whether there is a checkpoint after so many steps.
+    #[must_use]
+    pub fn saves_at(&self, step: u64) -> bool {
+        step.is_multiple_of(self.checkpoint_every) || step == self.last_step()
+    }
+
+    /// Whether the development data are judged after so many steps.
+    #[must_use]
+    pub fn judges_at(&self, step: u64) -> bool {
+        step.is_multiple_of(self.evaluate_every) || step == self.last_step()
+    }
+
     /// Parses and checks a recipe.
     ///
     /// # Errors

@@ -25,10 +25,11 @@ use crate::checkpoint::{self, RunState};
 use crate::device;
 use crate::evaluation::{self, Extent};
 use crate::model::{Dropout, ModelConfig, Unimo};
-use crate::objectives::{Orders, Source, StepBatch, Tally};
+use crate::objectives::{Learnt, Losses, Orders, Source, StepBatch, Tally};
+use crate::ops::Readings;
 #[cfg(feature = "cuda")]
 use crate::ops::cuda::layers::Counts;
-use crate::optimizer::AdamW;
+use crate::optimizer::{AdamW, Update};
 use crate::parallel::{self, Alone, Collective, Connected, Passes};
 use crate::recipe::Recipe;
 use crate::seed;
@@ -174,9 +175,8 @@ fn train(job: &TrainingJob, checkpoints: &Path, resumed: Option<&PathBuf>, ready
     let progress = bar(ranks, end, "{bar:30} step {pos}/{len}  {msg}  {elapsed} gone, {eta} to go").with_position(step);
     let last_step = job.stop_after.map_or(end, |n| end.min(step + n));
     let mut last = resumed.cloned();
-    let learnt = trainer.run(step..last_step, &mut optimizer, |optimizer, entry, step| {
-        let finished = step == end;
-        let saves = step.is_multiple_of(job.recipe.checkpoint_every) || finished;
+    trainer.run(step..last_step, &mut optimizer, |optimizer, entry, step| {
+        let saves = job.recipe.saves_at(step);
         if saves && ranks.ranks() > 1 {
             parallel::agree(ranks, "set of weights", &trainer.hash_of_weights(optimizer)?)?;
         }
@@ -194,7 +194,7 @@ fn train(job: &TrainingJob, checkpoints: &Path, resumed: Option<&PathBuf>, ready
             last = Some(checkpoint::save(checkpoints, &trainer.model, optimizer, &state, &companions)?);
             checkpoint::prune(checkpoints, KEPT_CHECKPOINTS)?;
         }
-        if step.is_multiple_of(job.recipe.evaluate_every) || finished {
+        if job.recipe.judges_at(step) {
             for (mut entry, said) in judge(&trainer, &judged_by, job.recipe.evaluate_images)? {
                 (entry["schema"], entry["step"], entry["development"]) = (json!(1), json!(step), json!(true));
                 append(&log_path, &entry)?;
@@ -202,12 +202,7 @@ fn train(job: &TrainingJob, checkpoints: &Path, resumed: Option<&PathBuf>, ready
             }
         }
         Ok(())
-    });
-    if let (Err(_), Some(devices)) = (&learnt, ranks.devices()) {
-        // Before what the device is worked with is dropped, which waits for it.
-        devices.give_up();
-    }
-    learnt?;
+    })?;
     progress.finish_and_clear();
     // Nobody leaves before rank 0 has written what there was to write.
     ranks.barrier()?;
@@ -262,21 +257,66 @@ struct DataSeconds {
     waited: f64,
 }
 
+/// A step that a device was asked for.
+struct Asked {
+    step: u64,
+    losses: Losses,
+    update: Update,
+    /// Temperature, losses and the gradient's norm, those that there are.
+    readings: Readings,
+    /// What the log is told of it, but for what is not known yet.
+    entry: serde_json::Value,
+}
+
 impl Loop<'_> {
-    /// Learns steps; `after` each, it is given the optimiser, the step's entry for the log, and the number of steps done. Entries tell
-    /// the seconds that have gone by since the first step began.
+    /// Learns steps; `after` each, it is given the optimiser, the step's entry for the log, and the number of steps done.
+    ///
+    /// A GPU is given the next step before the host looks at what became of one, so that it always has something to do; but where
+    /// weights are looked at after a step, the next one waits.
     fn run(
+        &self,
+        steps: Range<u64>,
+        optimizer: &mut AdamW,
+        after: impl FnMut(&mut AdamW, serde_json::Value, u64) -> Result<()>,
+    ) -> Result<()> {
+        let learnt = self.learn_all(steps, optimizer, after);
+        if let (Err(_), Some(devices)) = (&learnt, self.ranks.devices()) {
+            // Before what the device is worked with is dropped, which waits for it.
+            devices.give_up();
+        }
+        learnt
+    }
+
+    fn learn_all(
         &self,
         steps: Range<u64>,
         optimizer: &mut AdamW,
         mut after: impl FnMut(&mut AdamW, serde_json::Value, u64) -> Result<()>,
     ) -> Result<()> {
-        let began = Instant::now();
-        self.each_batch(steps, |step, batch, data| {
-            let mut entry = self.learn(step, &batch, data, optimizer)?;
+        // Ranks hear of each other's losses, which is a step of its own between them.
+        let ahead = self.model.device().is_cuda() && self.ranks.ranks() == 1;
+        let (began, mut ended, mut asked) = (Instant::now(), Instant::now(), None);
+        let mut end = |asked: Asked, optimizer: &mut AdamW| {
+            let step = asked.step;
+            let mut entry = self.read(asked)?;
+            entry["seconds"] = json!(ended.elapsed().as_secs_f64());
             entry["elapsed"] = json!(began.elapsed().as_secs_f64());
-            after(optimizer, entry, step + 1)
-        })
+            after(optimizer, entry, step + 1)?;
+            ended = Instant::now();
+            anyhow::Ok(())
+        };
+        self.each_batch(steps, |step, batch, data| {
+            let this = self.ask(step, &batch, data, optimizer)?;
+            if let Some(before) = asked.take() {
+                end(before, optimizer)?;
+            }
+            if ahead && !self.job.recipe.saves_at(step + 1) && !self.job.recipe.judges_at(step + 1) {
+                asked = Some(this);
+                return Ok(());
+            }
+            end(this, optimizer)
+        })?;
+        asked.map_or(Ok(()), |last| end(last, optimizer))
     }
 
     /// Draws and packs the batches of steps, and learns nothing: seconds of each.
@@ -332,38 +372,26 @@ impl Loop<'_> {
         })
     }
 
-    fn learn(&self, step: u64, batch: &StepBatch, data: DataSeconds, optimizer: &mut AdamW) -> Result<serde_json::Value> {
-        let started = Instant::now();
+    /// Asks for all that a step is: on a GPU, nothing of it is waited for.
+    fn ask(&self, step: u64, batch: &StepBatch, data: DataSeconds, optimizer: &mut AdamW) -> Result<Asked> {
         let recipe = &self.job.recipe;
         let rate = recipe.dropout.unwrap_or(self.model.config().dropout) as f32;
         let mut dropout = Dropout::of(rate, seed::mix(recipe.seed ^ 0xd409, step));
         dropout.features = recipe.feature_dropout.map_or(rate, |share| share as f32);
         let whole = Tally::of(batch, &self.model, self.source.vision).over(self.ranks)?;
-        let learnt = batch.learn(&self.model, recipe, &self.source, dropout, &whole, self.ranks)?;
+        let Learnt { losses, gradients } = batch.learn(&self.model, recipe, &self.source, dropout, &whole, self.ranks)?;
         let learning_rate = recipe.optimizer.rate(step, recipe.steps);
-        let update = optimizer.step(&learnt.gradients, learning_rate)?;
-        // Only now that all is asked for is anything waited for.
-        let (total, losses) = learnt.losses.read(self.ranks)?;
-        let objectives: serde_json::Map<_, _> = losses.iter().map(|(name, loss)| ((*name).to_owned(), json!(loss))).collect();
-        let report = update.read()?;
-        if report.skipped && self.ranks.rank() == 0 {
-            eprintln!("step {}: the gradient is not finite; the update was left out", step + 1);
-        }
+        let update = optimizer.step(&gradients, learning_rate)?;
+        let arrays = [Some(self.model.temperature()?), losses.array().cloned(), update.array().cloned()];
+        let readings = Readings::of(arrays.into_iter().flatten().collect())?;
         let mut entry = json!({
             "schema": 1,
             "step": step + 1,
-            "loss": total,
-            "objectives": objectives,
             "rate": learning_rate,
-            "gradient_norm": report.gradient_norm,
-            "skipped": report.skipped,
-            "temperature": self.model.temperature()?.to_scalar::<f32>()?,
-            "device_memory": device::memory_in_use(self.model.device()),
             "rows": whole.rows,
             "operations": whole.operations,
             "pictures": batch.pictures,
             "reward": whole.reward(),
-            "seconds": data.waited + started.elapsed().as_secs_f64(),
             "waited": data.waited,
             "drawn": data.drawn,
         });
@@ -376,6 +404,30 @@ impl Loop<'_> {
         if self.ranks.ranks() > 1 {
             entry["ranks"] = json!(self.ranks.ranks());
         }
+        Ok(Asked { step, losses, update, readings, entry })
+    }
+
+    /// Waits for a step, and completes its entry for the log.
+    fn read(&self, asked: Asked) -> Result<serde_json::Value> {
+        let Asked { step, losses, update, readings, mut entry } = asked;
+        if let Some(devices) = self.ranks.devices() {
+            devices.wait(self.ranks)?;
+        }
+        let mut values = readings.read()?.into_iter();
+        let temperature = values.next().context("the temperature was not read")?[0];
+        let of_losses = losses.array().and_then(|_| values.next()).unwrap_or_default();
+        let (total, losses) = losses.told(&of_losses, self.ranks)?;
+        let report = update.told(update.array().and_then(|_| values.next()).map(|norm| norm[0]));
+        if report.skipped && self.ranks.rank() == 0 {
+            eprintln!("step {}: the gradient is not finite; the update was left out", step + 1);
+        }
+        let objectives: serde_json::Map<_, _> = losses.iter().map(|(name, loss)| ((*name).to_owned(), json!(loss))).collect();
+        entry["loss"] = json!(total);
+        entry["objectives"] = json!(objectives);
+        entry["gradient_norm"] = json!(report.gradient_norm);
+        entry["skipped"] = json!(report.skipped);
+        entry["temperature"] = json!(temperature);
+        entry["device_memory"] = json!(device::memory_in_use(self.model.device()));
         Ok(entry)
     }
 

@@ -19,7 +19,7 @@ pub struct Learnt {
     pub gradients: GradStore,
 }
 
-/// A step's losses, where they were computed: to read them means to wait for the device.
+/// A step's losses, where they are computed.
 pub struct Losses {
     of: Vec<Counted>,
     /// Values of these, `[parts]`; nothing where there are none.
@@ -27,19 +27,21 @@ pub struct Losses {
 }
 
 impl Losses {
-    /// The weighted sum of the losses, and every objective's unweighted loss, by name, of all ranks together. Objectives without
-    /// samples are absent.
+    /// Where they are, `[losses]`, if there are any.
+    #[must_use]
+    pub fn array(&self) -> Option<&Tensor> {
+        self.values.as_ref()
+    }
+
+    /// The weighted sum of the losses that have these values, and every objective's unweighted loss, by name, of all ranks together.
+    /// Objectives without samples are absent.
     ///
     /// # Errors
-    /// Those of candle; a rank that is gone.
-    pub fn read(&self, ranks: &dyn Collective) -> Result<(f64, Vec<(&'static str, f64)>)> {
-        if let Some(devices) = ranks.devices() {
-            devices.wait(ranks)?;
-        }
-        let values = self.values.as_ref().map(Tensor::to_vec1::<f32>).transpose()?.unwrap_or_default();
+    /// A rank that is gone.
+    pub fn told(&self, values: &[f32], ranks: &dyn Collective) -> Result<(f64, Vec<(&'static str, f64)>)> {
         let (mut total, mut losses) = (0.0, Vec::<(&str, f64)>::new());
         for (&Counted { name, weight, share }, value) in self.of.iter().zip(values) {
-            let value = f64::from(value) * share;
+            let value = f64::from(*value) * share;
             total += weight * value;
             match losses.iter_mut().find(|(known, _)| *known == name) {
                 Some((_, so_far)) => *so_far += value,

@@ -228,7 +228,8 @@ mod tests {
     ) -> (f64, BTreeMap<String, Vec<f32>>) {
         let whole = Tally::of(batch, model, source.vision);
         let learnt = batch.learn(model, recipe, source, dropout, &whole, &Alone).unwrap();
-        let (total, _) = learnt.losses.read(&Alone).unwrap();
+        let values = learnt.losses.array().unwrap().to_vec1().unwrap();
+        let (total, _) = learnt.losses.told(&values, &Alone).unwrap();
         let named = model.trained().chain(source.vision.weights()).filter_map(|(name, var)| {
             let gradient = learnt.gradients.get(var)?;
             assert!(!gradient.track_op(), "{name} keeps a graph");

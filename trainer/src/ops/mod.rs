@@ -21,6 +21,7 @@ mod losses;
 pub mod network;
 mod pooling;
 mod precision;
+mod readings;
 pub mod reference;
 mod rows;
 
@@ -37,6 +38,7 @@ pub use linear::{linear, linear_gelu, scalar_products};
 pub use losses::{binary_cross_entropy, soft_cross_entropy, squared_error};
 pub use pooling::{first_and_mean, relu, relu_product};
 pub use precision::{Precision, precision, set_precision};
+pub use readings::Readings;
 pub use rows::select_rows;
 
 use std::sync::Arc;

@@ -8,6 +8,7 @@ pub(super) mod networks;
 mod steps;
 mod updates;
 
+use std::borrow::Borrow;
 use std::fmt;
 
 use anyhow::Result;
@@ -84,42 +85,48 @@ fn read(tensor: &Tensor) -> Result<Vec<f32>> {
 }
 
 impl Case<'_> {
-    /// Compares the result with the formula, and the gradients with the formula's differences.
-    fn check(&self, device: &Device) -> Result<Vec<Outcome>> {
+    /// What the formula gives, and how that changes with some of the values.
+    fn wanted(&self) -> Wanted {
         /// Values of an input whose gradient is compared, spread over it; the last one is always among them.
         const COMPARED: usize = 120;
+        let wide: Vec<Vec<f64>> = self.inputs.iter().map(|(_, values)| values.iter().map(|v| f64::from(*v)).collect()).collect();
+        let results = (self.formula)(&wide);
+        let shares = values(99, results.len());
+        let weighed = |inputs: &[Vec<f64>]| -> f64 {
+            (self.formula)(inputs).iter().zip(&shares).map(|(y, share)| y * f64::from(*share)).sum()
+        };
+        let slope = |input: usize, place: usize| {
+            let at = |delta: f64| {
+                let mut moved = wide.clone();
+                moved[input][place] += delta;
+                weighed(&moved)
+            };
+            (at(1e-5) - at(-1e-5)) / 2e-5
+        };
+        let slopes = wide.iter().enumerate().map(|(input, values)| {
+            let step = (values.len() / COMPARED).max(1) | 1;
+            let places = (0..values.len()).step_by(step).chain([values.len() - 1]);
+            places.map(|place| (place, slope(input, place))).collect()
+        });
+        Wanted { slopes: slopes.collect(), results, shares }
+    }
+
+    /// Compares the result with the formula's, and the gradients with its differences.
+    fn check(&self, wanted: &Wanted, device: &Device) -> Result<Vec<Outcome>> {
         let vars = self.inputs.iter().map(|(shape, values)| Var::from_slice(values, shape.as_slice(), device));
         let vars = vars.collect::<candle_core::Result<Vec<_>>>()?;
         let tensors: Vec<Tensor> = vars.iter().map(|var| var.as_tensor().clone()).collect();
         let y = (self.run)(&tensors)?;
-        let wide: Vec<Vec<f64>> = self.inputs.iter().map(|(_, values)| values.iter().map(|v| f64::from(*v)).collect()).collect();
-        let expected = (self.formula)(&wide);
-        let mut outcomes =
-            vec![Outcome { name: self.name.clone(), error: error(&read(&y)?, &expected), tolerance: self.tolerance[0] }];
-        // A sum that weighs every result differently.
-        let shares = values(99, expected.len());
-        let loss = (&y * Tensor::from_slice(&shares, y.shape(), device)?)?.sum_all()?;
+        let error_of_result = error(&read(&y)?, &wanted.results);
+        let mut outcomes = vec![Outcome { name: self.name.clone(), error: error_of_result, tolerance: self.tolerance[0] }];
+        let loss = (&y * Tensor::from_slice(&wanted.shares, y.shape(), device)?)?.sum_all()?;
         let gradients = loss.backward()?;
-        let weighed = |inputs: &[Vec<f64>]| -> f64 {
-            (self.formula)(inputs).iter().zip(&shares).map(|(y, share)| y * f64::from(*share)).sum()
-        };
-        for (i, var) in vars.iter().enumerate() {
+        for (i, (var, slopes)) in vars.iter().zip(&wanted.slopes).enumerate() {
             let name = format!("{}, gradient {}", self.name, i + 1);
             let Some(gradient) = gradients.get(var) else { anyhow::bail!("{name} is missing") };
-            let (all, count) = (read(gradient)?, var.elem_count());
-            let step = (count / COMPARED).max(1) | 1;
-            let places: Vec<usize> = (0..count).step_by(step).chain([count - 1]).collect();
-            let slope = |place: usize| {
-                let at = |delta: f64| {
-                    let mut moved = wide.clone();
-                    moved[i][place] += delta;
-                    weighed(&moved)
-                };
-                (at(1e-5) - at(-1e-5)) / 2e-5
-            };
-            let slopes: Vec<f64> = places.iter().map(|&place| slope(place)).collect();
-            let got: Vec<f32> = places.iter().map(|&place| all[place]).collect();
-            let mut error = error(&got, &slopes);
+            let all = read(gradient)?;
+            let (got, expected): (Vec<f32>, Vec<f64>) = slopes.iter().map(|&(place, slope)| (all[place], slope)).unzip();
+            let mut error = error(&got, &expected);
             if all.iter().any(|value| !value.is_finite()) {
                 error = f64::INFINITY;
             }
@@ -129,10 +136,34 @@ impl Case<'_> {
     }
 }
 
+/// What a case should give.
+struct Wanted {
+    results: Vec<f64>,
+    /// How often each result counts in the sum that gradients are of: every one differently.
+    shares: Vec<f32>,
+    /// Of each input, some of its values, and how that sum changes with them.
+    slopes: Vec<Vec<(usize, f64)>>,
+}
+
 /// Checks every operator on a device; each outcome is told as soon as it is there. An operator that does not run at all is wrong, and no
 /// reason not to check the others.
 pub fn operators(device: &Device, tell: impl FnMut(&Outcome)) -> Vec<Outcome> {
-    let cases = cases::all().into_iter().map(|case| (case.name.clone(), case.check(device)));
+    let cases = cases::all().into_iter().map(|case| {
+        let wanted = case.wanted();
+        (case, wanted)
+    });
+    operators_of(cases, device, tell)
+}
+
+fn operators_of<'a, C: Borrow<Case<'a>>, W: Borrow<Wanted>>(
+    cases: impl IntoIterator<Item = (C, W)>,
+    device: &Device,
+    tell: impl FnMut(&Outcome),
+) -> Vec<Outcome> {
+    let cases = cases.into_iter().map(|(case, wanted)| {
+        let case: &Case = case.borrow();
+        (case.name.clone(), case.check(wanted.borrow(), device))
+    });
     let others = [
         ("draws", updates::draws as fn(&Device) -> Result<Vec<Outcome>>),
         ("AdamW", updates::updates),
@@ -155,8 +186,10 @@ mod tests {
     /// In three orders of a block's threads: what depends on the order lacks a barrier.
     #[test]
     fn every_kernel_agrees_with_its_formula() {
+        let all: Vec<_> = cases::all().into_iter().map(|case| (case.wanted(), case)).collect();
         for order in 0..3 {
-            let outcomes = emulated(order, || operators(&Device::Cpu, |_| ()));
+            let cases = all.iter().map(|(wanted, case)| (case, wanted));
+            let outcomes = emulated(order, || operators_of(cases, &Device::Cpu, |_| ()));
             let wrong: Vec<String> = outcomes.iter().filter(|outcome| !outcome.holds()).map(ToString::to_string).collect();
             assert!(wrong.is_empty(), "order {order}:\n{}", wrong.join("\n"));
         }

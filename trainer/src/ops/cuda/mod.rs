@@ -13,6 +13,8 @@ mod contrast;
 mod convolution;
 mod cross_entropy;
 mod cross_modal;
+#[cfg(feature = "cuda")]
+pub mod downloads;
 mod elementwise;
 #[cfg(test)]
 pub mod emulation;

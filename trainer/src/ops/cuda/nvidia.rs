@@ -106,6 +106,9 @@ impl Nvidia {
         /// 64 KB: what is copied from the host at one time without it waiting for the device ("Asynchronous Concurrent Execution" of
         /// the CUDA C++ Programming Guide).
         const AT_ONCE: usize = 64 << 10;
+        if values.is_empty() || super::uploads::in_order(&self.device, values, memory)? {
+            return Ok(());
+        }
         let count = AT_ONCE / size_of::<T>();
         for (part, start) in values.chunks(count).zip((0..).step_by(count)) {
             self.device.memcpy_htod(part, &mut memory.slice_mut(start..start + part.len()))?;

@@ -1,12 +1,12 @@
-//! Uploads of what steps to come are made of, beside the step that is computed: on a stream of their own, from memory of the host's that
-//! the device reads by itself. On the stream that computes, every upload would stand between two kernels.
+//! Uploads from memory of the host's that the device reads by itself, so that no host waits for them. Those of what steps to come are made of
+//! go beside the step that is computed, on a stream of their own: on the stream that computes, every upload would stand between two kernels.
 
 use std::cell::RefCell;
 use std::collections::VecDeque;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use candle_core::cuda_backend::cudarc::driver::{
-    CudaContext, CudaEvent, CudaSlice, CudaStream, DevicePtrMut, DriverError, result, sys,
+    CudaContext, CudaEvent, CudaSlice, CudaStream, DevicePtrMut, DeviceRepr, DriverError, result, sys,
 };
 use candle_core::cuda_backend::{CudaDType, WrapErr};
 use candle_core::op::BackpropOp;
@@ -102,22 +102,46 @@ impl Uploads {
         Piece::new(self.stream.context(), count.next_power_of_two().max(LEAST))
     }
 
-    fn copied(&self, values: &[f32], mut piece: Piece) -> std::result::Result<CudaSlice<f32>, DriverError> {
-        // SAFETY: room for as many, which nobody else has.
-        let own = unsafe {
-            std::ptr::copy_nonoverlapping(values.as_ptr(), piece.at, values.len());
-            std::slice::from_raw_parts(piece.at, values.len())
-        };
+    /// New memory of the device with these values, in the order of the uploads.
+    fn copied(&self, values: &[f32], piece: Piece) -> std::result::Result<CudaSlice<f32>, DriverError> {
         // SAFETY: any bits are f32 values, and all are written before a stream that was joined comes to them.
         let mut memory = unsafe { self.stream.alloc::<f32>(values.len().max(1)) }?;
-        let (to, _order) = memory.device_ptr_mut(&self.stream);
-        // SAFETY: as many values either way; the piece is not touched before the event below.
-        unsafe { result::memcpy_htod_async(to, own, self.stream.cu_stream()) }?;
-        drop(_order);
-        piece.read = Some(self.stream.record_event(None)?);
-        self.pieces().push_back(piece);
+        self.copy(values, piece, &mut memory, &self.stream)?;
         Ok(memory)
     }
+
+    /// Copies values to where a stream finds them when it comes to that.
+    fn copy<T: DeviceRepr>(
+        &self,
+        values: &[T],
+        mut piece: Piece,
+        memory: &mut CudaSlice<T>,
+        stream: &Arc<CudaStream>,
+    ) -> std::result::Result<(), DriverError> {
+        const { assert!(size_of::<T>() == size_of::<f32>() && align_of::<T>() <= align_of::<f32>(), "pieces have room for f32") };
+        // SAFETY: room for as many, which nobody else has.
+        let own = unsafe {
+            let at = piece.at.cast::<T>();
+            std::ptr::copy_nonoverlapping(values.as_ptr(), at, values.len());
+            std::slice::from_raw_parts(at, values.len())
+        };
+        let (to, _order) = memory.device_ptr_mut(stream);
+        // SAFETY: as many values either way; the piece is not touched before the event below.
+        unsafe { result::memcpy_htod_async(to, own, stream.cu_stream()) }?;
+        drop(_order);
+        piece.read = Some(stream.record_event(None)?);
+        self.pieces().push_back(piece);
+        Ok(())
+    }
+}
+
+/// Copies values to memory of a device, in the order of what it computes. Whether the host had memory for that; where not, nothing is done.
+pub fn in_order<T: DeviceRepr>(device: &CudaDevice, values: &[T], memory: &mut CudaSlice<T>) -> Result<bool> {
+    debug_assert!(values.len() <= memory.len());
+    let uploads = Uploads::of(device)?;
+    let Ok(piece) = uploads.piece(values.len()) else { return Ok(false) };
+    uploads.copy(values, piece, memory, &device.cuda_stream()).w()?;
+    Ok(true)
 }
 
 thread_local! {
