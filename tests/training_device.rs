@@ -125,7 +125,10 @@ fn the_check_for_gpus_ends_as_what_it_found() {
     std::fs::create_dir_all(stand_in.parent().unwrap()).unwrap();
     let trainer = path("unimo-train");
     let text = format!(
-        "#!/usr/bin/env bash\nif [ \"$1\" = gpu ]; then echo a line; exit \"$VERDICT\"; fi\nexec '{}' \"${{@/#%cuda/cpu}}\"\n",
+        "#!/usr/bin/env bash\n\
+         if [ \"$1\" = gpu ]; then echo a line; exit \"$VERDICT\"; fi\n\
+         for word; do words+=(\"$([ \"$word\" = cuda ] && echo cpu || echo \"$word\")\"); done\n\
+         exec '{}' \"${{words[@]}}\"\n",
         trainer.display()
     );
     std::fs::write(&stand_in, text).unwrap();
