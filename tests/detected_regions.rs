@@ -174,7 +174,7 @@ fn log(run: &Path) -> (Vec<Value>, Value) {
     let entries = log.lines().map(|line| serde_json::from_str::<Value>(line).unwrap());
     let (judged, mut steps): (Vec<Value>, Vec<Value>) = entries.partition(|entry| entry["development"] == true);
     for step in &mut steps {
-        ["seconds", "waited", "drawn"].iter().for_each(|key| step[*key] = Value::Null);
+        ["seconds", "elapsed", "waited", "drawn"].iter().for_each(|key| step[*key] = Value::Null);
     }
     (steps, judged.last().cloned().unwrap_or_default())
 }

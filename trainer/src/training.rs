@@ -277,20 +277,6 @@ impl Loop<'_> {
         &self,
         steps: Range<u64>,
         optimizer: &mut AdamW,
-        after: impl FnMut(&mut AdamW, serde_json::Value, u64) -> Result<()>,
-    ) -> Result<()> {
-        let learnt = self.learn_all(steps, optimizer, after);
-        if let (Err(_), Some(devices)) = (&learnt, self.ranks.devices()) {
-            // Before what the device is worked with is dropped, which waits for it.
-            devices.give_up();
-        }
-        learnt
-    }
-
-    fn learn_all(
-        &self,
-        steps: Range<u64>,
-        optimizer: &mut AdamW,
         mut after: impl FnMut(&mut AdamW, serde_json::Value, u64) -> Result<()>,
     ) -> Result<()> {
         // Ranks hear of each other's losses, which is a step of its own between them.
@@ -305,8 +291,8 @@ impl Loop<'_> {
             ended = Instant::now();
             anyhow::Ok(())
         };
-        self.each_batch(steps, |step, batch, data| {
-            let this = self.ask(step, &batch, data, optimizer)?;
+        let mut learn = |step: u64, batch: &StepBatch, data: DataSeconds| {
+            let this = self.ask(step, batch, data, optimizer)?;
             if let Some(before) = asked.take() {
                 end(before, optimizer)?;
             }
@@ -315,8 +301,16 @@ impl Loop<'_> {
                 return Ok(());
             }
             end(this, optimizer)
-        })?;
-        asked.map_or(Ok(()), |last| end(last, optimizer))
+        };
+        // Where a step fails, nobody waits for what its device was given: not the threads that draw, nor whoever drops what it is worked with.
+        self.each_batch(steps, |step, batch, data| learn(step, &batch, data).inspect_err(|_| self.give_up()))?;
+        asked.map_or(Ok(()), |last| end(last, optimizer)).inspect_err(|_| self.give_up())
+    }
+
+    fn give_up(&self) {
+        if let Some(devices) = self.ranks.devices() {
+            devices.give_up();
+        }
     }
 
     /// Draws and packs the batches of steps, and learns nothing: seconds of each.
