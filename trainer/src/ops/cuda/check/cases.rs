@@ -284,6 +284,8 @@ fn losses() -> Vec<Case<'static>> {
         of("weighted", 40, true, &[part(11, 0.0, 1.0)], Precision::F32, F32),
         of("three means", 40, true, &[part(3, 0.1, 0.5), part(6, 0.0, -1.5), part(2, 0.2, 2.0)], Precision::F32, F32),
         of("smoothed, in bf16", 301, false, &[part(11, 0.1, 1.0)], Precision::Bf16, BF16),
+        // More than twice what a block's threads take at one time.
+        of("of many classes", 4_203, false, &[part(5, 0.1, 1.0)], Precision::F32, F32),
     ]
 }
 
