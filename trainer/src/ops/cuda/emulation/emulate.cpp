@@ -84,41 +84,46 @@ void resume(unsigned thread) {
     setcontext(&fiber.start);
 }
 
-// Threads run in an order of the caller's choice: what depends on it lacks a barrier.
+// Warps, and the threads of each, run in an order of the caller's choice, and a warp goes as far as it can before the next one does: what
+// depends on that lacks a barrier.
 bool run_block(unsigned threads, unsigned shared_bytes, unsigned order) {
     float* shared = reinterpret_cast<float*>(dynamic);
     size_t own = (shared_bytes + 3) / 4;
     std::fill(shared, shared + own + GUARD, UNWRITTEN);
-    auto pick = [&](unsigned i) { return order == 0 ? i : order == 1 ? threads - 1 - i : (i * 17 + order) % threads; };
+    auto pick = [&](unsigned i, unsigned of) { return order == 0 ? i : order == 1 ? of - 1 - i : (i * 17 + order) % of; };
     std::vector<bool> ready(threads, true);
     for (unsigned left = threads; left > 0;) {
         bool moved = false;
-        for (unsigned i = 0; i < threads; i++) {
-            unsigned thread = pick(i);
-            if (!ready[thread]) continue;
-            resume(thread);
-            ready[thread] = false;
-            moved = true;
-            if (fibers[thread].at == At::end) left--;
+        for (unsigned w = 0; w < threads / WARP; w++) {
+            unsigned warp = (order == 1 ? threads / WARP - 1 - w : (w + order) % (threads / WARP)) * WARP;
+            for (bool goes_on = true; goes_on;) {
+                unsigned at_warp = 0, ended = 0;
+                for (unsigned i = 0; i < WARP; i++) {
+                    unsigned thread = warp + pick(i, WARP);
+                    if (!ready[thread]) continue;
+                    resume(thread);
+                    ready[thread] = false;
+                    moved = true;
+                    if (fibers[thread].at == At::end) left--;
+                }
+                for (unsigned thread = warp; thread < warp + WARP; thread++) {
+                    at_warp += fibers[thread].at == At::warp_barrier;
+                    ended += fibers[thread].at == At::end;
+                }
+                if (at_warp > 0 && ended > 0) {
+                    failure = "a warp's shuffle lacks threads that have ended";
+                    return false;
+                }
+                goes_on = at_warp == WARP;
+                for (unsigned thread = warp; goes_on && thread < warp + WARP; thread++) ready[thread] = true;
+            }
         }
         if (!moved) {
             failure = "threads wait for each other at different barriers";
             return false;
         }
         unsigned at_block = 0;
-        for (unsigned warp = 0; warp < threads; warp += WARP) {
-            unsigned at_warp = 0, ended = 0;
-            for (unsigned thread = warp; thread < warp + WARP; thread++) {
-                at_warp += fibers[thread].at == At::warp_barrier;
-                at_block += fibers[thread].at == At::block_barrier;
-                ended += fibers[thread].at == At::end;
-            }
-            if (at_warp > 0 && ended > 0) {
-                failure = "a warp's shuffle lacks threads that have ended";
-                return false;
-            }
-            for (unsigned thread = warp; at_warp == WARP && thread < warp + WARP; thread++) ready[thread] = true;
-        }
+        for (unsigned thread = 0; thread < threads; thread++) at_block += fibers[thread].at == At::block_barrier;
         for (unsigned thread = 0; at_block > 0 && at_block == left && thread < threads; thread++) {
             if (fibers[thread].at == At::block_barrier) ready[thread] = true;
         }
